@@ -1,0 +1,44 @@
+# Two commands do everything from a fresh clone: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+JOBS ?= 2
+
+.PHONY: demo test lint types unit format clean
+demo: $(VENV)/cli.done
+	$(BIN)/flatmin compare
+
+test: lint types unit
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.done
+	$(BIN)/mypy
+
+# One thread a worker: two workers on two cores, without fighting over them.
+unit: $(VENV)/dev.done
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+
+format: $(VENV)/dev.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "flatmin needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: a range would admit a newer build of several gigabytes.
+$(VENV)/cli.done: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[cli]'
+	touch $@
+
+$(VENV)/dev.done: $(VENV)/cli.done
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

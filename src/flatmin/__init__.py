@@ -1,0 +1,29 @@
+"""flatmin: train PyTorch networks into flat minima at the price of the plain optimizer."""
+
+from . import data as data
+from . import errors as errors
+from . import history as history
+from . import losses as losses
+from . import models as models
+from . import optim as optim
+from .data import with_indices as with_indices
+from .losses import MESA as MESA
+from .losses import SAF as SAF
+from .losses import ema_decay as ema_decay
+from .optim import SAM as SAM
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MESA",
+    "SAF",
+    "SAM",
+    "data",
+    "ema_decay",
+    "errors",
+    "history",
+    "losses",
+    "models",
+    "optim",
+    "with_indices",
+]

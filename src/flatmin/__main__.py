@@ -1,0 +1,18 @@
+"""``python -m flatmin`` and the console script ``flatmin``."""
+
+import sys
+
+
+def main() -> None:
+    """Runs the command; without the packages it needs, says what to install."""
+    try:
+        from . import cli
+    except ImportError as error:
+        if error.name is None or error.name.split(".")[0] == "flatmin":
+            raise
+        sys.exit(f"flatmin: the command needs {error.name}; pip install 'flatmin[cli]'")
+    sys.exit(cli.run())
+
+
+if __name__ == "__main__":
+    main()

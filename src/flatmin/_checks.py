@@ -1,0 +1,39 @@
+"""Checks of hyperparameters, shared by every class that takes some."""
+
+import math
+
+from .errors import InvalidArgumentError
+
+
+def check_integer(name: str, value: int, *, least: int, hint: str = "") -> int:
+    """Returns ``value`` if it is an integer of at least ``least``; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidArgumentError(f"{name} must be an integer of at least {least}, got {value!r}{hint}")
+    return value
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+) -> float:
+    """Returns ``value`` as a float if it is finite and within the bounds given (``above`` and ``below`` exclude)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    wanted = [f"> {above:g}"] if above is not None else []
+    wanted += [f">= {least:g}"] if least is not None else []
+    wanted += [f"< {below:g}"] if below is not None else []
+    fits = (
+        math.isfinite(number)
+        and (above is None or number > above)
+        and (least is None or number >= least)
+        and (below is None or number < below)
+    )
+    if not fits:
+        raise InvalidArgumentError(f"{name} must be a finite number {' and '.join(wanted)}, got {value!r}")
+    return number

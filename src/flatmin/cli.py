@@ -1,0 +1,318 @@
+"""The command: ``flatmin train`` and ``flatmin compare``."""
+
+import dataclasses
+import inspect
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import __version__
+from .engine.compare import Comparison, Outcome, make_rows, verdict
+from .engine.config import Recipe, Run
+from .engine.methods import HYPERPARAMETERS, METHODS, get_method, resolve_settings
+from .engine.record import new_folder
+from .engine.train import train as train_run
+from .errors import FlatminError, FlatminWarning, InvalidArgumentError
+
+app = typer.Typer(
+    help="Train networks into flat minima at the price of the plain optimizer, and measure what it gains.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+out_console = Console(highlight=False, soft_wrap=True)
+err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command an option for each field of the recipe, which it receives as one ``recipe``.
+
+    A parameter ``settings`` likewise becomes an option for each hyperparameter of the methods.
+    """
+    own = inspect.signature(command).parameters
+    hints = get_type_hints(Recipe)
+    recipe, settings = [], []
+    for field in dataclasses.fields(Recipe):
+        text = field.metadata["help"]
+        option = typer.Argument(help=text) if field.name == "experiment" else typer.Option(help=text)
+        recipe.append(_parameter(field.name, Annotated[hints[field.name], option], field.default))
+    if "settings" in own:
+        for name, (kind, text) in HYPERPARAMETERS.items():
+            settings.append(_parameter(name, Annotated[kind | None, typer.Option(help=text)], None))
+
+    def wrapper(**values: Any) -> None:
+        arguments = {name: values[name] for name in own if name in values}
+        if "settings" in own:
+            given = {parameter.name: values[parameter.name] for parameter in settings}
+            arguments["settings"] = {name: value for name, value in given.items() if value is not None}
+        command(recipe=Recipe(**{parameter.name: values[parameter.name] for parameter in recipe}), **arguments)
+
+    rest = [parameter for name, parameter in own.items() if name not in ("recipe", "settings")]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*rest, *settings, *recipe)]
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Train networks into flat minima at the price of the plain optimizer, and measure what it gains."""
+    if version:
+        out_console.print(f"flatmin {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@with_options
+def train(
+    recipe: Recipe,
+    settings: dict[str, float],
+    method: Annotated[str, typer.Option(help=_METHOD_HELP)] = "saf",
+    seed: Annotated[int, typer.Option(help="Draws split, initial weights, order and augmentation.", min=0)] = 0,
+    out: Annotated[str | None, typer.Option(help="Folder of the run.  [default: a new one under runs/]")] = None,
+) -> None:
+    """Train one network with one method and keep the run in a folder.
+
+    The folder receives config.json, metrics.jsonl (a line an epoch) and checkpoints/last and /best. EXPERIMENT, a
+    Python file that defines model(), train_set() and test_set(), takes the place of --data and --model.
+    """
+    run = Run(recipe, method, resolve_settings(get_method(method), settings, epochs=recipe.epochs), seed)
+    _warn_if_idle(method, run.settings, recipe.epochs)
+    folder = new_folder(out, f"{method}-seed{seed}")
+    done: list[dict[str, float]] = []
+
+    def show(metrics: dict[str, float]) -> None:
+        done.append(metrics)
+        out_console.print(
+            f"epoch {int(metrics['epoch']) + 1:>{len(str(recipe.epochs))}}/{recipe.epochs}"
+            f"  loss {metrics['train_loss']:.4f} (without penalty {metrics['train_loss_vanilla']:.4f})"
+            f"  test {metrics['test_loss']:.4f}, {100 * metrics['test_accuracy']:.2f} %"
+            f"  {metrics['seconds']:.1f} s"
+        )
+
+    try:
+        last = train_run(run, folder, on_epoch=show)
+    except KeyboardInterrupt:
+        kept = f"{len(done)} of {recipe.epochs} epochs are kept in {folder}" if done else "no epoch was done"
+        raise _Interrupted(kept) from None
+    except FlatminError:
+        _remove_if_empty(folder)
+        raise
+    out_console.print(f"test accuracy after the last epoch {100 * last['test_accuracy']:.2f} %; the run is in {folder}")
+
+
+@app.command()
+@with_options
+def compare(
+    recipe: Recipe,
+    methods: Annotated[str, typer.Option(help="Methods to compare, with commas; base must be one.")] = ",".join(
+        METHODS
+    ),
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="METHOD.NAME=VALUE[,VALUE...]",
+            help="A hyperparameter of one method; several values make a row each. May be repeated.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds.  [default: as many as fit in --minutes, at least 5]", min=1)
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Time for all, where --seeds is not given.", min=0.1)] = 3.0,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time.  [default: one a core; one on an accelerator]", min=1)
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder of the comparison.  [default: a new one under runs/]")] = None,
+) -> None:
+    """Compare methods on the same splits, initial weights and batches, seed by seed.
+
+    Prints the test accuracy after the last epoch, its paired difference to the base optimizer, both with a 95 %
+    confidence interval, and what each method costs. EXPERIMENT, a Python file that defines model(), train_set() and
+    test_set(), takes the place of --data and --model: does it help on my problem, and what does it cost?
+    """
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    rows = make_rows(names, _parse_settings(set_ or []), epochs=recipe.epochs)
+    for row in rows:
+        _warn_if_idle(row.label, row.settings, recipe.epochs)
+    folder = new_folder(out, "compare")
+    try:
+        with _Display() as display:
+            outcome = Comparison(
+                recipe, rows, folder, seeds=seeds, minutes=minutes, jobs=jobs, on_progress=display.tell
+            ).run()
+    except FlatminError:
+        _remove_if_empty(folder)
+        raise
+    _print_outcome(outcome)
+    out_console.print(f"Every seed's numbers: {folder / 'results.json'}")
+    if outcome.interrupted:
+        raise _Interrupted(f"the {len(outcome.seeds)} finished seeds are in {folder}")
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, or 2 after one line on what was wrong.
+
+    Args:
+        arguments: What follows ``flatmin`` on the command line; None for this process's own.
+    """
+    command = typer.main.get_command(app)
+    # A plain kill ends a run as Ctrl-C does: what was done is kept and said.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FlatminWarning)
+        warnings.showwarning = _show_warning
+        try:
+            code = command.main(args=arguments, prog_name="flatmin", standalone_mode=False)
+            return code if isinstance(code, int) else 0
+        except (FlatminError, _Interrupted) as error:
+            message = str(error)
+        except KeyboardInterrupt:
+            message = "interrupted before anything was done"
+        except Exception as error:
+            # typer's own usage errors, whatever version of click they come from
+            format_message = getattr(error, "format_message", None)
+            if format_message is None:
+                raise
+            message = format_message()
+    err_console.print(f"flatmin: {' '.join(message.split())}", markup=False)
+    return 2
+
+
+class _Interrupted(Exception):  # noqa: N818 - not an error
+    """Ctrl-C, with what was kept."""
+
+    def __str__(self) -> str:
+        return f"interrupted: {super().__str__()}"
+
+
+class _Display:
+    """Progress: a bar in a terminal, a line for each finished seed elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("epochs"),
+            TimeElapsedColumn(),
+            console=err_console,
+            transient=True,
+            disable=not err_console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=None)
+        self._said = ""
+
+    def __enter__(self) -> "_Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def tell(self, done: int, planned: int, word: str) -> None:
+        """Shows how far it has come."""
+        self._bar.update(self._task, completed=done, total=planned or None, description=word)
+        if not err_console.is_terminal and word != self._said:
+            self._said = word
+            err_console.print(word, markup=False)
+
+
+def _parse_settings(texts: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    settings: dict[str, dict[str, list[Any]]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        method, dot, hyperparameter = name.partition(".")
+        if not (equals and dot and values):
+            raise InvalidArgumentError(f"--set {text!r} must look like saf.coefficient=0.8 or saf.coefficient=0.3,0.8")
+        if hyperparameter not in get_method(method).defaults:
+            resolve_settings(get_method(method), {hyperparameter: 0}, epochs=1)  # says what there is
+        kind = HYPERPARAMETERS[hyperparameter][0]
+        for value in values.split(","):
+            try:
+                settings.setdefault(method, {}).setdefault(hyperparameter, []).append(kind(value))
+            except ValueError:
+                wanted = "an integer" if kind is int else "a number"
+                raise InvalidArgumentError(
+                    f"--set {text!r}: {hyperparameter} must be {wanted}, got {value!r}"
+                ) from None
+    return settings
+
+
+def _warn_if_idle(label: str, settings: Any, epochs: int) -> None:
+    first = max(settings.get("start_epoch", 0), settings.get("lag", 0))
+    if first >= epochs:
+        warnings.warn(
+            f"{label}: the trajectory loss would begin in epoch {first}, from 0, and there are {epochs} epochs, "
+            "so it never acts: train longer, or lower start_epoch and lag",
+            FlatminWarning,
+            stacklevel=2,
+        )
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    if not outcome.seeds:
+        out_console.print("No seed was finished by every method, so there is nothing to compare.")
+        return
+    recipe = outcome.recipe
+    what = recipe.experiment or f"{recipe.data}, {recipe.model}"
+    table = Table(
+        title=f"{what}: {len(outcome.seeds)} seeds, {recipe.epochs} epochs, 95 % confidence intervals",
+        title_style="bold",
+        title_justify="left",
+    )
+    table.add_column("method")
+    for heading in ("test accuracy %", "paired difference", "time/step", "extra memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, entry in enumerate(outcome.table()):
+        accuracy, difference = entry["accuracy"], entry["difference"]
+        table.add_row(
+            entry["label"],
+            f"{accuracy['mean']:.2f} ± {accuracy['half']:.2f}",
+            "" if number == 0 else f"{difference['mean']:+.2f} ± {difference['half']:.2f}",
+            "-" if entry["step_ratio"] is None else f"{entry['step_ratio']:.2f} x",
+            "-" if entry["extra_bytes"] is None else _bytes(entry["extra_bytes"]),
+        )
+    out_console.print(table, soft_wrap=False)
+    out_console.print(verdict(outcome), markup=False)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    err_console.print(f"flatmin: warning: {message}", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,102 @@
+"""What a run is made of, as plain values that go to disk and come back."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._checks import check_integer, check_number
+from ..errors import InvalidArgumentError
+
+OPTIMIZERS = ("sgd", "adamw")
+PRECISIONS = ("float32", "bfloat16")
+
+
+def _option(default: Any, text: str) -> Any:
+    """A field whose help text the command shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the methods of a comparison share.
+
+    The command makes an option of each field but ``experiment``; the help text stands in the field's metadata.
+
+    Raises:
+        InvalidArgumentError: If a value is out of its bounds.
+    """
+
+    experiment: str | None = _option(None, "A Python file with model(), train_set() and test_set().")
+    data: str = _option("digits", "digits | idx:FOLDER (MNIST format, gzip or not) | folder:FOLDER (class folders).")
+    model: str = _option("cnn", "cnn | resnet18 | wrn-28-10 | pyramidnet-110 | timm/NAME | torchvision/NAME.")
+    epochs: int = _option(60, "Epochs of training.")
+    batch_size: int = _option(128, "Samples in a batch.")
+    optimizer: str = _option("sgd", "sgd | adamw; the learning rate falls along a cosine to 0.")
+    lr: float | None = _option(None, "Learning rate at the start.  [default: 0.1 for sgd, 0.001 for adamw]")
+    momentum: float = _option(0.9, "Momentum of sgd; the first beta of adamw.")
+    weight_decay: float | None = _option(None, "Weight decay.  [default: 0.0005 for sgd, 0.05 for adamw]")
+    crop: bool = _option(False, "Shift training images at random, by up to an eighth of their size.")
+    flip: bool = _option(False, "Mirror training images at random.")
+    label_noise: float = _option(0.0, "Share of the training labels to replace by a wrong class.")
+    image_size: int = _option(32, "Side in pixels to which folder: images are scaled and cropped.")
+    precision: str = _option("float32", "float32 | bfloat16 (autocast).")
+    device: str = _option("auto", "auto | cpu | cuda | cuda:1 | mps.")
+    workers: int = _option(0, "Processes that load data, for folder: and experiment files.")
+
+    def __post_init__(self) -> None:
+        check_integer("epochs", self.epochs, least=1)
+        check_integer("batch_size", self.batch_size, least=2, hint="; batch norm needs two samples")
+        check_integer("image_size", self.image_size, least=4)
+        check_integer("workers", self.workers, least=0)
+        check_number("momentum", self.momentum, least=0, below=1)
+        check_number("label_noise", self.label_noise, least=0, below=1)
+        if self.lr is not None:
+            check_number("lr", self.lr, above=0)
+        if self.weight_decay is not None:
+            check_number("weight_decay", self.weight_decay, least=0)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a recipe, a method with its hyperparameters, and a seed.
+
+    The seed draws the split (where the data set has none of its own), the initial weights, the order of the batches
+    and the augmentation, so that runs of different methods with one seed differ in the method alone.
+    """
+
+    recipe: Recipe
+    method: str
+    settings: Mapping[str, float]
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a dictionary that `from_json` takes."""
+        return {
+            "method": self.method,
+            "settings": dict(self.settings),
+            "seed": self.seed,
+            "recipe": dataclasses.asdict(self.recipe),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Run":
+        """Takes what `to_json` returned, extra keys or not."""
+        return cls(Recipe(**values["recipe"]), values["method"], values["settings"], values["seed"])
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Returns ``value`` if it is one of ``choices``; otherwise the error names the nearest."""
+    if value not in choices:
+        raise InvalidArgumentError(f"unknown {name} {value!r}{nearest(value, choices)}; there are {', '.join(choices)}")
+    return value
+
+
+def nearest(value: str, choices: tuple[str, ...]) -> str:
+    """Returns ``", did you mean ...?"`` for a misspelt value, or nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(value, choices, n=2)
+    return f", did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,95 @@
+"""Time per step of several methods, as ratios, their steps interleaved in one process."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .trainer import Trainer
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Times of one method's steps, in seconds, one for each round; the rounds of all methods belong together."""
+
+    seconds: list[float]
+
+    def median(self) -> float:
+        """The median time, in seconds."""
+        return statistics.median(self.seconds)
+
+    def ratio(self, base: "StepTimes") -> float:
+        """Median over the rounds of this method's time divided by the base's in the same round."""
+        return statistics.median(a / b for a, b in zip(self.seconds, base.seconds, strict=True))
+
+
+def measure_steps(
+    trainers: Sequence[Trainer],
+    batch: tuple[Tensor, Tensor, Tensor],
+    *,
+    seconds: float,
+    least_rounds: int = 10,
+    warm_up: int = 2,
+    on_round: Callable[[int], None] | None = None,
+) -> list[StepTimes]:
+    """Measures the training step of several methods side by side.
+
+    In each round every trainer makes one step, in an order that turns from round to round, so that a machine that
+    slows down, slows all of them. The trajectory losses are at work in every step: each round is an epoch in which the
+    batch was recorded ``lag`` epochs ago. What is timed is the whole step of the loop: gradients cleared, forward,
+    penalty, backward, update.
+
+    Args:
+        trainers: One for each method; they are trained by this.
+        batch: ``(index, x, y)`` as for `Trainer.step`.
+        seconds: About how long to measure.
+        least_rounds: At least so many rounds, however long they take.
+        warm_up: Rounds before the measurement.
+        on_round: Called with the number of each round that is done.
+
+    Returns:
+        One `StepTimes` for each trainer, with equally many rounds.
+    """
+    times: list[list[float]] = [[] for _ in trainers]
+    starts = [_first_active_epoch(trainer) for trainer in trainers]
+    end, done = time.perf_counter() + seconds, -warm_up
+    while done < least_rounds or time.perf_counter() < end:
+        for offset in range(len(trainers)):
+            place = (offset + done) % len(trainers)
+            trainer = trainers[place]
+            start, lag = starts[place]
+            trainer.set_epoch(start + (done + warm_up) * lag)
+            trainer.model.train()
+            elapsed = _timed(trainer, batch)
+            if done >= 0:
+                times[place].append(elapsed)
+        done += 1
+        if done == 0:
+            end = time.perf_counter() + seconds
+        if on_round is not None:
+            on_round(done)
+    return [StepTimes(each) for each in times]
+
+
+def _first_active_epoch(trainer: Trainer) -> tuple[int, int]:
+    """The epoch from which on the trajectory loss is at work, and after how many epochs a batch is read again."""
+    trajectory = trainer.trajectory
+    lag = getattr(trajectory, "lag", 1)
+    return max(getattr(trajectory, "start_epoch", 0), lag), lag
+
+
+def _timed(trainer: Trainer, batch: tuple[Tensor, Tensor, Tensor]) -> float:
+    synchronize(trainer.device)
+    start = time.perf_counter()
+    trainer.step(*batch)
+    synchronize(trainer.device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for an accelerator; nothing on the CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,219 @@
+"""The one training loop. The method is a parameter of it."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from ..data import random_crop, random_flip, with_indices
+from ..errors import InvalidArgumentError
+from .config import Run
+from .methods import Ingredients, get_method
+from .problem import Problem, check_labels, make_loader
+
+
+class Trainer:
+    """Trains a network on a problem as a run says.
+
+    Args:
+        run: Recipe, method, hyperparameters and seed.
+        problem: What is to be learnt, made for the same seed.
+
+    Attributes:
+        model: The network.
+        optimizer: What makes the step; the method's.
+        trajectory: SAF, MESA or None.
+        extra_bytes: What the method keeps in memory beyond the base optimizer.
+        epoch: Number of epochs done.
+
+    Raises:
+        FlatminError: If the method, a hyperparameter or the device cannot be used.
+    """
+
+    def __init__(self, run: Run, problem: Problem) -> None:
+        recipe = run.recipe
+        self.run = run
+        self.problem = problem
+        self.device = resolve_device(recipe.device)
+        torch.manual_seed(run.seed)
+        self.model = problem.make_model().to(self.device)
+        base = problem.make_optimizer(self.model.parameters())
+        # The scheduler holds the base optimizer; a wrapper shares its param_groups.
+        self.scheduler = CosineAnnealingLR(base, T_max=recipe.epochs)
+        self._generator = torch.Generator()
+        self._augmentation = torch.Generator()
+        self.loader = make_loader(problem.train, recipe.batch_size, workers=recipe.workers, generator=self._generator)
+        method = get_method(run.method).assemble(
+            Ingredients(
+                self.model,
+                base,
+                num_samples=len(problem.train),  # type: ignore[arg-type]
+                num_classes=problem.num_classes,
+                epochs=recipe.epochs,
+                steps_per_epoch=len(self.loader),
+            ),
+            run.settings,
+        )
+        self.optimizer, self.trajectory, self._penalty = method.optimizer, method.trajectory, method.penalty
+        self.extra_bytes = method.extra_bytes
+        self.criterion = _criterion(problem, run.settings)
+        self.epoch = 0
+
+    def train_epoch(self, on_step: Callable[[], None] | None = None) -> dict[str, float]:
+        """Trains for one epoch and evaluates.
+
+        Args:
+            on_step: Called after each step; what it raises ends the training.
+
+        Returns:
+            ``epoch`` (from 0), ``train_loss`` (with the trajectory term), ``train_loss_vanilla`` (without),
+            ``test_loss``, ``test_accuracy`` (a share of 1), ``lr`` and ``seconds`` (training alone).
+        """
+        recipe, epoch = self.run.recipe, self.epoch
+        # Order and augmentation follow from seed and epoch alone, whatever random numbers a method has used.
+        seed = self.run.seed * 1_000_003 + epoch
+        self._generator.manual_seed(seed)
+        self._augmentation.manual_seed(seed)
+        torch.manual_seed(seed)
+        self.set_epoch(epoch)
+        self.model.train()
+        lr = self.optimizer.param_groups[0]["lr"]
+        totals = torch.zeros(2, device=self.device)
+        count = 0
+        start = time.perf_counter()
+        for index, (x, y) in with_indices(self.loader):
+            check_labels(y, self.problem.num_classes)
+            x = _augmented(x, recipe.crop, recipe.flip, self._augmentation)
+            losses = self.step(index, x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
+            totals += torch.stack(losses) * len(y)
+            count += len(y)
+            if on_step is not None:
+                on_step()
+        total, vanilla = (totals / count).tolist()
+        seconds = time.perf_counter() - start
+        self.scheduler.step()
+        test_loss, test_accuracy = self.evaluate()
+        self.epoch += 1
+        return {
+            "epoch": epoch,
+            "train_loss": total,
+            "train_loss_vanilla": vanilla,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "lr": lr,
+            "seconds": seconds,
+        }
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the method which epoch begins."""
+        if self.trajectory is not None:
+            self.trajectory.set_epoch(epoch)
+
+    def step(self, index: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes one step.
+
+        Args:
+            index: The samples' numbers in the data set, int64, shape (B,), on the CPU.
+            x: Inputs, on the device.
+            y: Class numbers, int64, shape (B,), on the device.
+
+        Returns:
+            The loss and the criterion's part of it, detached, at the weights before the step.
+        """
+        losses: list[tuple[Tensor, Tensor]] = []
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            with self._autocast():
+                logits = self.model(x)
+                vanilla = self.criterion(logits, y)
+                loss = vanilla if self._penalty is None else vanilla + self._penalty(logits, index, x)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append((loss.detach().float(), vanilla.detach().float()))
+            return loss
+
+        self.optimizer.step(closure)  # type: ignore[arg-type]
+        return losses[0]
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Returns the plain cross entropy and the accuracy, a share of 1, on the test set."""
+        self.model.eval()
+        totals = torch.zeros(2, device=self.device)
+        count = 0
+        recipe = self.run.recipe
+        for x, y in make_loader(self.problem.test, max(recipe.batch_size, 512), workers=recipe.workers):
+            check_labels(y, self.problem.num_classes)
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            with self._autocast():
+                logits = self.model(x)
+            loss = F.cross_entropy(logits.float(), y, reduction="sum")
+            totals += torch.stack([loss, (logits.argmax(dim=1) == y).sum()])
+            count += len(y)
+        loss_mean, accuracy = (totals / count).tolist()
+        return loss_mean, accuracy
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that changes in training, as nested dictionaries and lists of tensors and numbers."""
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from where `state_dict` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.trajectory is not None:
+            self.trajectory.load_state_dict(state["trajectory"])
+        self.epoch = state["epoch"]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.recipe.precision == "bfloat16")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device of that name; ``"auto"`` is the accelerator if there is one.
+
+    Raises:
+        InvalidArgumentError: If there is no such device here.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgumentError(f"device {name!r} cannot be used here; try --device auto or cpu") from error
+    return device
+
+
+def _criterion(problem: Problem, settings: Mapping[str, float]) -> Callable[[Tensor, Tensor], Tensor]:
+    smoothing = settings["smoothing"]
+    if problem.criterion is None:
+        if not (math.isfinite(smoothing) and 0 <= smoothing < 1):
+            raise InvalidArgumentError(f"smoothing must be in [0, 1), got {smoothing!r}")
+        return nn.CrossEntropyLoss(label_smoothing=smoothing)
+    if smoothing > 0:
+        raise InvalidArgumentError(
+            f"smoothing={smoothing} works on flatmin's own cross entropy, and the experiment file has a criterion(); "
+            "leave the method smoothing out, or smooth there"
+        )
+    return problem.criterion
+
+
+def _augmented(x: Tensor, crop: bool, flip: bool, generator: torch.Generator) -> Tensor:
+    if crop:
+        x = random_crop(x, max(x.shape[-1] // 8, 1), generator=generator)
+    if flip:
+        x = random_flip(x, generator=generator)
+    return x

@@ -1,0 +1,69 @@
+"""Errors and warnings that flatmin raises on purpose.
+
+Each names the argument, the value it got and the way out::
+
+    Exception
+    └── FlatminError                          everything below; the command prints it as one line
+        ├── InvalidArgumentError (ValueError)     a wrong argument, shape, index or hyperparameter
+        ├── DataError                             a data file or folder that is missing, empty or damaged
+        ├── ExperimentError                       an experiment file that cannot be used
+        ├── OutputError (OSError)                 a folder that cannot be written
+        └── MissingDependencyError (ImportError)  an optional package that is not installed
+
+    UserWarning
+    └── FlatminWarning                        a likely mistake, said once
+        └── NonFiniteGradientWarning              a step that was dropped
+"""
+
+import importlib
+from types import ModuleType
+
+
+class FlatminError(Exception):
+    """Base of all errors raised by flatmin on purpose."""
+
+
+class InvalidArgumentError(FlatminError, ValueError):
+    """An argument has a value or a shape that cannot be used."""
+
+
+class DataError(FlatminError):
+    """A data file or folder is missing, empty or damaged."""
+
+
+class ExperimentError(FlatminError):
+    """An experiment file cannot be used."""
+
+
+class OutputError(FlatminError, OSError):
+    """A folder or file cannot be written."""
+
+
+class MissingDependencyError(FlatminError, ImportError):
+    """An optional package is not installed."""
+
+
+class FlatminWarning(UserWarning):
+    """A likely mistake, said once."""
+
+
+class NonFiniteGradientWarning(FlatminWarning):
+    """A step was dropped because a gradient was infinite or not a number."""
+
+
+def require(module: str, *, install: str) -> ModuleType:
+    """Imports an optional dependency.
+
+    Args:
+        module: What to import, such as ``"sklearn.datasets"``.
+        install: What to give to ``pip install``, such as ``"flatmin[cli]"``.
+
+    Raises:
+        MissingDependencyError: If it cannot be imported; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{module.split('.')[0]!r} is needed here and could not be imported ({error}); pip install '{install}'"
+        ) from error

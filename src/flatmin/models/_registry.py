@@ -1,0 +1,105 @@
+"""Networks by name: ours, and those of timm and torchvision where they are installed."""
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ..errors import InvalidArgumentError, MissingDependencyError, require
+from ._cnn import SmallCNN
+from ._layers import check_sizes
+from ._pyramidnet import pyramidnet
+from ._resnet import resnet18
+from ._wide_resnet import wide_resnet
+
+
+def create_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
+    """Returns a new network with random weights.
+
+    timm and torchvision are imported when one of their networks is asked for. Some of theirs want large
+    images; ``torchvision/googlenet`` and ``torchvision/inception_v3`` return more than logits in training.
+
+    Args:
+        name: One of :func:`model_names`, ``"timm/NAME"`` or ``"torchvision/NAME"``.
+        in_channels: Channels of the images; 3 for torchvision.
+        num_classes: Number of logits.
+
+    Raises:
+        InvalidArgumentError: If there is no network of that name (the message has the nearest), or if it
+            cannot have these sizes.
+        MissingDependencyError: If the library of the network is not installed or does not work.
+
+    Example:
+        >>> type(create_model("cnn", 1, 10)).__name__
+        'SmallCNN'
+    """
+    check_sizes(in_channels, num_classes)
+    library, _, architecture = name.partition("/")
+    if architecture and library in _LIBRARIES:
+        return _LIBRARIES[library](architecture, in_channels, num_classes)
+    if name not in _BUILDERS:
+        known = [*model_names(), *(f"{library}/NAME" for library in _LIBRARIES)]
+        raise _unknown(name, known, among=f"one of {', '.join(known)}")
+    return _BUILDERS[name](in_channels, num_classes)
+
+
+def model_names() -> list[str]:
+    """Returns the names of flatmin's own networks, sorted; those of timm and torchvision come on top.
+
+    Example:
+        >>> model_names()
+        ['cnn', 'pyramidnet-110', 'resnet18', 'wrn-28-10']
+    """
+    return sorted(_BUILDERS)
+
+
+def _from_timm(architecture: str, in_channels: int, num_classes: int) -> nn.Module:
+    timm = _import("timm", install="timm")
+    if not timm.is_model(architecture):
+        raise _unknown(architecture, timm.list_models(), among="in timm.list_models()", prefix="timm/")
+    model: nn.Module = timm.create_model(architecture, pretrained=False, in_chans=in_channels, num_classes=num_classes)
+    return model
+
+
+def _from_torchvision(architecture: str, in_channels: int, num_classes: int) -> nn.Module:
+    models = _import("torchvision.models", install="torchvision")
+    known = models.list_models(module=models)  # the classifiers, without detection, segmentation and video
+    if architecture not in known:
+        among = "in torchvision.models.list_models()"
+        raise _unknown(architecture, known, among=among, prefix="torchvision/")
+    if in_channels != 3:
+        raise InvalidArgumentError(f"in_channels must be 3 for torchvision networks, got {in_channels}")
+    model: nn.Module = models.get_model(architecture, weights=None, num_classes=num_classes)
+    return model
+
+
+def _import(module: str, *, install: str) -> ModuleType:
+    """Imports a library that, built for another version of torch, fails with more than an ``ImportError``."""
+    try:
+        return require(module, install=install)
+    except (AttributeError, OSError, RuntimeError) as error:
+        raise MissingDependencyError(
+            f"{install!r} is installed but does not work with torch {torch.__version__} ({error}); "
+            f"pip install --upgrade '{install}'"
+        ) from error
+
+
+def _unknown(name: str, known: Sequence[str], *, among: str, prefix: str = "") -> InvalidArgumentError:
+    """Returns the error of a name that is none of ``known``, with the nearest of them."""
+    nearest = [repr(prefix + match) for match in get_close_matches(name.lower(), known)]
+    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+    return InvalidArgumentError(f"name must be {among}, got {prefix + name!r}{hint}")
+
+
+_BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "cnn": SmallCNN,
+    "pyramidnet-110": pyramidnet,
+    "resnet18": resnet18,
+    "wrn-28-10": wide_resnet,
+}
+_LIBRARIES: dict[str, Callable[[str, int, int], nn.Module]] = {
+    "timm": _from_timm,
+    "torchvision": _from_torchvision,
+}

@@ -1,0 +1,174 @@
+"""What every optimizer shares that moves the weights before the gradient is taken."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import InvalidArgumentError, NonFiniteGradientWarning
+from ._batchnorm import frozen_statistics
+
+Closure = Callable[[], Any]
+
+
+class SharpnessAware(Optimizer, ABC):
+    """A torch optimizer around another one, whose gradient it takes at perturbed weights.
+
+    It has no parameters and no state of its own: ``param_groups``, ``state`` and ``defaults`` *are* the base
+    optimizer's, so that schedulers, ``zero_grad``, ``add_param_group`` and checkpoints work on either.
+
+    A step calls the closure twice, at the weights and at the perturbed weights, restores the weights to the bit, and
+    lets the base optimizer step with the second gradient. During the second call running statistics of normalisation
+    layers stand still. A step in which either gradient is not finite is dropped: weights and optimizer state stay as
+    they were, `skipped_steps` goes up and the first time a `NonFiniteGradientWarning` says so.
+
+    Args:
+        base_optimizer: The optimizer, an instance, that makes the step.
+        model: The network. Only needed where its batch-norm layers cannot be seen as they are called, which is the
+            case for a compiled model.
+
+    Attributes:
+        base_optimizer: The optimizer that makes the step.
+        skipped_steps: How many steps were dropped because a gradient was not finite.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if ``base_optimizer`` is not a fit optimizer.
+    """
+
+    def __init__(self, base_optimizer: Optimizer, *, model: nn.Module | None = None) -> None:
+        _check_base(base_optimizer)
+        parameters = [parameter for group in base_optimizer.param_groups for parameter in group["params"]]
+        super().__init__(parameters, base_optimizer.defaults)
+        self.base_optimizer = base_optimizer
+        self.skipped_steps = 0
+        self._model = model
+        self._share()
+
+    @abstractmethod
+    def _perturb(self, parameters: list[Tensor], gradients: list[Tensor], norm: float) -> None:
+        """Moves ``parameters`` in place to where the second gradient is taken.
+
+        Args:
+            parameters: Those that have a gradient.
+            gradients: Theirs, at the weights.
+            norm: The gradients' L2 norm over all parameters, finite.
+        """
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """Makes one step.
+
+        Args:
+            closure: Clears the gradients, computes the loss, calls ``backward()`` and returns the loss, as torch's
+                own optimizers expect it. Called exactly twice; once where the first gradient is not finite.
+
+        Returns:
+            The loss of the first call, at the unperturbed weights.
+
+        Raises:
+            InvalidArgumentError: If there is no closure, or it leaves no gradient.
+            Exception: Whatever the closure raises; the weights are then as they were.
+        """
+        if closure is None:
+            raise InvalidArgumentError(
+                f"{type(self).__name__}.step needs a closure, because it takes the gradient twice: def closure(): "
+                "optimizer.zero_grad(); loss = ...; loss.backward(); return loss"
+            )
+        closure = torch.enable_grad()(closure)
+        loss = closure()
+        parameters, gradients = self._gradients()
+        norm = float(global_norm(gradients))
+        if not _finite(norm):
+            return self._skip(loss, "first")
+
+        weights = [parameter.clone() for parameter in parameters]
+        try:
+            self._perturb(parameters, gradients, norm)
+            with frozen_statistics(self._model):
+                closure()
+        finally:
+            torch._foreach_copy_(parameters, weights)
+        if not _finite(float(global_norm(self._gradients()[1]))):
+            return self._skip(loss, "second")
+        self.base_optimizer.step()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the base optimizer, which is to itself."""
+        if "base_optimizer" in self.__dict__:
+            self.base_optimizer.add_param_group(param_group)
+        else:  # called by torch's constructor, before there is anything to share
+            super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the base optimizer's state, which is all there is."""
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned; a plain optimizer's state fits too."""
+        self.base_optimizer.load_state_dict(state_dict)
+        self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own leaves out what a subclass adds; hooks and the step a scheduler has patched belong to this object.
+        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
+
+    def _share(self) -> None:
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self.defaults = self.base_optimizer.defaults
+
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in parameters]
+        if not gradients:
+            raise InvalidArgumentError("the closure left no gradient: it must call loss.backward()")
+        if any(gradient.layout != torch.strided for gradient in gradients):
+            raise InvalidArgumentError(
+                f"{type(self).__name__} needs dense gradients; create the embedding with sparse=False"
+            )
+        return parameters, gradients
+
+    def _skip(self, loss: Any, which: str) -> Any:
+        if self.skipped_steps == 0:
+            warnings.warn(
+                f"the {which} gradient of a {type(self).__name__} step is not finite: the step was dropped and the "
+                "weights are as they were (said once; skipped_steps counts them)",
+                NonFiniteGradientWarning,
+                stacklevel=5,  # _skip, step, torch's two wrappers
+            )
+        self.skipped_steps += 1
+        return loss
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """L2 norm over all tensors together, accumulated in float32 at least, as a scalar."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    widest = max((torch.promote_types(kind, torch.float32) for kind in kinds), key=lambda kind: kind.itemsize)
+    norms = [norm.to(tensors[0].device) for same in kinds.values() for norm in torch._foreach_norm(same, 2, widest)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
+
+
+def _finite(number: float) -> bool:
+    return abs(number) < float("inf")
+
+
+def _check_base(base: object) -> None:
+    if isinstance(base, type):
+        raise InvalidArgumentError(
+            f"base_optimizer must be an instance, got the class {base.__name__}; "
+            f"write {base.__name__}(model.parameters(), lr=...)"
+        )
+    if not isinstance(base, Optimizer):
+        raise InvalidArgumentError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__}")
+    if isinstance(base, SharpnessAware):
+        raise InvalidArgumentError(f"base_optimizer is a {type(base).__name__} already; wrap the plain optimizer once")
+    if isinstance(base, torch.optim.LBFGS):
+        raise InvalidArgumentError("base_optimizer must step without a closure of its own, which LBFGS cannot")
