@@ -1,6 +1,8 @@
-"""Checks of hyperparameters, shared by every class that takes some."""
+"""Checks of arguments, shared by all that take some."""
 
 import math
+from collections.abc import Sequence
+from difflib import get_close_matches
 
 from .errors import InvalidArgumentError
 
@@ -37,3 +39,16 @@ def check_number(
     if not fits:
         raise InvalidArgumentError(f"{name} must be a finite number {' and '.join(wanted)}, got {value!r}")
     return number
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """Returns ``value`` if it is one of ``choices``; otherwise the error names the nearest."""
+    if value not in choices:
+        raise InvalidArgumentError(f"unknown {name} {value!r}{nearest(value, choices)}; there are {', '.join(choices)}")
+    return value
+
+
+def nearest(value: str, choices: Sequence[str], *, prefix: str = "") -> str:
+    """Returns ``", did you mean ...?"`` for a misspelt value, each choice after ``prefix``, or nothing."""
+    close = [prefix + choice for choice in get_close_matches(value.lower(), choices, n=2)]
+    return f", did you mean {' or '.join(close)}?" if close else ""

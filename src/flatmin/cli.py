@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -312,7 +311,3 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     err_console.print(f"flatmin: warning: {message}", markup=False)
-
-
-if __name__ == "__main__":
-    sys.exit(run())

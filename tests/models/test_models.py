@@ -236,13 +236,15 @@ class TestErrors:
         with pytest.raises(InvalidArgumentError) as caught:
             models.create_model("RESNET-18", 3, 10)
         assert str(caught.value) == (
-            "name must be one of cnn, pyramidnet-110, resnet18, wrn-28-10, timm/NAME, torchvision/NAME, "
-            "got 'RESNET-18'; did you mean 'resnet18'?"
+            "unknown model 'RESNET-18', did you mean resnet18?; "
+            "there are cnn, pyramidnet-110, resnet18, wrn-28-10, timm/NAME, torchvision/NAME"
         )
 
     @pytest.mark.parametrize("name", ["", "zzz", "timm", "timm/", "other/resnet18"])
     def test_other_unknown_names(self, name):
-        with pytest.raises(InvalidArgumentError, match=f"timm/NAME, torchvision/NAME, got '{name}'"):
+        with pytest.raises(
+            InvalidArgumentError, match=f"unknown model '{name}'.* there are cnn, .*timm/NAME, torchvision/NAME"
+        ):
             models.create_model(name, 3, 10)
 
 
@@ -282,13 +284,13 @@ class TestAdapters:
         ("name", "nearest"), [("timm/vit_tin", "timm/vit_tiny"), ("torchvision/vgg", "torchvision/vgg11")]
     )
     def test_an_unknown_network_gets_the_nearest(self, name, nearest):
-        message = rf"list_models\(\), got '{name}'; did you mean '{nearest}'"
+        message = f"unknown model '{name}', did you mean {nearest}"
         with pytest.raises(InvalidArgumentError, match=message):
             models.create_model(name, 3, 7)
 
     @pytest.mark.parametrize("name", ["timm/qqq", "torchvision/qqq", "torchvision/retinanet"])
     def test_an_unknown_network_like_no_other(self, name):
-        with pytest.raises(InvalidArgumentError, match=rf"got '{name}'$"):
+        with pytest.raises(InvalidArgumentError, match=f"unknown model '{name}'; {name.split('/')[0]} lists"):
             models.create_model(name, 3, 7)
 
 
@@ -301,7 +303,7 @@ class TestALibraryThatCannotBeImported:
 
     def test_missing(self, library, monkeypatch):
         monkeypatch.setitem(sys.modules, library, None)
-        with pytest.raises(MissingDependencyError, match=f"pip install '{library}'"):
+        with pytest.raises(MissingDependencyError, match=rf"pip install 'flatmin\[{library}\]'"):
             models.create_model(f"{library}/resnet18", 3, 10)
 
     @pytest.mark.parametrize("error", ["RuntimeError", "AttributeError", "OSError"])
@@ -330,5 +332,5 @@ class TestTheRealLibraries:
 
     @pytest.mark.parametrize("library", ["timm", "torchvision"])
     def test_an_unknown_name(self, library):
-        with pytest.raises(InvalidArgumentError, match=f"did you mean '{library}/resnet18'"):
+        with pytest.raises(InvalidArgumentError, match=f"did you mean {library}/resnet18"):
             self.create(f"{library}/resnett18", 3)

@@ -51,5 +51,5 @@ def add_label_noise(targets: Tensor, fraction: float, num_classes: int, *, seed:
     shift = torch.randint(1, num_classes, chosen.shape, generator=generator)
     chosen, shift = chosen.to(targets.device), shift.to(targets.device)
     noisy = targets.clone()
-    noisy[chosen] = ((targets[chosen].long() + shift) % num_classes).to(targets.dtype)
+    noisy[chosen] = ((targets[chosen] + shift) % num_classes).to(targets.dtype)
     return noisy

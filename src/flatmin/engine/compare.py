@@ -193,7 +193,7 @@ class Comparison:
         write_config(self.folder, config, outcome.recipe.experiment)
         try:
             self._measure()
-            self._train_all(started + 60 * self.minutes)
+            self._train_all(started + 0.95 * 60 * self.minutes)
         except KeyboardInterrupt:
             outcome.interrupted = True
         finally:

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._checks import check_integer, check_number
-from ..errors import InvalidArgumentError
+from .._checks import check_choice, check_integer, check_number
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16")
@@ -85,18 +84,3 @@ class Run:
     def from_json(cls, values: Mapping[str, Any]) -> "Run":
         """Takes what `to_json` returned, extra keys or not."""
         return cls(Recipe(**values["recipe"]), values["method"], values["settings"], values["seed"])
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Returns ``value`` if it is one of ``choices``; otherwise the error names the nearest."""
-    if value not in choices:
-        raise InvalidArgumentError(f"unknown {name} {value!r}{nearest(value, choices)}; there are {', '.join(choices)}")
-    return value
-
-
-def nearest(value: str, choices: tuple[str, ...]) -> str:
-    """Returns ``", did you mean ...?"`` for a misspelt value, or nothing."""
-    import difflib
-
-    close = difflib.get_close_matches(value, choices, n=2)
-    return f", did you mean {' or '.join(close)}?" if close else ""

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._checks import check_choice, nearest
 from ..errors import InvalidArgumentError
 from ..losses import MESA, SAF, ema_decay
 from ..optim import SAM, SharpnessAware
-from .config import check_choice, nearest
 
 # MESA's average looks back over this share of the run where nothing else is said: 12 of 60 epochs. The paper's .9998 is
 # 5,000 steps, or 18 % of its 90 epochs of ImageNet.

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
+from .._checks import nearest
 from ..data import Split, add_label_noise, load_digits, load_folder, load_idx
 from ..errors import DataError, ExperimentError, InvalidArgumentError
 from ..models import create_model
-from .config import Recipe, nearest
+from .config import Recipe
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Softened logits this far below the largest have probability 0 in every format; the bound keeps the loss finite where
-# their difference is not.
-LOWEST = -1e30
+# Softened logits are held within this bound, so that no difference of two of them overflows. Far below it already, the
+# smaller of two has probability 0.
+BOUND = 1e30
 
 
 def trajectory_loss(logits: Tensor, target: Tensor, *, temperature: float, mask: Tensor | None = None) -> Tensor:
@@ -37,7 +37,7 @@ def trajectory_loss(logits: Tensor, target: Tensor, *, temperature: float, mask:
         >>> trajectory_loss(logits, logits, temperature=5.0)
         tensor(0.)
         >>> trajectory_loss(logits, -logits, temperature=5.0, mask=torch.tensor([True, False]))
-        tensor(1.9738)
+        tensor(0.9869)
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     divergence = F.kl_div(
@@ -52,5 +52,4 @@ def trajectory_loss(logits: Tensor, target: Tensor, *, temperature: float, mask:
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    below = (logits - logits.detach().amax(dim=1, keepdim=True)) / temperature
-    return below.clamp(min=LOWEST).log_softmax(dim=1)
+    return (logits / temperature).clamp(-BOUND, BOUND).log_softmax(dim=1)

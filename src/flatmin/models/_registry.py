@@ -1,12 +1,12 @@
 """Networks by name: ours, and those of timm and torchvision where they are installed."""
 
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import nn
 
+from .._checks import check_choice, nearest
 from ..errors import InvalidArgumentError, MissingDependencyError, require
 from ._cnn import SmallCNN
 from ._layers import check_sizes
@@ -39,9 +39,7 @@ def create_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
     library, _, architecture = name.partition("/")
     if architecture and library in _LIBRARIES:
         return _LIBRARIES[library](architecture, in_channels, num_classes)
-    if name not in _BUILDERS:
-        known = [*model_names(), *(f"{library}/NAME" for library in _LIBRARIES)]
-        raise _unknown(name, known, among=f"one of {', '.join(known)}")
+    check_choice("model", name, [*model_names(), *(f"{library}/NAME" for library in _LIBRARIES)])
     return _BUILDERS[name](in_channels, num_classes)
 
 
@@ -56,41 +54,40 @@ def model_names() -> list[str]:
 
 
 def _from_timm(architecture: str, in_channels: int, num_classes: int) -> nn.Module:
-    timm = _import("timm", install="timm")
+    timm = _import("timm")
     if not timm.is_model(architecture):
-        raise _unknown(architecture, timm.list_models(), among="in timm.list_models()", prefix="timm/")
+        raise _unknown("timm", architecture, timm.list_models())
     model: nn.Module = timm.create_model(architecture, pretrained=False, in_chans=in_channels, num_classes=num_classes)
     return model
 
 
 def _from_torchvision(architecture: str, in_channels: int, num_classes: int) -> nn.Module:
-    models = _import("torchvision.models", install="torchvision")
+    models = _import("torchvision.models")
     known = models.list_models(module=models)  # the classifiers, without detection, segmentation and video
     if architecture not in known:
-        among = "in torchvision.models.list_models()"
-        raise _unknown(architecture, known, among=among, prefix="torchvision/")
+        raise _unknown("torchvision", architecture, known)
     if in_channels != 3:
         raise InvalidArgumentError(f"in_channels must be 3 for torchvision networks, got {in_channels}")
     model: nn.Module = models.get_model(architecture, weights=None, num_classes=num_classes)
     return model
 
 
-def _import(module: str, *, install: str) -> ModuleType:
+def _import(module: str) -> ModuleType:
     """Imports a library that, built for another version of torch, fails with more than an ``ImportError``."""
+    library = module.split(".")[0]
     try:
-        return require(module, install=install)
+        return require(module, install=f"flatmin[{library}]")
     except (AttributeError, OSError, RuntimeError) as error:
         raise MissingDependencyError(
-            f"{install!r} is installed but does not work with torch {torch.__version__} ({error}); "
-            f"pip install --upgrade '{install}'"
+            f"{library!r} is installed but does not work with torch {torch.__version__} ({error}); "
+            f"pip install --upgrade {library}"
         ) from error
 
 
-def _unknown(name: str, known: Sequence[str], *, among: str, prefix: str = "") -> InvalidArgumentError:
-    """Returns the error of a name that is none of ``known``, with the nearest of them."""
-    nearest = [repr(prefix + match) for match in get_close_matches(name.lower(), known)]
-    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
-    return InvalidArgumentError(f"name must be {among}, got {prefix + name!r}{hint}")
+def _unknown(library: str, architecture: str, known: list[str]) -> InvalidArgumentError:
+    prefix = f"{library}/"
+    hint = nearest(architecture, known, prefix=prefix)
+    return InvalidArgumentError(f"unknown model {prefix + architecture!r}{hint}; {library} lists what it has")
 
 
 _BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {

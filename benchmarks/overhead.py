@@ -1,0 +1,147 @@
+"""What each method costs: time of a training step as a ratio to the plain optimizer's, and memory.
+
+The steps of all methods are interleaved in one process. On the CPU it measures ResNet-18 on 32x32 images and the small
+CNN of the demo; on a CUDA device also ResNet-50 at 224x224 (Table 1 of the paper), with images/s, peak memory and
+whether SAF's step ever makes the host wait.
+
+    python benchmarks/overhead.py --out benchmarks/results/overhead-cpu.json
+    python benchmarks/overhead.py --device cuda --out benchmarks/results/overhead-cuda.json
+"""
+
+import argparse
+import copy
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from flatmin.engine.config import Recipe, Run
+from flatmin.engine.methods import METHODS, resolve_settings
+from flatmin.engine.problem import Problem, base_optimizer
+from flatmin.engine.record import command_line, environment, write_json
+from flatmin.engine.timing import measure_steps, synchronize
+from flatmin.engine.trainer import Trainer
+from flatmin.models import create_model
+
+BATCHES_IN_DATASET = 4  # the batch stands among samples that are not in it, as it does in training
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the images it sees, and how: one block of rows of the result."""
+
+    model: str
+    image: tuple[int, int, int]
+    classes: int
+    batch: int
+    precision: str = "float32"
+    channels_last: bool = False
+
+
+CPU = [Case("cnn", (1, 8, 8), 10, 128), Case("resnet18", (3, 32, 32), 10, 128)]
+CUDA = [
+    *(Case("resnet18", (3, 32, 32), 10, 128, precision) for precision in ("float32", "bfloat16")),
+    *(
+        Case("torchvision/resnet50", (3, 224, 224), 1000, 256, precision, channels_last=True)
+        for precision in ("float32", "bfloat16")
+    ),
+]
+
+
+def build(case: Case, device: str, method: str) -> tuple[Trainer, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Returns a trainer of one method on synthetic images, and the batch whose steps are measured."""
+    generator = torch.Generator().manual_seed(0)
+    size = case.batch * BATCHES_IN_DATASET
+    x = torch.randn(case.batch, *case.image, generator=generator)
+    y = torch.randint(case.classes, (case.batch,), generator=generator)
+    index = torch.randperm(size, generator=generator)[: case.batch]
+    recipe = Recipe(model=case.model, batch_size=case.batch, precision=case.precision, device=device, lr=1e-3)
+
+    def make_model() -> nn.Module:
+        model = create_model(case.model, case.image[0], case.classes)
+        return model.to(memory_format=torch.channels_last) if case.channels_last else model  # type: ignore[call-overload]
+
+    dataset = TensorDataset(torch.empty(size, 1), torch.zeros(size, dtype=torch.int64))  # only its length counts
+    problem = Problem(
+        dataset, dataset, case.classes, make_model, None, lambda parameters: base_optimizer(recipe, parameters)
+    )
+    trainer = Trainer(Run(recipe, method, resolve_settings(METHODS[method], {}, epochs=recipe.epochs)), problem)
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    return trainer, (index, x.to(trainer.device, memory_format=layout), y.to(trainer.device))
+
+
+def measure(case: Case, device: str, methods: list[str], seconds: float) -> dict[str, Any]:
+    """Measures all methods on one case."""
+    built = [build(case, device, method) for method in methods]
+    trainers, batch = [trainer for trainer, _ in built], built[0][1]
+    times = measure_steps(trainers, batch, seconds=seconds)
+    rows = []
+    for method, trainer, each in zip(methods, trainers, times, strict=True):
+        ratios = sorted(ours / base for ours, base in zip(each.seconds, times[0].seconds, strict=True))
+        row: dict[str, Any] = {
+            "method": method,
+            "ratio": each.ratio(times[0]),
+            "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+            "share_of_base_speed": 1 / each.ratio(times[0]),
+            "milliseconds": 1e3 * each.median(),
+            "images_per_second": case.batch / each.median(),
+            "extra_bytes": trainer.extra_bytes,
+        }
+        if trainer.device.type == "cuda":
+            row["peak_bytes"] = _peak(trainer, batch)
+            row["host_waits_in_step"] = _host_waits(trainer, batch)
+        rows.append(row)
+        print(f"{case.model} {case.precision} {method}: {row['ratio']:.3f} x, {row['milliseconds']:.2f} ms", flush=True)
+    return {**case.__dict__, "rounds": len(times[0].seconds), "rows": rows}
+
+
+def _peak(trainer: Trainer, batch: Any) -> int:
+    """Most bytes that a step allocates beyond what was there, with what the trainer itself keeps."""
+    synchronize(trainer.device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    trainer.step(*batch)
+    synchronize(trainer.device)
+    tensors = [*trainer.model.parameters(), *trainer.model.buffers(), *(p.grad for p in trainer.model.parameters())]
+    if trainer.trajectory is not None:
+        tensors += [*trainer.trajectory.parameters(), *trainer.trajectory.buffers()]
+    state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+    kept = sum(tensor.nbytes for tensor in [*tensors, *state] if isinstance(tensor, torch.Tensor))
+    return int(torch.cuda.max_memory_allocated() - before + kept)
+
+
+def _host_waits(trainer: Trainer, batch: Any) -> int:
+    """How often the host waits for the device within a step, as the profiler counts it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    synchronize(trainer.device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        trainer.step(*batch)
+    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+    # The profiler itself synchronises once on leaving, outside of every step.
+    return sum(int(event.count) for event in profiled.key_averages() if event.key in waits) - 1
+
+
+def main() -> None:
+    """Measures and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--methods", default=",".join(METHODS), help="methods, base first")
+    parser.add_argument("--models", default="", help="only these models, with commas")
+    parser.add_argument("--seconds", type=float, default=120.0, help="how long to measure each case")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
+    arguments = parser.parse_args()
+    cases = copy.copy(CUDA if arguments.device.startswith("cuda") else CPU)
+    if arguments.models:
+        cases = [case for case in cases if case.model in arguments.models.split(",")]
+    methods = arguments.methods.split(",")
+    results = [measure(case, arguments.device, methods, arguments.seconds) for case in cases]
+    write_json(arguments.out, {"command": f"python benchmarks/{command_line()}", **environment(), "cases": results})
+
+
+if __name__ == "__main__":
+    main()
