@@ -115,15 +115,14 @@ def _peak(trainer: Trainer, batch: Any) -> int:
 
 
 def _host_waits(trainer: Trainer, batch: Any) -> int:
-    """How often the host waits for the device within a step, as the profiler counts it."""
+    """How often the host waits for the device, as the profiler counts it, its own waiting included: compare to base."""
     from torch.profiler import ProfilerActivity, profile
 
     synchronize(trainer.device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         trainer.step(*batch)
     waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-    # The profiler itself synchronises once on leaving, outside of every step.
-    return sum(int(event.count) for event in profiled.key_averages() if event.key in waits) - 1
+    return sum(int(event.count) for event in profiled.key_averages() if event.key in waits)
 
 
 def main() -> None:

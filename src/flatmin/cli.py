@@ -163,8 +163,7 @@ def compare(
     except FlatminError:
         _remove_if_empty(folder)
         raise
-    _print_outcome(outcome)
-    out_console.print(f"Every seed's numbers: {folder / 'results.json'}")
+    _print_outcome(outcome, folder / "results.json")
     if outcome.interrupted:
         raise _Interrupted(f"the {len(outcome.seeds)} finished seeds are in {folder}")
 
@@ -269,7 +268,7 @@ def _warn_if_idle(label: str, settings: Any, epochs: int) -> None:
         )
 
 
-def _print_outcome(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome, results: Path) -> None:
     if not outcome.seeds:
         out_console.print("No seed was finished by every method, so there is nothing to compare.")
         return
@@ -293,6 +292,7 @@ def _print_outcome(outcome: Outcome) -> None:
             "-" if entry["extra_bytes"] is None else _bytes(entry["extra_bytes"]),
         )
     out_console.print(table, soft_wrap=False)
+    out_console.print(f"Every seed's numbers: {results}", markup=False)
     out_console.print(verdict(outcome), markup=False)
 
 

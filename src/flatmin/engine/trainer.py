@@ -188,7 +188,9 @@ def resolve_device(name: str) -> torch.device:
         InvalidArgumentError: If there is no such device here.
     """
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        # A CUDA build names its accelerator also on a machine that has none.
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

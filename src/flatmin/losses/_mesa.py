@@ -203,7 +203,7 @@ class MESA(nn.Module):
                 "MESA's average has never been updated, so it is still the network it was made with: call "
                 "mesa.update(model) after optimizer.step(), or mesa.attach(optimizer) once",
                 FlatminWarning,
-                stacklevel=4,  # _check_updates, forward, nn.Module.__call__ (two frames)
+                stacklevel=5,  # _check_updates, forward, nn.Module.__call__ (two frames), the caller
             )
 
 

@@ -174,7 +174,7 @@ class SAF(nn.Module):
                 f"SAF has seen {self._seen} samples since epoch {self._epoch} began, and the data set has "
                 f"{self.num_samples}: call saf.set_epoch(epoch) before each epoch, or it compares nothing",
                 FlatminWarning,
-                stacklevel=4,  # _count, forward, nn.Module.__call__ (two frames)
+                stacklevel=5,  # _count, forward, nn.Module.__call__ (two frames), the caller
             )
 
 

@@ -1,0 +1,89 @@
+"""The registry and what it puts together."""
+
+import pytest
+import torch
+from torch import nn
+
+import flatmin
+from flatmin.engine.methods import HYPERPARAMETERS, METHODS, Ingredients, get_method, resolve_settings
+from flatmin.errors import InvalidArgumentError
+
+
+def assemble(name, **given):
+    model = nn.Linear(4, 3)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = get_method(name)
+    ingredients = Ingredients(model, base, num_samples=20, num_classes=3, epochs=10, steps_per_epoch=5)
+    return model, base, method.assemble(ingredients, resolve_settings(method, given, epochs=10))
+
+
+def test_the_methods_of_the_issue():
+    assert list(METHODS) == ["base", "smoothing", "sam", "saf", "mesa"]
+
+
+def test_every_default_has_an_option_and_every_option_a_method():
+    used = {name for method in METHODS.values() for name in method.defaults}
+    assert used == set(HYPERPARAMETERS)
+
+
+@pytest.mark.parametrize(("name", "near"), [("saff", "saf"), ("messa", "mesa"), ("smothing", "smoothing")])
+def test_an_unknown_method_gets_the_nearest(name, near):
+    with pytest.raises(InvalidArgumentError, match=f"unknown method '{name}', did you mean.* {near}"):
+        get_method(name)
+
+
+def test_an_unknown_hyperparameter_gets_the_nearest():
+    with pytest.raises(InvalidArgumentError, match=r"saf has no hyperparameter 'coeficient', did you mean coefficient"):
+        resolve_settings(METHODS["saf"], {"coeficient": 1.0}, epochs=10)
+
+
+def test_settings_override_the_defaults():
+    settings = resolve_settings(METHODS["saf"], {"lag": 2}, epochs=10)
+    assert settings == {"coefficient": 0.3, "temperature": 5.0, "lag": 2, "start_epoch": 5, "smoothing": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "horizon"), [({}, 12.0), ({"ema_epochs": 3.0}, 3.0), ({"decay": 0.9}, None)], ids=str
+)
+def test_the_horizon_of_mesa_is_a_fifth_of_the_run_unless_said_otherwise(given, horizon):
+    assert resolve_settings(METHODS["mesa"], given, epochs=60)["ema_epochs"] == horizon
+
+
+def test_decay_and_horizon_exclude_each_other():
+    with pytest.raises(InvalidArgumentError, match="exclude each other"):
+        resolve_settings(METHODS["mesa"], {"decay": 0.9, "ema_epochs": 3.0}, epochs=60)
+
+
+@pytest.mark.parametrize("name", ["base", "smoothing"])
+def test_the_plain_methods_add_nothing(name):
+    _, base, method = assemble(name)
+    assert method.optimizer is base
+    assert (method.trajectory, method.penalty, method.extra_bytes) == (None, None, 0)
+
+
+def test_sam_wraps_the_base_optimizer_and_keeps_a_copy_of_the_weights():
+    model, base, method = assemble("sam", rho=0.2)
+    assert isinstance(method.optimizer, flatmin.SAM)
+    assert method.optimizer.base_optimizer is base
+    assert method.optimizer.rho == 0.2
+    assert method.extra_bytes == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_saf_remembers_every_logit_of_lag_epochs():
+    _, base, method = assemble("saf", coefficient=0.7, temperature=2.0, lag=2, start_epoch=4)
+    saf = method.trajectory
+    assert method.optimizer is base
+    assert (saf.coefficient, saf.temperature, saf.lag, saf.start_epoch) == (0.7, 2.0, 2, 4)
+    assert (saf.num_samples, saf.num_classes) == (20, 3)
+    assert method.extra_bytes == 2 * 20 * (4 * 3 + 4)
+
+
+@pytest.mark.parametrize(("given", "decay"), [({"ema_epochs": 4.0}, 1 - 1 / 20), ({"decay": 0.7}, 0.7), ({}, 0.9)])
+def test_mesa_follows_the_optimizer_with_the_decay_that_was_asked_for(given, decay):
+    model, base, method = assemble("mesa", **given)
+    assert method.trajectory.decay == pytest.approx(decay)
+    before = {name: value.clone() for name, value in method.trajectory.average.module.state_dict().items()}
+    model(torch.ones(2, 4)).sum().backward()
+    base.step()
+    for name, value in method.trajectory.average.module.state_dict().items():
+        torch.testing.assert_close(value, decay * before[name] + (1 - decay) * model.state_dict()[name])
