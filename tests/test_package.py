@@ -81,4 +81,3 @@ def test_importing_flatmin_loads_no_third_party_but_torch() -> None:
 
 def test_version_is_the_installed_one() -> None:
     assert flatmin.__version__ == importlib.metadata.version("flatmin")
-

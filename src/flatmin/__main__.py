@@ -10,7 +10,8 @@ def main() -> None:
     except ImportError as error:
         if error.name is None or error.name.split(".")[0] == "flatmin":
             raise
-        sys.exit(f"flatmin: the command needs {error.name}; pip install 'flatmin[cli]'")
+        print(f"flatmin: the command needs {error.name}; pip install 'flatmin[cli]'", file=sys.stderr)
+        sys.exit(2)
     sys.exit(cli.run())
 
 

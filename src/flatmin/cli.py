@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -17,14 +18,14 @@ from . import __version__
 from .engine.compare import Comparison, Outcome, make_rows, verdict
 from .engine.config import Recipe, Run
 from .engine.methods import HYPERPARAMETERS, METHODS, get_method, resolve_settings
-from .engine.record import new_folder
+from .engine.problem import load_problem
+from .engine.record import run_folder
 from .engine.train import train as train_run
 from .errors import FlatminError, FlatminWarning, InvalidArgumentError
 
 app = typer.Typer(
     help="Train networks into flat minima at the price of the plain optimizer, and measure what it gains.",
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -32,6 +33,7 @@ app = typer.Typer(
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
+_ALL = ",".join(METHODS)
 _METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
 
 
@@ -78,7 +80,8 @@ def version(
     """Train networks into flat minima at the price of the plain optimizer, and measure what it gains."""
     if version:
         out_console.print(f"flatmin {__version__}")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        out_console.print(context.get_help(), markup=False)
 
 
 @app.command()
@@ -96,8 +99,6 @@ def train(
     Python file that defines model(), train_set() and test_set(), takes the place of --data and --model.
     """
     run = Run(recipe, method, resolve_settings(get_method(method), settings, epochs=recipe.epochs), seed)
-    _warn_if_idle(method, run.settings, recipe.epochs)
-    folder = new_folder(out, f"{method}-seed{seed}")
     done: list[dict[str, float]] = []
 
     def show(metrics: dict[str, float]) -> None:
@@ -109,24 +110,24 @@ def train(
             f"  {metrics['seconds']:.1f} s"
         )
 
-    try:
-        last = train_run(run, folder, on_epoch=show)
-    except KeyboardInterrupt:
-        kept = f"{len(done)} of {recipe.epochs} epochs are kept in {folder}" if done else "no epoch was done"
-        raise _Interrupted(kept) from None
-    except FlatminError:
-        _remove_if_empty(folder)
-        raise
-    out_console.print(f"test accuracy after the last epoch {100 * last['test_accuracy']:.2f} %; the run is in {folder}")
+    with run_folder(out, f"{method}-seed{seed}") as folder:
+        _warn_if_idle(method, run.settings, recipe.epochs)
+        try:
+            last = train_run(run, folder, on_epoch=show)
+        except KeyboardInterrupt:
+            kept = f"{len(done)} of {recipe.epochs} epochs are kept in {folder}" if done else "no epoch was done"
+            raise _Interrupted(kept) from None
+    accuracy = f"{100 * last['test_accuracy']:.2f} %"
+    out_console.print(f"test accuracy after the last epoch {accuracy}; the run is in {folder}", markup=False)
 
 
 @app.command()
 @with_options
 def compare(
     recipe: Recipe,
-    methods: Annotated[str, typer.Option(help="Methods to compare, with commas; base must be one.")] = ",".join(
-        METHODS
-    ),
+    methods: Annotated[
+        str | None, typer.Option(help=f"Methods to compare, with commas; base must be one.  [default: {_ALL}]")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -150,22 +151,19 @@ def compare(
     confidence interval, and what each method costs. EXPERIMENT, a Python file that defines model(), train_set() and
     test_set(), takes the place of --data and --model: does it help on my problem, and what does it cost?
     """
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = _default_methods(recipe) if methods is None else [name.strip() for name in methods.split(",")]
     rows = make_rows(names, _parse_settings(set_ or []), epochs=recipe.epochs)
-    for row in rows:
-        _warn_if_idle(row.label, row.settings, recipe.epochs)
-    folder = new_folder(out, "compare")
-    try:
+    with run_folder(out, "compare") as folder:
+        for row in rows:
+            _warn_if_idle(row.label, row.settings, recipe.epochs)
         with _Display() as display:
             outcome = Comparison(
                 recipe, rows, folder, seeds=seeds, minutes=minutes, jobs=jobs, on_progress=display.tell
             ).run()
-    except FlatminError:
-        _remove_if_empty(folder)
-        raise
-    _print_outcome(outcome, folder / "results.json")
-    if outcome.interrupted:
-        raise _Interrupted(f"the {len(outcome.seeds)} finished seeds are in {folder}")
+        _print_outcome(outcome, folder / "results.json")
+        if outcome.interrupted:
+            kept = f"kept in {folder}" if any(folder.rglob("metrics.jsonl")) else "no epoch was done"
+            raise _Interrupted(f"{len(outcome.seeds)} seeds are finished, {kept}")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -257,6 +255,14 @@ def _parse_settings(texts: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     return settings
 
 
+def _default_methods(recipe: Recipe) -> list[str]:
+    """All methods; without label smoothing where it cannot be, on a criterion of the user's own."""
+    if recipe.experiment is None or load_problem(recipe, seed=0).criterion is None:
+        return list(METHODS)
+    err_console.print(f"{recipe.experiment} has its own criterion(), so smoothing is left out", markup=False)
+    return [name for name in METHODS if name != "smoothing"]
+
+
 def _warn_if_idle(label: str, settings: Any, epochs: int) -> None:
     first = max(settings.get("start_epoch", 0), settings.get("lag", 0))
     if first >= epochs:
@@ -275,7 +281,7 @@ def _print_outcome(outcome: Outcome, results: Path) -> None:
     recipe = outcome.recipe
     what = recipe.experiment or f"{recipe.data}, {recipe.model}"
     table = Table(
-        title=f"{what}: {len(outcome.seeds)} seeds, {recipe.epochs} epochs, 95 % confidence intervals",
+        title=escape(f"{what}: {len(outcome.seeds)} seeds, {recipe.epochs} epochs, 95 % confidence intervals"),
         title_style="bold",
         title_justify="left",
     )
@@ -302,11 +308,6 @@ def _bytes(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} GB"
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

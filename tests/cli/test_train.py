@@ -52,7 +52,6 @@ class TestHelp:
         assert "train" in found.out
         assert "compare" in found.out
 
-    @pytest.mark.xfail(strict=True, reason="src: the help of a bare `flatmin` is folded into one line of stderr")
     def test_without_a_command_the_help_can_be_read(self, flatmin):
         found = flatmin()
         assert "\n  train " in found.out + found.err

@@ -118,9 +118,6 @@ class TestRows:
         with pytest.raises(InvalidArgumentError, match=message):
             make_rows(methods, settings, epochs=60)
 
-    @pytest.mark.xfail(
-        strict=True, reason="src: rows of one label share a run folder, and the second run crashes on it"
-    )
     @pytest.mark.parametrize("values", [[0.3, 0.3], [0.9999991, 0.9999992]], ids=["equal", "equal when printed"])
     def test_no_two_rows_have_one_label(self, values):
         try:
@@ -164,7 +161,6 @@ class TestVerdict:
     def test_equal_gains_of_every_one_of_many_seeds_are_better(self):
         assert "here: saf" in verdict(outcome(**gains(*[1.0] * 10)))
 
-    @pytest.mark.xfail(strict=True, reason="src: two seeds that gain the same two test samples give p = 0")
     def test_equal_gains_of_two_seeds_are_not(self):
         samples = {"base": [170, 168], "saf": [172, 170]}  # right answers out of 179
         text = verdict(outcome(**{label: [100 * right / 179 for right in rights] for label, rights in samples.items()}))

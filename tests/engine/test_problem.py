@@ -111,7 +111,6 @@ def test_a_training_loader_leaves_out_a_last_batch_of_one_and_nothing_else(size)
         assert isinstance(train, DataLoader)
 
 
-@pytest.mark.xfail(strict=True, reason="src: make_loader indexes subclasses of TensorDataset a batch at a time")
 def test_a_data_set_derived_from_tensors_is_asked_sample_by_sample():
     class Mirrored(TensorDataset):
         def __getitem__(self, index):

@@ -52,14 +52,10 @@ def test_without_evidence_the_p_value_is_one(differences):
     assert paired_p_value(differences) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="src: equal differences, which quantised accuracies give, count as p = 0")
 def test_two_equal_differences_are_no_evidence():
     assert paired_p_value([1.12, 1.12]) > 0.05
 
 
-@pytest.mark.xfail(
-    strict=True, reason="src: scipy warns of precision loss where differences are equal but for rounding"
-)
 def test_differences_equal_but_for_rounding_give_no_warning():
     paired_p_value([0.1 + 0.2, 0.3])
 

@@ -150,10 +150,10 @@ def test_second_call_is_rho_up_the_slope_from_the_first(rho):
     loss = problem.steps(sam := flatmin.SAM(problem.sgd(), rho=rho))
     first, second = problem.calls
     moved = torch.cat([(second[name] - first[name]).flatten() for name in first])
-    assert moved.norm().item() == pytest.approx(rho, rel=1e-12)
+    assert moved.norm().item() == pytest.approx(rho, rel=1e-9)
     gradient = problem.gradient(TRAINED)([first[name] for name in TRAINED])
     along = sum((second[n] - first[n]).mul(g).sum() for n, g in zip(TRAINED, gradient, strict=True))
-    assert along.item() == pytest.approx(rho * float(global_norm(gradient)), rel=1e-10)  # parallel, and uphill
+    assert along.item() == pytest.approx(rho * float(global_norm(gradient)), rel=1e-9)  # parallel, and uphill
     assert torch.equal(loss[0], problem.losses[0])
     assert problem.losses[0] != problem.losses[1]
     assert sam.skipped_steps == 0
@@ -217,7 +217,7 @@ def normalised(norm: str) -> nn.Module:
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("how", ["hook", "model", "compiled"])
-@pytest.mark.parametrize("fails", [False, True], ids=["", "raises"])
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "raises"])
 def test_statistics_are_those_of_the_first_pass(norm, how, fails):
     problem = Problem(normalised(norm), dtype=torch.float32)
     eager, twin = problem.model, copy.deepcopy(problem.model)
@@ -414,7 +414,9 @@ def test_costs_one_copy_of_the_weights():
         assert not any(gradient() is not None for gradient in first)  # freed before the second is made
         (loss := weight.square().sum()).backward()
         tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-        peak.append(len({t.untyped_storage().data_ptr() for t in tensors if t.device.type == "cpu" and t.nbytes == size}))
+        peak.append(
+            len({t.untyped_storage().data_ptr() for t in tensors if t.device.type == "cpu" and t.nbytes == size})
+        )
         if not first:
             first.append(weakref.ref(weight.grad))
         return loss.detach()

@@ -75,6 +75,11 @@ class Indexed:
         for batch in self._loader:
             if drawn is None:  # only now is it sure that the loader has begun, and with which stream
                 drawn = self._noted.drawn
+            if self._loader.persistent_workers and drawn is not self._noted.drawn:
+                raise InvalidArgumentError(
+                    "persistent workers serve one iteration at a time, and another has begun; "
+                    "finish one first, or make the loader with persistent_workers=False"
+                )
             yield drawn.popleft(), batch
 
 
@@ -106,7 +111,7 @@ def _as_index(drawn: Any) -> Tensor:
         index = torch.as_tensor(drawn)
     except (TypeError, ValueError, RuntimeError):
         index = torch.empty(0)
-    if index.is_floating_point() or index.dtype == torch.bool:
+    if index.is_floating_point() or index.dtype == torch.bool or index.ndim > 1:
         raise InvalidArgumentError(
             f"the loader's sampler must give integer indices, got {drawn!r:.80}; number the samples from 0"
         )

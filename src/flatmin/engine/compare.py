@@ -4,9 +4,11 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,8 +139,11 @@ def make_rows(methods: Sequence[str], settings: Mapping[str, Mapping[str, Sequen
         tried = settings.get(name, {})
         for values in itertools.product(*tried.values()):
             given = dict(zip(tried, values, strict=True))
-            label = " ".join([name, *(f"{key}={value:g}" for key, value in given.items())])
+            label = " ".join([name, *(f"{key}={value:.15g}" for key, value in given.items())])
             rows.append(Row(label, name, resolve_settings(get_method(name), given, epochs=epochs)))
+    labels = [row.label for row in rows]
+    if len(set(labels)) != len(labels):
+        raise InvalidArgumentError(f"a setting is given twice: the rows are {', '.join(labels)}")
     return rows
 
 
@@ -237,8 +242,9 @@ class Comparison:
         with ProcessPoolExecutor(self.jobs, context, _start_worker, (ticks, stop, self.threads)) as pool:
             futures: dict[Future[dict[str, float]], tuple[Row, int]] = {}
             try:
-                for seed in range(planned):
-                    futures.update(self._submit(pool, seed))
+                with _interrupts_ignored():  # inherited by the processes that this starts
+                    for seed in range(planned):
+                        futures.update(self._submit(pool, seed))
                 waiting = set(futures)
                 while waiting:
                     finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -276,6 +282,19 @@ class Comparison:
         for future, (row, seed) in futures.items():
             if future.done() and not future.cancelled() and future.exception() is None:
                 self.outcome.metrics.setdefault(row.label, {})[seed] = future.result()
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ignores Ctrl-C for a moment, where that can be said: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error

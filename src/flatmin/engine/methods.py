@@ -26,7 +26,7 @@ HYPERPARAMETERS: dict[str, tuple[type, str]] = {
     "temperature": (float, "saf, mesa: temperature of the trajectory loss."),
     "start_epoch": (int, "saf, mesa: first epoch, from 0, with the trajectory loss."),
     "lag": (int, "saf: epochs between an output and the one it is compared with."),
-    "ema_epochs": (float, "mesa: horizon of the average in epochs; a fifth of the run where not given."),
+    "ema_epochs": (float, "mesa: horizon of the average in epochs; a fifth of the run, at least 2, where not given."),
     "decay": (float, "mesa: decay of the average, in place of ema_epochs."),
 }
 
@@ -158,5 +158,5 @@ def resolve_settings(method: Method, given: Mapping[str, float], *, epochs: int)
         if settings["ema_epochs"] is not None and settings["decay"] is not None:
             raise InvalidArgumentError("ema_epochs and decay exclude each other: give one of them")
         if settings["ema_epochs"] is None and settings["decay"] is None:
-            settings["ema_epochs"] = EMA_SHARE * epochs
+            settings["ema_epochs"] = max(EMA_SHARE * epochs, 2.0)  # an epoch may be a single step
     return settings

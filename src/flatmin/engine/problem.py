@@ -82,7 +82,7 @@ def make_loader(
     size = len(dataset)  # type: ignore[arg-type]
     # Batch norm cannot train on a single sample, so a last batch of one is left out.
     drop_last = generator is not None and size % batch_size == 1
-    if isinstance(dataset, TensorDataset):
+    if type(dataset) is TensorDataset:  # and none of its subclasses, which may do something for each sample
         # Tensors are indexed a batch at a time, some fifty times faster than sample by sample.
         order: Any = range(size) if generator is None else RandomSampler(dataset, generator=generator)
         return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, batch_size, drop_last))
@@ -114,7 +114,7 @@ def _load_data(recipe: Recipe, seed: int) -> Split:
 def _with_noise(train: "Dataset[Any]", recipe: Recipe, num_classes: int, seed: int) -> "Dataset[Any]":
     if recipe.label_noise == 0:
         return train
-    if isinstance(train, TensorDataset) and len(train.tensors) == 2:
+    if type(train) is TensorDataset and len(train.tensors) == 2:
         inputs, targets = train.tensors
         return TensorDataset(inputs, add_label_noise(targets, recipe.label_noise, num_classes, seed=seed))
     labels = getattr(train, "targets", None)
@@ -151,21 +151,36 @@ def _from_experiment(path: Path, recipe: Recipe, seed: int) -> Problem:
             raise ExperimentError(f"{path}: {name}() returned an empty data set")
     num_classes = _count_classes(path, _call(path, module.model), train)
     criterion = _call(path, module.criterion) if hasattr(module, "criterion") else None
+    if criterion is not None and not callable(criterion):
+        raise ExperimentError(f"{path}: criterion() must return a function of (logits, y), got {criterion!r}")
+
+    def make_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        if not hasattr(module, "optimizer"):
+            return base_optimizer(recipe, parameters)
+        optimizer = _call(path, lambda: module.optimizer(parameters))
+        if not isinstance(optimizer, Optimizer):
+            raise ExperimentError(f"{path}: optimizer(parameters) must return a torch optimizer, got {optimizer!r}")
+        return optimizer
+
     train = _with_noise(train, recipe, num_classes, seed)
-    own: Callable[[Iterable[nn.Parameter]], Optimizer] | None = getattr(module, "optimizer", None)
-    make_optimizer = own or (lambda parameters: base_optimizer(recipe, parameters))
     return Problem(train, test, num_classes, lambda: _call(path, module.model), criterion, make_optimizer)
+
+
+_experiments: set[str] = set()  # modules that are experiment files, and may be loaded again
 
 
 def _import(path: Path) -> Any:
     if not path.is_file():
         raise ExperimentError(f"{path}: no such experiment file")
+    if path.stem in sys.stdlib_module_names or path.stem in sys.modules.keys() - _experiments:
+        raise ExperimentError(f"{path}: there is a module {path.stem} already; give the file another name")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ExperimentError(f"{path}: an experiment file is a Python file, ending in .py")
     module = importlib.util.module_from_spec(spec)
     # Registered, and its folder on the path, as when it is run: its classes can be pickled and its neighbours imported.
     sys.modules[path.stem] = module
+    _experiments.add(path.stem)
     if str(path.parent.resolve()) not in sys.path:
         sys.path.insert(0, str(path.parent.resolve()))
     _call(path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]

@@ -1,12 +1,15 @@
 """What is written down about a run: its folder, its configuration, the machine."""
 
+import itertools
 import json
 import math
 import os
 import platform
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,8 +20,11 @@ import torch
 from ..errors import OutputError
 
 
-def new_folder(out: str | Path | None, name: str) -> Path:
+@contextmanager
+def run_folder(out: str | None, name: str) -> Iterator[Path]:
     """Makes the folder of a run, never one that holds something already.
+
+    If what is done with it ends in an error before an epoch is done, nothing of it is left behind.
 
     Args:
         out: The folder the user asked for; None for a new one under ``runs/``, named by time and ``name``.
@@ -27,32 +33,39 @@ def new_folder(out: str | Path | None, name: str) -> Path:
     Raises:
         OutputError: If it cannot be made or written, or holds something.
     """
-    if out is None:
-        stem = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
-        for number in range(1000):
-            folder = Path("runs") / (stem if number == 0 else f"{stem}-{number}")
-            if _make(folder, fresh=True):
-                return folder
-    folder = Path(out or "runs")
-    _make(folder, fresh=False)
-    if any(folder.iterdir()):
-        raise OutputError(f"{folder}: holds something already; give --out a new folder, every run has its own")
-    return folder
-
-
-def _make(folder: Path, *, fresh: bool) -> bool:
+    wanted = Path(out) if out is not None else Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
+    missing = [path for path in (wanted, *wanted.parents) if not path.exists()]
+    folder = _new_folder(wanted, numbered=out is None)
     try:
-        folder.mkdir(parents=True, exist_ok=not fresh)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except FileExistsError:
-        if fresh:
-            return False
-        raise OutputError(f"{folder}: is a file; give --out a folder") from None
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror}); give --out another folder") from error
-    return True
+        yield folder
+    except BaseException:
+        if not any(folder.rglob("metrics.jsonl")):
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in (folder, *missing[1:]) if missing else ():
+                with suppress(OSError):  # somebody else has put something there meanwhile
+                    path.rmdir()
+        raise
+
+
+def _new_folder(wanted: Path, *, numbered: bool) -> Path:
+    for number in itertools.count():
+        folder = wanted.with_name(f"{wanted.name}-{number}") if number else wanted
+        try:
+            folder.mkdir(parents=True, exist_ok=not numbered)
+            probe = folder / ".probe"
+            probe.touch()
+            probe.unlink()
+        except FileExistsError:
+            if numbered:  # by a run that began in the same second
+                continue
+            raise OutputError(f"{folder}: is a file; give --out a folder") from None
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written ({error.strerror}); give --out another folder") from error
+        if any(folder.iterdir()):
+            raise OutputError(f"{folder}: holds something already; give --out a new folder, every run has its own")
+        return folder
+    raise AssertionError("unreachable")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -45,6 +45,9 @@ def interval(values: Sequence[float]) -> Interval:
 def paired_p_value(differences: Sequence[float]) -> float:
     """Two-sided p-value of the paired t-test, for the mean of ``differences`` being 0; 1 for fewer than two.
 
+    Accuracies are counts of samples, so that all differences can be equal, and the statistic infinite. Then it is the
+    p-value of the sign test, ``2 ** (1 - n)``, and never less than that.
+
     Example:
         >>> from flatmin.engine.stats import paired_p_value
         >>> round(paired_p_value([1.0, 2.0, 3.0]), 4)
@@ -52,9 +55,9 @@ def paired_p_value(differences: Sequence[float]) -> float:
     """
     if len(differences) < 2:
         return 1.0
-    first = differences[0]
-    if all(value == first for value in differences):  # no spread: the statistic is infinite, or 0 / 0
-        return 1.0 if first == 0 else 0.0
+    largest = max(abs(value) for value in differences)
+    if max(differences) - min(differences) <= 1e-9 * largest:  # equal but for rounding
+        return 1.0 if largest == 0 else 2.0 ** (1 - len(differences))
     stats = require("scipy.stats", install="flatmin[cli]")
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 

@@ -193,8 +193,8 @@ def resolve_device(name: str) -> torch.device:
         return found or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # the meta device has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InvalidArgumentError(f"device {name!r} cannot be used here; try --device auto or cpu") from error
     return device
 

@@ -46,7 +46,7 @@ class SharpnessAware(Optimizer, ABC):
         self.base_optimizer = base_optimizer
         self.skipped_steps = 0
         self._model = model
-        self._share()
+        self._follow()
 
     @abstractmethod
     def _perturb(self, parameters: list[Tensor], gradients: list[Tensor], norm: float) -> None:
@@ -88,6 +88,7 @@ class SharpnessAware(Optimizer, ABC):
         weights = [parameter.clone() for parameter in parameters]
         try:
             self._perturb(parameters, gradients, norm)
+            del gradients  # so that the second pass can have their memory
             with frozen_statistics(self._model):
                 closure()
         finally:
@@ -111,11 +112,19 @@ class SharpnessAware(Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; a plain optimizer's state fits too."""
         self.base_optimizer.load_state_dict(state_dict)
-        self._share()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own leaves out what a subclass adds; hooks and the step a scheduler has patched belong to this object.
         return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Shares what the base optimizer has, now and whenever a checkpoint gives it something else."""
+        self.base_optimizer.register_load_state_dict_post_hook(lambda _: self._share())
+        self._share()
 
     def _share(self) -> None:
         self.param_groups = self.base_optimizer.param_groups
