@@ -116,7 +116,6 @@ def state(loader: DataLoader) -> dict:
 @pytest.mark.parametrize("kind", KINDS)
 def test_indices_are_the_data_sets_own_and_the_stream_is_the_loaders(kind):
     ours, plain = KINDS[kind](), KINDS[kind]()
-    untouched = state(ours)
     for epoch in range(2):
         for loader in (ours, plain):
             if isinstance(loader.sampler, DistributedSampler):
@@ -124,13 +123,14 @@ def test_indices_are_the_data_sets_own_and_the_stream_is_the_loaders(kind):
         torch.manual_seed(epoch)
         expected = [content(batch) for batch in plain]
         torch.manual_seed(epoch)
+        untouched = state(ours)
         drawn = list(flatmin.with_indices(ours))
+        assert state(ours) == untouched
         assert [content(batch) for _, batch in drawn] == expected
         for index, batch in drawn:
             assert (index.dtype, index.ndim, index.device.type) == (torch.int64, 1, "cpu")
             assert of(ours, index) == content(batch)
         assert len(flatmin.with_indices(ours)) == len(plain) == len(drawn)
-    assert state(ours) == untouched
 
 
 def test_distributed_sampler_deals_anew_when_told_the_epoch():

@@ -115,12 +115,12 @@ def test_averaged_model_runs_from_start_epoch_on_in_eval_mode_and_without_gradie
     assert calls == [(False, False)] * 2
     assert losses[0] == losses[1] == 0 < losses[2]
     assert not any(module.training for module in mesa.average.modules())
-    assert flatmin.MESA(model, coefficient=0, start_epoch=0)(model(x), x) == 0
 
 
-def test_eval_mode_does_not_penalise():
+@pytest.mark.parametrize(("coefficient", "training"), [(0.8, False), (0.0, True)])
+def test_averaged_model_is_not_run_in_eval_mode_nor_where_it_does_not_count(coefficient, training):
     model, (x, _) = network(), data()
-    mesa = flatmin.MESA(model, start_epoch=0).eval()
+    mesa = flatmin.MESA(model, coefficient=coefficient, start_epoch=0).train(training)
     mesa.average.module.register_forward_hook(lambda *_: pytest.fail("was run"))
     assert mesa(model(x), x) == 0
 
@@ -327,7 +327,7 @@ def test_bad_argument_is_named_with_its_value(name, value):
 
 @pytest.mark.parametrize("epoch", [-1, 0.5])
 def test_bad_epoch_is_named(epoch):
-    with pytest.raises(InvalidArgumentError, match="^epoch must"):
+    with pytest.raises(InvalidArgumentError, match=r"^epoch must"):
         flatmin.MESA(nn.Linear(4, C)).set_epoch(epoch)
 
 

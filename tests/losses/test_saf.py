@@ -144,6 +144,18 @@ def test_many_repeats_in_a_large_batch_remember_the_last():
         assert torch.equal(saf.history.logits[0, sample], logits[(index == sample).nonzero().max()])
 
 
+def test_history_is_given_equal_rows_for_a_repeated_sample(monkeypatch):
+    # on a GPU it is open which of two different rows would be kept
+    saf, given = flatmin.SAF(N, C), []
+    monkeypatch.setattr(saf.history, "put", lambda index, epoch, logits: given.append((index, epoch, logits)))
+    saf.set_epoch(4)
+    logits = torch.randn(5, C)
+    saf(logits, torch.tensor([7, 2, 7, 7, 2]))
+    ((index, epoch, rows),) = given
+    assert (index.tolist(), epoch) == ([7, 2, 7, 7, 2], 4)
+    assert torch.equal(rows, logits[[3, 4, 3, 3, 4]])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_outputs_that_are_not_finite_are_not_remembered(value):
     logits, now = first_logits(), torch.zeros(3, C)
@@ -316,7 +328,7 @@ def test_bad_argument_is_named_with_its_value(name, value):
 
 @pytest.mark.parametrize("epoch", [-1, 1.0, None])
 def test_bad_epoch_is_named(epoch):
-    with pytest.raises(InvalidArgumentError, match="^epoch must"):
+    with pytest.raises(InvalidArgumentError, match=r"^epoch must"):
         flatmin.SAF(N, C).set_epoch(epoch)
 
 

@@ -206,6 +206,7 @@ NORMS = {
     "instance norm": lambda: nn.Sequential(
         nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True, affine=True), nn.Flatten()
     ),
+    "applied twice": lambda: nn.Sequential(norm := nn.BatchNorm1d(8), nn.ReLU(), norm),
     "frozen": lambda: nn.BatchNorm1d(8).eval(),
     "without statistics": lambda: nn.BatchNorm1d(8, track_running_stats=False),
 }
@@ -366,10 +367,12 @@ def test_plain_checkpoint_loads_and_schedulers_still_act():
     assert_same(problem.model.state_dict(), before)
 
 
-def test_checkpoint_loaded_into_the_base_keeps_the_sharing():
+@pytest.mark.parametrize("duplicate", [lambda sam: sam, copy.deepcopy])
+def test_checkpoint_loaded_into_the_base_keeps_the_sharing(duplicate):
     problem = Problem()
     sam = flatmin.SAM(problem.sgd())
     problem.steps(sam)
+    sam = duplicate(sam)
     sam.base_optimizer.load_state_dict(sam.base_optimizer.state_dict())
     assert_shares(sam)
 
@@ -413,12 +416,11 @@ def test_costs_one_copy_of_the_weights():
         sam.zero_grad()
         assert not any(gradient() is not None for gradient in first)  # freed before the second is made
         (loss := weight.square().sum()).backward()
-        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-        peak.append(
-            len({t.untyped_storage().data_ptr() for t in tensors if t.device.type == "cpu" and t.nbytes == size})
-        )
+        gradient = weight.grad  # the garbage collector knows only what Python has seen
+        large = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"]
+        peak.append(len({tensor.untyped_storage().data_ptr() for tensor in large if tensor.nbytes == size}))
         if not first:
-            first.append(weakref.ref(weight.grad))
+            first.append(weakref.ref(gradient))
         return loss.detach()
 
     sam.step(closure)
