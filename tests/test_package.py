@@ -43,15 +43,20 @@ def test_all_is_sorted_and_each_symbol_is_documented(name: str) -> None:
         assert inspect.getdoc(getattr(module, symbol)), symbol
 
 
+def _absolute(name: str) -> tuple[str, bool]:
+    first, *rest = name.split(".")
+    return (rest[0] if rest else "", True) if first == "flatmin" else (first, False)
+
+
 def imports(path: Path) -> list[tuple[str, bool]]:
     """All modules that a file imports, with whether they are flatmin's own, as the first part of their name."""
     found = []
     depth = len(path.relative_to(ROOT).parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(alias.name.split(".")[0], False) for alias in node.names]
+            found += [_absolute(alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.append(((node.module or "").split(".")[0], False))
+            found.append(_absolute(node.module or ""))
         elif isinstance(node, ast.ImportFrom) and node.level == depth:  # from the package's root
             names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
             found += [

@@ -12,6 +12,9 @@ def main() -> None:
             raise
         print(f"flatmin: the command needs {error.name}; pip install 'flatmin[cli]'", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("flatmin: interrupted before anything was done", file=sys.stderr)
+        sys.exit(2)
     sys.exit(cli.run())
 
 

@@ -1,6 +1,7 @@
 """Checks of arguments, shared by all that take some."""
 
 import math
+import operator
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -8,10 +9,14 @@ from .errors import InvalidArgumentError
 
 
 def check_integer(name: str, value: int, *, least: int, hint: str = "") -> int:
-    """Returns ``value`` if it is an integer of at least ``least``; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """Returns ``value`` as an int if it is an integer, numpy's too, of at least ``least``; a bool is none."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
         raise InvalidArgumentError(f"{name} must be an integer of at least {least}, got {value!r}{hint}")
-    return value
+    return number
 
 
 def check_number(

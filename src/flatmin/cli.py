@@ -2,7 +2,10 @@
 
 import dataclasses
 import inspect
+import io
 import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__
-from .engine.compare import Comparison, Outcome, make_rows, verdict
+from .engine.compare import Comparison
 from .engine.config import Recipe, Run
+from .engine.load import has_criterion
 from .engine.methods import HYPERPARAMETERS, METHODS, get_method, resolve_settings
-from .engine.problem import load_problem
+from .engine.outcome import Outcome, make_rows, verdict
 from .engine.record import run_folder
 from .engine.train import train as train_run
 from .errors import FlatminError, FlatminWarning, InvalidArgumentError
@@ -174,7 +178,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     command = typer.main.get_command(app)
     # A plain kill ends a run as Ctrl-C does: what was done is kept and said.
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show ± must not cost a result
     with warnings.catch_warnings():
         warnings.simplefilter("always", FlatminWarning)
         warnings.showwarning = _show_warning
@@ -183,6 +191,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return code if isinstance(code, int) else 0
         except (FlatminError, _Interrupted) as error:
             message = str(error)
+            if "flatmin.errors." in message:  # from a loader's worker: its traceback, and then what was said
+                message = message.rpartition("flatmin.errors.")[2].partition(": ")[2]
         except KeyboardInterrupt:
             message = "interrupted before anything was done"
         except Exception as error:
@@ -257,7 +267,7 @@ def _parse_settings(texts: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
 
 def _default_methods(recipe: Recipe) -> list[str]:
     """All methods; without label smoothing where it cannot be, on a criterion of the user's own."""
-    if recipe.experiment is None or load_problem(recipe, seed=0).criterion is None:
+    if not has_criterion(recipe):
         return list(METHODS)
     err_console.print(f"{recipe.experiment} has its own criterion(), so smoothing is left out", markup=False)
     return [name for name in METHODS if name != "smoothing"]

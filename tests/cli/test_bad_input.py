@@ -114,7 +114,7 @@ class TestOutputFolder:
 
     def test_a_file(self, flatmin, experiment):
         Path("run").write_text("mine")
-        one_line(flatmin(*self.command(experiment, "run")), "run: is a file; give --out a folder")
+        one_line(flatmin(*self.command(experiment, "run")), "run: is a file; give --out a new folder")
         assert Path("run").read_text() == "mine"
 
     @pytest.mark.skipif(not Path("/proc").is_dir(), reason="/proc")
@@ -163,7 +163,8 @@ class TestDataFiles:
         one_line(self.train(flatmin, f"idx:{files}"), said)
         assert not Path("run").exists()
 
-    def damaged_image(self, tmp_path):
+    @staticmethod
+    def damaged_image(tmp_path):
         for number in range(8):
             path = tmp_path / "images" / str(number % 2) / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,6 +184,7 @@ def bad(part, text, said, **marks):
 
 
 LABELS = "def train_set(): return TensorDataset(torch.ones(60, 4), torch.arange(60) % 4)"
+TEXT = "def train_set(): return [(torch.ones(4), 'cat')] * 9"
 SOFT = "def train_set(): return TensorDataset(torch.ones(60, 4), torch.ones(60, 3) / 3)"
 
 
@@ -206,10 +208,54 @@ SOFT = "def train_set(): return TensorDataset(torch.ones(60, 4), torch.ones(60, 
         bad("optimizer", "def optimizer(parameters): raise KeyError('lr')", "KeyError: 'lr'"),
         bad("optimizer", "def optimizer(parameters): return None", "optimizer"),
         bad("criterion", "def criterion(): return 3", "criterion"),
+        bad("train_set", TEXT, "labels must be class numbers"),
+        bad(
+            "train_set", "def train_set(): return [({'a': torch.ones(4)}, 0)] * 9", "must be a pair (x, y) of a tensor"
+        ),
+        bad("train_set", "def train_set(): return [(torch.ones(4), 0)]", "there must be two at least"),
     ],
 )
-def test_an_experiment_file_that_cannot_be_used(flatmin, experiment, parts, said):
-    one_line(flatmin("train", experiment(**parts), "--method", "base", "--epochs", 1), "flatmin: ", said)
+@pytest.mark.parametrize("command", ["train --method base", "compare --methods base --seeds 1 --jobs 1 --minutes .1"])
+def test_an_experiment_file_that_cannot_be_used(flatmin, experiment, parts, said, command):
+    name, *options = command.split()
+    found = flatmin(name, experiment(**parts), *options, "--epochs", 1)
+    assert found.code == 2
+    assert "Traceback" not in found.err
+    last = found.err.splitlines()[-1]  # compare says before it what it is doing
+    assert last.startswith("flatmin: ")
+    assert said in last
+    assert name == "compare" or len(found.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--lr=5", "lr is set there"),
+        ("--momentum=.5", "momentum is set there"),
+        ("--data=idx:nope", "data and an experiment file exclude each other"),
+        ("--model=resnet18", "model and an experiment file exclude each other"),
+    ],
+)
+def test_an_option_that_the_experiment_file_would_ignore(flatmin, experiment, option, said):
+    own = "def optimizer(parameters): return torch.optim.SGD(parameters, lr=0.1)"
+    one_line(flatmin("train", experiment(optimizer=own), "--method", "base", "--epochs", 1, option), said)
+
+
+def test_an_experiment_file_named_as_a_module(flatmin, experiment):
+    Path(experiment()).rename("random.py")
+    one_line(flatmin("train", "random.py"), "there is a module random already")
+
+
+def test_labels_that_are_not_int64_are_converted(flatmin, experiment):
+    int32 = "def train_set(): x = torch.randn(60, 4); return TensorDataset(x, x[:, :3].argmax(dim=1).int())"
+    assert flatmin("train", experiment(train_set=int32), "--method", "base", "--epochs", 1).code == 0
+
+
+def test_a_damaged_image_in_a_loaders_worker_is_one_line(flatmin, tmp_path):
+    damaged = TestDataFiles.damaged_image(tmp_path)
+    found = flatmin("train", "--data", damaged, "--epochs", 1, "--method", "base", "--workers", 1)
+    one_line(found, "flatmin: cannot read the image")
+    assert "Traceback" not in found.err
 
 
 def test_labels_outside_the_classes_leave_no_folder(flatmin, experiment):

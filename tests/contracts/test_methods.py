@@ -1,6 +1,8 @@
 """Every method of the registry through the same tests; a method that is added is tested without being named here."""
 
 import copy
+import unittest.mock
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,6 @@ from flatmin.engine.methods import METHODS, Ingredients, resolve_settings
 
 N, C, B = 24, 3, 8
 EPOCHS = 6
-PASSES = {"sam": 2}  # closure calls in a step; all others make one
 
 
 class Loop:
@@ -135,7 +136,7 @@ def test_the_mechanism_acts(method: str) -> None:
 
 @every_method
 def test_weights_are_restored_when_the_closure_raises(method: str) -> None:
-    for call in range(1, PASSES.get(method, 1) + 1):
+    for call in range(1, METHODS[method].closure_calls + 1):
         loop = Loop(method)
         loop.epoch(0)
         before = [parameter.clone() for parameter in loop.model.parameters()]
@@ -153,7 +154,7 @@ def test_weights_are_restored_when_the_closure_raises(method: str) -> None:
 def test_number_of_closure_calls(method: str) -> None:
     loop = Loop(method)
     loop.epoch(0), loop.epoch(1)
-    assert loop.calls == 2 * (N // B) * PASSES.get(method, 1)
+    assert loop.calls == 2 * (N // B) * METHODS[method].closure_calls
 
 
 @every_method
@@ -200,10 +201,28 @@ def test_batch_norm_statistics_move_once_a_step(method: str) -> None:
 
 @every_method
 def test_extra_bytes_are_what_the_method_keeps(method: str) -> None:
-    loop = Loop(method)
-    tensors = [] if loop.method.trajectory is None else list(loop.method.trajectory.buffers())
-    if loop.method.trajectory is not None:
-        tensors += list(loop.method.trajectory.parameters())
-    if PASSES.get(method, 1) > 1:  # one copy of the weights while the perturbed ones are in their place
-        tensors += list(loop.model.parameters())
-    assert loop.method.extra_bytes == sum(tensor.nbytes for tensor in tensors)
+    """Measured: what tensors it holds, and what a step has at most beyond the base's."""
+    ours, base = Loop(method), Loop("base")
+    state = {} if ours.method.trajectory is None else ours.method.trajectory.state_dict()
+    kept = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith("_extra_state"))
+    assert ours.method.extra_bytes == kept + peak_of_parameters(ours) - peak_of_parameters(base)
+
+
+def peak_of_parameters(loop: Loop) -> int:
+    """Most bytes of clones of the weights that live at once during a step."""
+    alive: list[int] = [0]
+    most: list[int] = [0]
+    original = torch.Tensor.clone
+
+    def clone(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        copy_ = original(tensor, *args, **kwargs)
+        if any(tensor is parameter for parameter in loop.model.parameters()):
+            alive[0] += copy_.nbytes
+            weakref.finalize(copy_, lambda size=copy_.nbytes: alive.__setitem__(0, alive[0] - size))
+            most[0] = max(most[0], alive[0])
+        return copy_
+
+    loop.epoch(0)
+    with unittest.mock.patch.object(torch.Tensor, "clone", clone):
+        loop.step(torch.arange(B))
+    return most[0]

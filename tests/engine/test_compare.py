@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from flatmin.engine import compare
-from flatmin.engine.compare import Comparison, Outcome, Row, make_rows, verdict
+from flatmin.engine.compare import Comparison
 from flatmin.engine.config import Recipe
+from flatmin.engine.outcome import Outcome, Row, make_rows, verdict
 from flatmin.engine.trainer import Trainer
 from flatmin.errors import DataError, InvalidArgumentError
 
@@ -152,11 +153,14 @@ class TestVerdict:
         text = verdict(outcome(base=base, saf=[value + 0.1 * number for number, value in enumerate(base, start=3)]))
         assert "here: saf (+0.50 points)" in text
 
-    @pytest.mark.parametrize("accuracies", [{"base": [97], "saf": [99]}, {"base": [], "saf": []}, {"base": [9, 9, 9]}])
+    @pytest.mark.parametrize("accuracies", [{"base": [97], "saf": [99]}, {"base": [], "saf": []}])
     def test_too_little_gives_no_claim(self, accuracies):
         text = verdict(outcome(**accuracies))
         assert "no claim" in text
         assert "Better" not in text
+
+    def test_the_base_alone(self):
+        assert "nothing to compare" in verdict(outcome(base=[9, 9, 9]))
 
     def test_equal_gains_of_every_one_of_many_seeds_are_better(self):
         assert "here: saf" in verdict(outcome(**gains(*[1.0] * 10)))

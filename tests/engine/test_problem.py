@@ -1,5 +1,6 @@
 """What is to be learnt: data by name, label noise, loaders, experiment files."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -7,8 +8,14 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatmin.engine.config import Recipe
-from flatmin.engine.problem import base_optimizer, check_labels, load_problem, make_loader
+from flatmin.engine.load import load_problem
+from flatmin.engine.problem import base_optimizer, class_numbers, make_loader
 from flatmin.errors import DataError, ExperimentError, InvalidArgumentError
+
+SPLIT = """
+_all = TensorDataset(torch.arange(20.0)[:, None], torch.arange(20) % 2)
+def train_set(): return torch.utils.data.random_split(_all, [10, 10])[0]
+"""
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -225,8 +232,36 @@ class TestExperimentFile:
 )
 def test_labels_that_are_no_class_numbers(labels, message):
     with pytest.raises(DataError, match=message):
-        check_labels(labels, 3)
+        class_numbers(labels, 3)
 
 
 def test_labels_that_are():
-    check_labels(torch.tensor([0, 2, 1]), 3)
+    class_numbers(torch.tensor([0, 2, 1]), 3)
+
+
+def test_a_split_that_an_experiment_file_draws_follows_from_the_seed_alone(experiment_file):
+    recipe = experiment_file(train_set=SPLIT)
+
+    def split(seed, disturbed):
+        torch.rand(disturbed)  # what another run has drawn before in the same process
+        return list(load_problem(recipe, seed).train.indices)
+
+    assert split(0, 1) == split(0, 2)
+    assert split(0, 1) != split(1, 1)
+
+
+def test_label_noise_leaves_the_users_own_data_set_alone(experiment_file):
+    shared = """
+class Set:
+    def __init__(self): self.targets = [number % 2 for number in range(20)]
+    def __len__(self): return 20
+    def __getitem__(self, index): return torch.ones(1), self.targets[index]
+_set = Set()
+def train_set(): return _set
+def test_set(): return _set
+"""
+    recipe = dataclasses.replace(experiment_file(train_set=shared, test_set=""), label_noise=0.3)
+    problem = load_problem(recipe, 0)
+    clean = [number % 2 for number in range(20)]
+    assert problem.test.targets == clean
+    assert sum(a != b for a, b in zip(problem.train.targets, clean, strict=True)) == 6

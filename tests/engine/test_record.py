@@ -39,10 +39,10 @@ class TestAFolderUnderRuns:
     def test_it_is_named_by_time_and_run(self):
         assert str(made(None, "saf-seed0")) == "runs/20250102-030405-saf-seed0"
 
-    def test_two_runs_in_one_second_get_two_folders_even_while_they_are_empty(self):
+    def test_two_runs_in_one_second_get_two_folders(self):
         folders = [made(None, "saf-seed0") for _ in range(4)]
         assert len(set(folders)) == 4
-        assert all(folder.is_dir() and not any(folder.iterdir()) for folder in folders)
+        assert all(folder.is_dir() for folder in folders)
 
     def test_runs_that_is_a_file(self, tmp_path):
         (tmp_path / "runs").write_text("")
@@ -56,7 +56,12 @@ class TestAFolderThatWasAskedFor:
 
     def test_an_empty_one_is_taken(self, tmp_path):
         assert made(str(tmp_path), "x") == tmp_path
-        assert not any(tmp_path.iterdir())
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+    def test_of_two_runs_at_once_one_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(record, "any", lambda _: False, raising=False)  # both have found it empty
+        with run_folder(str(tmp_path), "x"), pytest.raises(OutputError, match="holds something already"):
+            made(str(tmp_path), "x")
 
     def test_one_that_holds_something_is_refused_and_left_alone(self, tmp_path):
         (tmp_path / "metrics.jsonl").write_text("mine")
@@ -97,6 +102,12 @@ class TestAfterAnError:
             raise KeyError
         assert tmp_path.is_dir()
         assert not any(tmp_path.iterdir())
+
+    def test_what_somebody_else_put_there_stays(self, tmp_path):
+        with pytest.raises(KeyError), run_folder(str(tmp_path / "run"), "x") as folder:
+            (folder / "notes.txt").write_text("theirs")
+            raise KeyError
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
     def test_an_epoch_that_was_done_is_kept(self, tmp_path):
         with pytest.raises(KeyboardInterrupt), run_folder(str(tmp_path / "run"), "x") as folder:

@@ -65,12 +65,12 @@ def test_one_slow_step_does_not_move_the_ratio(clock):
     assert other.ratio(base) == pytest.approx(1)
 
 
-def test_the_steps_are_interleaved_in_an_order_that_turns(clock):
+def test_the_steps_are_interleaved_in_an_order_drawn_anew(clock):
     order = []
     measure_steps([stub(name, 0.1, clock, order) for name in "abc"], (None, None, None), seconds=0)
     rounds = ["".join(order[start : start + 3]) for start in range(0, len(order), 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
-    assert {each[0] for each in rounds} == {"a", "b", "c"}
+    assert len(set(rounds)) >= 4
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0, 10), (2.1, 10), (9, 30)])

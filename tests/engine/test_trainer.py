@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from flatmin.engine.checkpoint import load_checkpoint, save_checkpoint
+from flatmin.engine.load import load_problem
 from flatmin.engine.methods import METHODS
-from flatmin.engine.problem import load_problem
 from flatmin.engine.trainer import Trainer, resolve_device
 from flatmin.errors import DataError, InvalidArgumentError
 

@@ -23,12 +23,14 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         OutputError: If it cannot be written.
     """
     safetensors = require("safetensors.torch", install="flatmin[cli]")
+    full_disk = require("safetensors", install="flatmin[cli]").SafetensorError
     tensors: dict[str, Tensor] = {}
     skeleton = _strip(state, "", tensors)
     fresh, stale = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     try:
-        for leftover in (fresh, stale):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         safetensors.save_file(tensors, fresh / TENSORS)
         (fresh / STATE).write_text(json.dumps(skeleton))
@@ -36,7 +38,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
             folder.rename(stale)
         fresh.rename(folder)
         shutil.rmtree(stale, ignore_errors=True)
-    except OSError as error:
+    except (OSError, full_disk) as error:
         raise OutputError(f"{folder}: the checkpoint could not be written: {error}") from error
 
 
@@ -47,6 +49,9 @@ def load_checkpoint(folder: Path) -> Any:
         DataError: If it is not there or not whole.
     """
     safetensors = require("safetensors.torch", install="flatmin[cli]")
+    stale = folder.with_name(folder.name + ".old")
+    if stale.exists() and not folder.exists():  # a crash between the two renames
+        folder = stale
     try:
         tensors = safetensors.load_file(folder / TENSORS)
         return _fill(json.loads((folder / STATE).read_text()), tensors)

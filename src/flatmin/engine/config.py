@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._checks import check_choice, check_integer, check_number
+from ..errors import InvalidArgumentError
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16")
@@ -44,6 +45,9 @@ class Recipe:
     workers: int = _option(0, "Processes that load data, for folder: and experiment files.")
 
     def __post_init__(self) -> None:
+        for name in ("data", "model"):
+            if self.experiment is not None and getattr(self, name) != getattr(Recipe, name):
+                raise InvalidArgumentError(f"{name} and an experiment file exclude each other: the file has its own")
         check_integer("epochs", self.epochs, least=1)
         check_integer("batch_size", self.batch_size, least=2, hint="; batch norm needs two samples")
         check_integer("image_size", self.image_size, least=4)

@@ -62,12 +62,17 @@ class Assembled:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train: its name, its hyperparameters with their defaults, and how to put it together."""
+    """A way to train: its name, its hyperparameters with their defaults, and how to put it together.
+
+    Attributes:
+        closure_calls: How often a step calls the closure.
+    """
 
     name: str
     summary: str
     defaults: Mapping[str, float | None]
     assemble: Callable[[Ingredients, Mapping[str, Any]], Assembled]
+    closure_calls: int = 1
 
 
 def _base(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
@@ -103,7 +108,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("base", "the plain optimizer", {"smoothing": 0.0}, _base),
         Method("smoothing", "the plain optimizer with label smoothing", {"smoothing": 0.1}, _base),
-        Method("sam", "two passes a step", {"rho": 0.05, "smoothing": 0.0}, _sam),
+        Method("sam", "two passes a step", {"rho": 0.05, "smoothing": 0.0}, _sam, closure_calls=2),
         Method(
             "saf",
             "against the network's outputs some epochs ago",

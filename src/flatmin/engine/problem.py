@@ -1,22 +1,18 @@
-"""What is to be learnt: data, network, criterion and base optimizer, from names or from an experiment file."""
+"""What is to be learnt, and what a loop needs of it: loaders, labels, the plain optimizer, seeds."""
 
-import importlib.util
-import sys
-import traceback
+import copy
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
-from .._checks import nearest
-from ..data import Split, add_label_noise, load_digits, load_folder, load_idx
-from ..errors import DataError, ExperimentError, InvalidArgumentError
-from ..models import create_model
+from ..data import add_label_noise
+from ..errors import DataError, InvalidArgumentError, require
 from .config import Recipe
 
 
@@ -39,31 +35,6 @@ class Problem:
     make_model: Callable[[], nn.Module]
     criterion: Callable[[Tensor, Tensor], Tensor] | None
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
-
-
-def load_problem(recipe: Recipe, seed: int) -> Problem:
-    """Reads the data and finds the network that a recipe names.
-
-    Args:
-        recipe: The recipe.
-        seed: Draws the split, where the data set has none of its own, and the label noise.
-
-    Raises:
-        FlatminError: If data, model or experiment file cannot be used.
-    """
-    if recipe.experiment is not None:
-        return _from_experiment(Path(recipe.experiment), recipe, seed)
-    split = _load_data(recipe, seed)
-    channels = split.input_shape[0]
-    train = _with_noise(split.train, recipe, split.num_classes, seed)
-    return Problem(
-        train,
-        split.test,
-        split.num_classes,
-        lambda: create_model(recipe.model, channels, split.num_classes),
-        None,
-        lambda parameters: base_optimizer(recipe, parameters),
-    )
 
 
 def base_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -97,21 +68,39 @@ def make_loader(
     )
 
 
-def _load_data(recipe: Recipe, seed: int) -> Split:
-    kind, _, folder = recipe.data.partition(":")
-    if recipe.data == "digits":
-        return load_digits(seed)
-    if kind == "idx" and folder:
-        return load_idx(folder)
-    if kind == "folder" and folder:
-        return load_folder(folder, image_size=recipe.image_size, seed=seed)
-    raise InvalidArgumentError(
-        f"unknown data {recipe.data!r}{nearest(kind, ('digits', 'idx', 'folder'))}; "
-        "there are digits, idx:FOLDER and folder:FOLDER, and experiment files for all else"
-    )
+def class_numbers(labels: Any, num_classes: int) -> Tensor:
+    """Checks a batch of labels, on the CPU, before it goes to the device, and returns it as int64.
+
+    Raises:
+        DataError: If they are not class numbers from 0 to ``num_classes - 1``.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        raise DataError(
+            f"labels must be class numbers, int64 of shape (batch,), got {got:.80}; for soft labels (mixup, cutmix) "
+            "write your own loop, with flatmin.MESA and not SAF, whose outputs belong to another mixture"
+        )
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        raise DataError(f"a label is outside the {num_classes} classes: {low if low < 0 else high}")
+    return labels.long()
 
 
-def _with_noise(train: "Dataset[Any]", recipe: Recipe, num_classes: int, seed: int) -> "Dataset[Any]":
+def seed_all(seed: int) -> None:
+    """Seeds every generator that a data set or a network may draw from: torch's, Python's and numpy's."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    require("numpy", install="flatmin[cli]").random.seed(seed % 2**32)
+
+
+def check_size(name: str, train: Any) -> None:
+    """Raises `DataError` where there is nothing to train on."""
+    if len(train) < 2:
+        raise DataError(f"{name} has {len(train)} training sample; there must be two at least")
+
+
+def with_noise(train: "Dataset[Any]", recipe: Recipe, num_classes: int, seed: int) -> "Dataset[Any]":
+    """Returns the training set with the recipe's share of wrong labels; the one given stays as it is."""
     if recipe.label_noise == 0:
         return train
     if type(train) is TensorDataset and len(train.tensors) == 2:
@@ -124,110 +113,6 @@ def _with_noise(train: "Dataset[Any]", recipe: Recipe, num_classes: int, seed: i
             f"got {type(train).__name__}"
         )
     noisy = add_label_noise(torch.as_tensor(labels), recipe.label_noise, num_classes, seed=seed)
+    train = copy.copy(train)  # the test set may be the same object, or this one be used again
     train.targets = noisy if isinstance(labels, Tensor) else noisy.tolist()  # type: ignore[attr-defined]
     return train
-
-
-def _from_experiment(path: Path, recipe: Recipe, seed: int) -> Problem:
-    module = _import(path)
-    for name in ("model", "train_set", "test_set"):
-        if not callable(getattr(module, name, None)):
-            raise ExperimentError(
-                f"{path}: there is no function {name}(); an experiment file defines model(), train_set() and "
-                "test_set(), and if it likes criterion() and optimizer(parameters)"
-            )
-    train, test = _call(path, module.train_set), _call(path, module.test_set)
-    for name, dataset in (("train_set", train), ("test_set", test)):
-        if (
-            isinstance(dataset, IterableDataset)
-            or not hasattr(dataset, "__getitem__")
-            or not hasattr(dataset, "__len__")
-        ):
-            raise ExperimentError(
-                f"{path}: {name}() must return a map-style data set (with __getitem__ and __len__), "
-                f"got {type(dataset).__name__}"
-            )
-        if len(dataset) == 0:
-            raise ExperimentError(f"{path}: {name}() returned an empty data set")
-    num_classes = _count_classes(path, _call(path, module.model), train)
-    criterion = _call(path, module.criterion) if hasattr(module, "criterion") else None
-    if criterion is not None and not callable(criterion):
-        raise ExperimentError(f"{path}: criterion() must return a function of (logits, y), got {criterion!r}")
-
-    def make_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
-        if not hasattr(module, "optimizer"):
-            return base_optimizer(recipe, parameters)
-        optimizer = _call(path, lambda: module.optimizer(parameters))
-        if not isinstance(optimizer, Optimizer):
-            raise ExperimentError(f"{path}: optimizer(parameters) must return a torch optimizer, got {optimizer!r}")
-        return optimizer
-
-    train = _with_noise(train, recipe, num_classes, seed)
-    return Problem(train, test, num_classes, lambda: _call(path, module.model), criterion, make_optimizer)
-
-
-_experiments: set[str] = set()  # modules that are experiment files, and may be loaded again
-
-
-def _import(path: Path) -> Any:
-    if not path.is_file():
-        raise ExperimentError(f"{path}: no such experiment file")
-    if path.stem in sys.stdlib_module_names or path.stem in sys.modules.keys() - _experiments:
-        raise ExperimentError(f"{path}: there is a module {path.stem} already; give the file another name")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ExperimentError(f"{path}: an experiment file is a Python file, ending in .py")
-    module = importlib.util.module_from_spec(spec)
-    # Registered, and its folder on the path, as when it is run: its classes can be pickled and its neighbours imported.
-    sys.modules[path.stem] = module
-    _experiments.add(path.stem)
-    if str(path.parent.resolve()) not in sys.path:
-        sys.path.insert(0, str(path.parent.resolve()))
-    _call(path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
-    return module
-
-
-def _call(path: Path, function: Callable[[], Any]) -> Any:
-    """Calls into the user's file; what it raises becomes one line with the place in that file."""
-    try:
-        return function()
-    except Exception as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path.name)]
-        line = f":{frames[-1].lineno}" if frames else ""
-        raise ExperimentError(f"{path}{line}: {type(error).__name__}: {error}") from error
-
-
-def _count_classes(path: Path, model: Any, train: Any) -> int:
-    if not isinstance(model, nn.Module):
-        raise ExperimentError(f"{path}: model() must return a torch.nn.Module, got {type(model).__name__}")
-    x, _ = _first_pair(path, train)
-    with torch.no_grad():
-        logits = _call(path, lambda: model.eval()(x))
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ExperimentError(f"{path}: the model must return logits of shape (batch, classes), got {got}")
-    return logits.shape[1]
-
-
-def _first_pair(path: Path, dataset: Any) -> tuple[Tensor, Tensor]:
-    batch = _call(path, lambda: next(iter(DataLoader(dataset, batch_size=min(2, len(dataset))))))
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ExperimentError(f"{path}: a sample must be a pair (x, y)")
-    return batch[0], batch[1]
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Checks a batch of labels, on the CPU, before it goes to the device.
-
-    Raises:
-        DataError: If they are not class numbers from 0 to ``num_classes - 1``.
-    """
-    if labels.is_floating_point() or labels.ndim != 1:
-        raise DataError(
-            f"labels must be class numbers, int64 of shape (batch,), got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}; for soft labels (mixup, cutmix) write your own loop, with flatmin.MESA and not "
-            "SAF, whose remembered outputs belong to another mixture"
-        )
-    low, high = (int(bound) for bound in labels.aminmax())
-    if low < 0 or high >= num_classes:
-        raise DataError(f"a label is outside the {num_classes} classes: {low if low < 0 else high}")

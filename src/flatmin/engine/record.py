@@ -19,6 +19,8 @@ import torch
 
 from ..errors import OutputError
 
+CONFIG = "config.json"
+
 
 @contextmanager
 def run_folder(out: str | None, name: str) -> Iterator[Path]:
@@ -40,8 +42,10 @@ def run_folder(out: str | None, name: str) -> Iterator[Path]:
         yield folder
     except BaseException:
         if not any(folder.rglob("metrics.jsonl")):
-            for path in folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for name in ("checkpoints", "runs"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for name in (CONFIG, "experiment.py", "results.json"):
+                (folder / name).unlink(missing_ok=True)
             for path in (folder, *missing[1:]) if missing else ():
                 with suppress(OSError):  # somebody else has put something there meanwhile
                     path.rmdir()
@@ -53,18 +57,17 @@ def _new_folder(wanted: Path, *, numbered: bool) -> Path:
         folder = wanted.with_name(f"{wanted.name}-{number}") if number else wanted
         try:
             folder.mkdir(parents=True, exist_ok=not numbered)
-            probe = folder / ".probe"
-            probe.touch()
-            probe.unlink()
+            if any(folder.iterdir()):
+                raise FileExistsError
+            (folder / CONFIG).touch(exist_ok=False)  # of two runs that begin at once, one fails here
+            return folder
         except FileExistsError:
             if numbered:  # by a run that began in the same second
                 continue
-            raise OutputError(f"{folder}: is a file; give --out a folder") from None
+            what = "holds something already" if folder.is_dir() else "is a file"
+            raise OutputError(f"{folder}: {what}; give --out a new folder, every run has its own") from None
         except OSError as error:
             raise OutputError(f"{folder}: cannot be written ({error.strerror}); give --out another folder") from error
-        if any(folder.iterdir()):
-            raise OutputError(f"{folder}: holds something already; give --out a new folder, every run has its own")
-        return folder
     raise AssertionError("unreachable")
 
 

@@ -1,5 +1,6 @@
 """Time per step of several methods, as ratios, their steps interleaved in one process."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -37,8 +38,8 @@ def measure_steps(
 ) -> list[StepTimes]:
     """Measures the training step of several methods side by side.
 
-    In each round every trainer makes one step, in an order that turns from round to round, so that a machine that
-    slows down, slows all of them. The trajectory losses are at work in every step: each round is an epoch in which the
+    In each round every trainer makes one step, in an order drawn anew, so that a machine that slows down, slows all of
+    them. The trajectory losses are at work in every step: each round is an epoch in which the
     batch was recorded ``lag`` epochs ago. What is timed is the whole step of the loop: gradients cleared, forward,
     penalty, backward, update.
 
@@ -55,10 +56,10 @@ def measure_steps(
     """
     times: list[list[float]] = [[] for _ in trainers]
     starts = [_first_active_epoch(trainer) for trainer in trainers]
+    order = random.Random(0)
     end, done = time.perf_counter() + seconds, -warm_up
     while done < least_rounds or time.perf_counter() < end:
-        for offset in range(len(trainers)):
-            place = (offset + done) % len(trainers)
+        for place in order.sample(range(len(trainers)), len(trainers)):
             trainer = trainers[place]
             start, lag = starts[place]
             trainer.set_epoch(start + (done + warm_up) * lag)

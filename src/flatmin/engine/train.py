@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import OutputError
 from .checkpoint import save_checkpoint
 from .config import Run
-from .problem import load_problem
-from .record import append_line, command_line, environment, write_json
+from .load import load_problem
+from .record import CONFIG, append_line, command_line, environment, write_json
 from .trainer import Trainer
 
 OnEpoch = Callable[[dict[str, float]], None]
@@ -59,7 +59,7 @@ def train(
 
 def write_config(folder: Path, values: dict[str, Any], experiment: str | None) -> None:
     """Writes ``config.json``: ``values``, the command, versions and hardware; copies the experiment file beside it."""
-    write_json(folder / "config.json", {"command": command_line(), **values, **environment()})
+    write_json(folder / CONFIG, {"command": command_line(), **values, **environment()})
     if experiment is not None:
         try:
             shutil.copy(experiment, folder / "experiment.py")

@@ -14,7 +14,7 @@ from ..data import random_crop, random_flip, with_indices
 from ..errors import InvalidArgumentError
 from .config import Run
 from .methods import Ingredients, get_method
-from .problem import Problem, check_labels, make_loader
+from .problem import Problem, class_numbers, make_loader, seed_all
 
 
 class Trainer:
@@ -40,7 +40,7 @@ class Trainer:
         self.run = run
         self.problem = problem
         self.device = resolve_device(recipe.device)
-        torch.manual_seed(run.seed)
+        seed_all(run.seed)
         self.model = problem.make_model().to(self.device)
         base = problem.make_optimizer(self.model.parameters())
         # The scheduler holds the base optimizer; a wrapper shares its param_groups.
@@ -79,7 +79,7 @@ class Trainer:
         seed = self.run.seed * 1_000_003 + epoch
         self._generator.manual_seed(seed)
         self._augmentation.manual_seed(seed)
-        torch.manual_seed(seed)
+        seed_all(seed)
         self.set_epoch(epoch)
         self.model.train()
         lr = self.optimizer.param_groups[0]["lr"]
@@ -87,7 +87,7 @@ class Trainer:
         count = 0
         start = time.perf_counter()
         for index, (x, y) in with_indices(self.loader):
-            check_labels(y, self.problem.num_classes)
+            y = class_numbers(y, self.problem.num_classes)
             x = _augmented(x, recipe.crop, recipe.flip, self._augmentation)
             losses = self.step(index, x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
             totals += torch.stack(losses) * len(y)
@@ -148,7 +148,7 @@ class Trainer:
         count = 0
         recipe = self.run.recipe
         for x, y in make_loader(self.problem.test, max(recipe.batch_size, 512), workers=recipe.workers):
-            check_labels(y, self.problem.num_classes)
+            y = class_numbers(y, self.problem.num_classes)
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             with self._autocast():
                 logits = self.model(x)

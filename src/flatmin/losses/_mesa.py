@@ -100,13 +100,13 @@ class MESA(nn.Module):
         self.decay = check_number("decay", decay, above=0, below=1)
         self.start_epoch = check_integer("start_epoch", start_epoch, least=0)
         model = _unwrapped(model)
-        self.average = AveragedModel(model, multi_avg_fn=_Average(self.decay), use_buffers=True)
+        self.average = AveragedModel(model, use_buffers=True)
         self.average.requires_grad_(False).eval()
-        # AveragedModel overwrites itself in its first update; ours already holds the weights it starts from.
-        self.average.n_averaged.fill_(1)
+        self.average.n_averaged.fill_(1)  # the weights it starts from
         self._model = (model,)  # in a tuple, so that it is no submodule and not saved twice
         self._epoch = 0
         self._first_epoch: int | None = None
+        self._updated = False
         self._warned = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -157,9 +157,21 @@ class MESA(nn.Module):
         Args:
             model: The network that is trained, wrapped (DistributedDataParallel, torch.compile) or not.
         """
-        # On an accelerator, AveragedModel's own look at this counter would stall every step.
-        self.average.n_averaged = self.average.n_averaged.cpu()
-        self.average.update_parameters(_unwrapped(model))
+        # AveragedModel.update_parameters would stall an accelerator by reading its counter, and round integer buffers
+        # down, which corrupts index buffers (relative_position_index) for some decays, .95 and .9996 among them.
+        ours = [*self.average.module.parameters(), *self.average.module.buffers()]
+        model = _unwrapped(model)
+        theirs = [*model.parameters(), *model.buffers()]
+        pairs = [(a.detach(), b.detach().to(a.device)) for a, b in zip(ours, theirs, strict=True)]
+        averaged = [pair for pair in pairs if pair[0].is_floating_point() or pair[0].is_complex()]
+        if averaged:
+            ema = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
+            ema([a for a, _ in averaged], [b for _, b in averaged], None)
+        for a, b in pairs:
+            if not (a.is_floating_point() or a.is_complex()):
+                a.copy_(b)
+        self.average.n_averaged += 1
+        self._updated = True
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Calls `update` after each step of ``optimizer`` by itself, with the model that MESA was made for.
@@ -197,7 +209,8 @@ class MESA(nn.Module):
         """Warns once when an epoch has gone by without an update: the target is still the untrained network."""
         if self._first_epoch is None:
             self._first_epoch = self._epoch
-        if not self._warned and self._epoch > self._first_epoch and int(self.average.n_averaged) == 1:
+        late = self._epoch > self._first_epoch and not self._updated
+        if late and not self._warned and int(self.average.n_averaged) == 1:
             self._warned = True
             warnings.warn(
                 "MESA's average has never been updated, so it is still the network it was made with: call "
@@ -205,26 +218,6 @@ class MESA(nn.Module):
                 FlatminWarning,
                 stacklevel=5,  # _check_updates, forward, nn.Module.__call__ (two frames), the caller
             )
-
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
-
-
-class _Average:
-    """PyTorch's moving average for floating tensors; integer buffers are copied.
-
-    torch's own function rounds integers towards zero after averaging, which corrupts index buffers
-    (``relative_position_index``, ``position_ids``) for some decays, .95 and .9996 among them.
-    """
-
-    def __init__(self, decay: float) -> None:
-        self._ema = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-
-    def __call__(self, averaged: Tensors, current: Tensors, number: Tensor | int) -> None:
-        if averaged[0].is_floating_point() or averaged[0].is_complex():
-            self._ema(averaged, current, number)
-        else:
-            torch._foreach_copy_(averaged, current)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
