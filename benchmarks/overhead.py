@@ -25,7 +25,8 @@ from flatmin.engine.problem import Problem, base_optimizer
 from flatmin.engine.record import command_line, environment, write_json
 from flatmin.engine.timing import measure_steps, synchronize
 from flatmin.engine.trainer import Trainer
-from flatmin.models import create_model
+from flatmin.errors import MissingDependencyError
+from flatmin.models import create_model, model_names
 
 BATCHES_IN_DATASET = 4  # the batch stands among samples that are not in it, as it does in training
 
@@ -42,14 +43,24 @@ class Case:
     channels_last: bool = False
 
 
-CPU = [Case("cnn", (1, 8, 8), 10, 128), Case("resnet18", (3, 32, 32), 10, 128)]
+CPU = [Case("cnn", (1, 8, 8), 10, 128), Case("resnet18", (3, 32, 32), 10, 32)]
 CUDA = [
     *(Case("resnet18", (3, 32, 32), 10, 128, precision) for precision in ("float32", "bfloat16")),
     *(
-        Case("torchvision/resnet50", (3, 224, 224), 1000, 256, precision, channels_last=True)
+        Case("resnet50", (3, 224, 224), 1000, 256, precision, channels_last=True)
         for precision in ("float32", "bfloat16")
     ),
 ]
+
+
+def find_model(case: Case) -> nn.Module:
+    """Returns flatmin's own network of that name, or else torchvision's or timm's, whichever imports."""
+    if case.model in model_names():
+        return create_model(case.model, case.image[0], case.classes)
+    try:
+        return create_model(f"torchvision/{case.model}", case.image[0], case.classes)
+    except MissingDependencyError:
+        return create_model(f"timm/{case.model}", case.image[0], case.classes)
 
 
 def build(case: Case, device: str, method: str) -> tuple[Trainer, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -62,7 +73,7 @@ def build(case: Case, device: str, method: str) -> tuple[Trainer, tuple[torch.Te
     recipe = Recipe(model=case.model, batch_size=case.batch, precision=case.precision, device=device, lr=1e-3)
 
     def make_model() -> nn.Module:
-        model = create_model(case.model, case.image[0], case.classes)
+        model = find_model(case)
         return model.to(memory_format=torch.channels_last) if case.channels_last else model  # type: ignore[call-overload]
 
     dataset = TensorDataset(torch.empty(size, 1), torch.zeros(size, dtype=torch.int64))  # only its length counts
@@ -125,6 +136,21 @@ def _host_waits(trainer: Trainer, batch: Any) -> int:
     return sum(int(event.count) for event in profiled.key_averages() if event.key in waits)
 
 
+def check(result: dict[str, Any]) -> None:
+    """Says what a result does not prove: a control that is off, a step that waits.
+
+    The method smoothing does the base's work but for a mean, which only a network of milliseconds feels, so its ratio
+    shows what the measurement is worth.
+    """
+    rows = {row["method"]: row for row in result["rows"]}
+    control = rows.get("smoothing", rows["base"])
+    if control["milliseconds"] > 100 and abs(control["ratio"] - 1) > 0.01:
+        print(f"{result['model']}: the control, smoothing, is off by more than 1 %: was the machine idle?")
+    waits = {method: rows[method].get("host_waits_in_step", 0) for method in ("base", "saf") if method in rows}
+    if waits.get("saf", 0) > waits.get("base", 0):
+        raise SystemExit(f"{result['model']}: SAF's step waits for the device: {waits}")
+
+
 def main() -> None:
     """Measures and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,8 +164,13 @@ def main() -> None:
     if arguments.models:
         cases = [case for case in cases if case.model in arguments.models.split(",")]
     methods = arguments.methods.split(",")
-    results = [measure(case, arguments.device, methods, arguments.seconds) for case in cases]
-    write_json(arguments.out, {"command": f"python benchmarks/{command_line()}", **environment(), "cases": results})
+    results = []
+    for case in cases:
+        results.append(measure(case, arguments.device, methods, arguments.seconds))
+        # after each case, so that one that fails costs none of the others
+        write_json(arguments.out, {"command": f"python benchmarks/{command_line()}", **environment(), "cases": results})
+    for result in results:
+        check(result)
 
 
 if __name__ == "__main__":

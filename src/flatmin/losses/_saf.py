@@ -26,7 +26,8 @@ class SAF(nn.Module):
     ``lag * num_samples * (4 * num_classes + 4)`` bytes (see ``history.nbytes``), on the device that ``.to()`` says.
 
     A batch is read as if its samples had come one after another: of a sample that comes twice in an epoch the first
-    contributes and the last is remembered. Outputs that are not finite are not remembered.
+    contributes and the last is remembered. Outputs that are not finite are not remembered. So with an optimizer that
+    calls its closure twice, as SAM does, it does not reach the second gradient: use one or the other.
 
     Args:
         num_samples: Number of samples ``N`` in the data set; indices run from 0 to ``N - 1``.
@@ -172,7 +173,8 @@ class SAF(nn.Module):
             self._warned = True
             warnings.warn(
                 f"SAF has seen {self._seen} samples since epoch {self._epoch} began, and the data set has "
-                f"{self.num_samples}: call saf.set_epoch(epoch) before each epoch, or it compares nothing",
+                f"{self.num_samples}: call saf.set_epoch(epoch) before each epoch, or it compares nothing; where "
+                "samples are meant to come again within an epoch, only the first time counts",
                 FlatminWarning,
                 stacklevel=5,  # _count, forward, nn.Module.__call__ (two frames), the caller
             )

@@ -23,8 +23,8 @@ class SharpnessAware(Optimizer, ABC):
 
     A step calls the closure twice, at the weights and at the perturbed weights, restores the weights to the bit, and
     lets the base optimizer step with the second gradient. During the second call running statistics of normalisation
-    layers stand still. A step in which either gradient is not finite is dropped: weights and optimizer state stay as
-    they were, `skipped_steps` goes up and the first time a `NonFiniteGradientWarning` says so.
+    layers stand still. A step in which the norm of either gradient is not finite is dropped: weights and optimizer
+    state stay as they were, `skipped_steps` goes up and the first time a `NonFiniteGradientWarning` says so.
 
     Args:
         base_optimizer: The optimizer, an instance, that makes the step.
