@@ -22,7 +22,7 @@ def main(method: str = "saf", epochs: int = 60, seed: int = 0) -> float:
     # The method: a loss that is added to the criterion (SAF, MESA) or a wrapper of the optimizer (SAM).
     trajectory: flatmin.SAF | flatmin.MESA | None = None
     if method == "saf":
-        trajectory = flatmin.SAF(num_samples=898, num_classes=10)
+        trajectory = flatmin.SAF(len(digits.train), digits.num_classes)  # type: ignore[arg-type]
     elif method == "mesa":
         trajectory = flatmin.MESA(model, decay=flatmin.ema_decay(12, len(loader)))
         trajectory.attach(optimizer)

@@ -24,11 +24,17 @@ ALLOWED = {
     "models": {"errors", "_checks"},
     "losses": {"errors", "_checks", "history"},
     "engine": {"errors", "_checks", "history", "optim", "data", "models", "losses"},
-    "cli": {"", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine"},
+    "_terminal": {"engine"},
+    "cli": {"", "_terminal", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine"},
     "__init__": {"data", "errors", "history", "losses", "models", "optim"},
     "__main__": {"cli"},
 }
-LAZY = {"engine", "cli", "__main__"}  # may import the extras' packages; all else torch and the standard library
+LAZY = {
+    "engine",
+    "_terminal",
+    "cli",
+    "__main__",
+}  # may import the extras' packages; all else torch and the standard library
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -8,21 +8,17 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from . import __version__
+from ._terminal import Display, err_console, out_console, print_outcome, show_warning
 from .engine.compare import Comparison
 from .engine.config import Recipe, Run
 from .engine.load import has_criterion
 from .engine.methods import HYPERPARAMETERS, METHODS, get_method, resolve_settings
-from .engine.outcome import Outcome, make_rows, verdict
+from .engine.outcome import make_rows
 from .engine.record import run_folder
 from .engine.train import train as train_run
 from .errors import FlatminError, FlatminWarning, InvalidArgumentError
@@ -34,8 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-out_console = Console(highlight=False, soft_wrap=True)
-err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _ALL = ",".join(METHODS)
 _METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
@@ -160,11 +154,11 @@ def compare(
     with run_folder(out, "compare") as folder:
         for row in rows:
             _warn_if_idle(row.label, row.settings, recipe.epochs)
-        with _Display() as display:
+        with Display() as display:
             outcome = Comparison(
                 recipe, rows, folder, seeds=seeds, minutes=minutes, jobs=jobs, on_progress=display.tell
             ).run()
-        _print_outcome(outcome, folder / "results.json")
+        print_outcome(outcome, folder / "results.json")
         if outcome.interrupted:
             kept = f"kept in {folder}" if any(folder.rglob("metrics.jsonl")) else "no epoch was done"
             raise _Interrupted(f"{len(outcome.seeds)} seeds are finished, {kept}")
@@ -185,7 +179,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show ± must not cost a result
     with warnings.catch_warnings():
         warnings.simplefilter("always", FlatminWarning)
-        warnings.showwarning = _show_warning
+        warnings.showwarning = show_warning
         try:
             code = command.main(args=arguments, prog_name="flatmin", standalone_mode=False)
             return code if isinstance(code, int) else 0
@@ -210,38 +204,6 @@ class _Interrupted(Exception):  # noqa: N818 - not an error
 
     def __str__(self) -> str:
         return f"interrupted: {super().__str__()}"
-
-
-class _Display:
-    """Progress: a bar in a terminal, a line for each finished seed elsewhere."""
-
-    def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("epochs"),
-            TimeElapsedColumn(),
-            console=err_console,
-            transient=True,
-            disable=not err_console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=None)
-        self._said = ""
-
-    def __enter__(self) -> "_Display":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def tell(self, done: int, planned: int, word: str) -> None:
-        """Shows how far it has come."""
-        self._bar.update(self._task, completed=done, total=planned or None, description=word)
-        if not err_console.is_terminal and word != self._said:
-            self._said = word
-            err_console.print(word, markup=False)
 
 
 def _parse_settings(texts: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
@@ -282,43 +244,3 @@ def _warn_if_idle(label: str, settings: Any, epochs: int) -> None:
             FlatminWarning,
             stacklevel=2,
         )
-
-
-def _print_outcome(outcome: Outcome, results: Path) -> None:
-    if not outcome.seeds:
-        out_console.print("No seed was finished by every method, so there is nothing to compare.")
-        return
-    recipe = outcome.recipe
-    what = recipe.experiment or f"{recipe.data}, {recipe.model}"
-    table = Table(
-        title=escape(f"{what}: {len(outcome.seeds)} seeds, {recipe.epochs} epochs, 95 % confidence intervals"),
-        title_style="bold",
-        title_justify="left",
-    )
-    table.add_column("method")
-    for heading in ("test accuracy %", "paired difference", "time/step", "extra memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for number, entry in enumerate(outcome.table()):
-        accuracy, difference = entry["accuracy"], entry["difference"]
-        table.add_row(
-            entry["label"],
-            f"{accuracy['mean']:.2f} ± {accuracy['half']:.2f}",
-            "" if number == 0 else f"{difference['mean']:+.2f} ± {difference['half']:.2f}",
-            "-" if entry["step_ratio"] is None else f"{entry['step_ratio']:.2f} x",
-            "-" if entry["extra_bytes"] is None else _bytes(entry["extra_bytes"]),
-        )
-    out_console.print(table, soft_wrap=False)
-    out_console.print(f"Every seed's numbers: {results}", markup=False)
-    out_console.print(verdict(outcome), markup=False)
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    err_console.print(f"flatmin: warning: {message}", markup=False)

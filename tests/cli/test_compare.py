@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flatmin import cli
+from flatmin.engine.outcome import Outcome
 
 FLAGS = "--methods --seeds --set --minutes --jobs --out --data --model --epochs --batch-size --lr --optimizer"
 
@@ -48,7 +49,7 @@ def rows(monkeypatch):
             noted.update(recipe=recipe, rows=rows, **options)
 
         def run(self):
-            return cli.Outcome(noted["recipe"], noted["rows"])
+            return Outcome(noted["recipe"], noted["rows"])
 
     monkeypatch.setattr(cli, "Comparison", Noting)
     return noted

@@ -75,6 +75,8 @@ class Comparison:
         config = {
             "rows": [asdict(row) for row in outcome.rows],
             "recipe": asdict(outcome.recipe),
+            "seeds": self.seeds,
+            "minutes": self.minutes,
             "jobs": self.jobs,
         }
         write_config(self.folder, config, outcome.recipe.experiment)

@@ -1,0 +1,88 @@
+"""What the command shows: progress, the table of a comparison, warnings."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .engine.outcome import Outcome, verdict
+
+out_console = Console(highlight=False, soft_wrap=True)
+err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Display:
+    """Progress: a bar in a terminal, a line for each finished seed elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("epochs"),
+            TimeElapsedColumn(),
+            console=err_console,
+            transient=True,
+            disable=not err_console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=None)
+        self._said = ""
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def tell(self, done: int, planned: int, word: str) -> None:
+        """Shows how far it has come."""
+        self._bar.update(self._task, completed=done, total=planned or None, description=word)
+        if not err_console.is_terminal and word != self._said:
+            self._said = word
+            err_console.print(word, markup=False)
+
+
+def print_outcome(outcome: Outcome, results: Path) -> None:
+    """Prints the table of a comparison, where its numbers are, and the verdict as the last line."""
+    if not outcome.seeds:
+        out_console.print("No seed was finished by every method, so there is nothing to compare.")
+        return
+    recipe = outcome.recipe
+    what = recipe.experiment or f"{recipe.data}, {recipe.model}"
+    table = Table(
+        title=escape(f"{what}: {len(outcome.seeds)} seeds, {recipe.epochs} epochs, 95 % confidence intervals"),
+        title_style="bold",
+        title_justify="left",
+    )
+    table.add_column("method")
+    for heading in ("test accuracy %", "paired difference", "time/step", "extra memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, entry in enumerate(outcome.table()):
+        accuracy, difference = entry["accuracy"], entry["difference"]
+        table.add_row(
+            entry["label"],
+            f"{accuracy['mean']:.2f} ± {accuracy['half']:.2f}",
+            "" if number == 0 else f"{difference['mean']:+.2f} ± {difference['half']:.2f}",
+            "-" if entry["step_ratio"] is None else f"{entry['step_ratio']:.2f} x",
+            "-" if entry["extra_bytes"] is None else _bytes(entry["extra_bytes"]),
+        )
+    out_console.print(table, soft_wrap=False)
+    out_console.print(f"Every seed's numbers: {results}", markup=False)
+    out_console.print(verdict(outcome), markup=False)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"
+
+
+def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Prints a warning as one line; takes the arguments of ``warnings.showwarning``."""
+    err_console.print(f"flatmin: warning: {message}", markup=False)
