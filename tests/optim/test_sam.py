@@ -217,14 +217,17 @@ def normalised(norm: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("how", ["hook", "model", "compiled"])
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
+@pytest.mark.parametrize("how", ["hook", "model", "compiled", "compiled, hook", "compiled in place, hook"])
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "raises"])
 def test_statistics_are_those_of_the_first_pass(norm, how, fails):
     problem = Problem(normalised(norm), dtype=torch.float32)
     eager, twin = problem.model, copy.deepcopy(problem.model)
-    if how == "compiled":
+    if how == "compiled in place, hook":
+        problem.model.compile(backend="eager")
+    elif how.startswith("compiled"):
         problem.model = torch.compile(problem.model, backend="eager")
-    sam = flatmin.SAM(problem.sgd(), rho=5.0, model=None if how == "hook" else problem.model)
+    sam = flatmin.SAM(problem.sgd(), rho=5.0, model=None if how.endswith("hook") else problem.model)
     for step in range(2):
         twin.load_state_dict(eager.state_dict())
         twin(problem.x)

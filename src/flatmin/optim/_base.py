@@ -28,8 +28,8 @@ class SharpnessAware(Optimizer, ABC):
 
     Args:
         base_optimizer: The optimizer, an instance, that makes the step.
-        model: The network. Only needed where its batch-norm layers cannot be seen as they are called, which is the
-            case for a compiled model.
+        model: The network. Only needed where its batch-norm layers cannot be seen as they are called. With a compiled
+            model it also spares torch's warning of global hooks.
 
     Attributes:
         base_optimizer: The optimizer that makes the step.

@@ -19,14 +19,17 @@ def frozen_statistics(model: nn.Module | None = None) -> Iterator[None]:
     batches, and turns an infinite activation into NaN for good. The pass itself normalises as it always does.
 
     Args:
-        model: The network. Without it, the layers are found by a hook as they are called, which a compiled model does
-            not run.
+        model: The network. Without it, the layers are found by a hook as they are called; those of a compiled model
+            when it is called itself, of which torch warns.
     """
     saved: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def save(module: nn.Module, *_: Any) -> None:
         if isinstance(module, _NormBase) and module.training and module not in saved:
             saved[module] = [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
+        elif isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):  # within it no hook is run
+            for inner in compiled.modules():
+                save(inner)
 
     release: Callable[[], None] | None = None
     if model is None:

@@ -28,7 +28,7 @@ class SAM(SharpnessAware):
     Args:
         base_optimizer: The optimizer, an instance, that makes the step.
         rho: Length of the perturbation over all parameters together, > 0.
-        model: The network; only needed where it is compiled and has batch-norm layers.
+        model: The network; seldom needed, see `SharpnessAware`.
 
     Raises:
         InvalidArgumentError: (a ValueError) if ``rho`` is not positive or ``base_optimizer`` not fit.
