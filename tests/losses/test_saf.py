@@ -1,5 +1,6 @@
 """SAF against its oracle, and each of its promises."""
 
+import contextlib
 import copy
 import io
 import warnings
@@ -361,3 +362,12 @@ def test_bad_batch_is_explained_and_not_recorded(logits, index, message, trainin
     with pytest.raises(InvalidArgumentError, match=message):
         saf(logits, index)
     assert torch.equal(saf.history.logits, before)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_several_processes_are_warned_of(monkeypatch, ranks):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    saf = flatmin.SAF(4, 3)
+    with pytest.warns(FlatminWarning, match="about one in 2") if ranks > 1 else contextlib.nullcontext():
+        saf.set_epoch(0)

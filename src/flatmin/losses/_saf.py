@@ -87,6 +87,14 @@ class SAF(nn.Module):
         """
         self._epoch = check_integer("epoch", epoch, least=0)
         self._seen = 0
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if epoch == 0 and distributed and torch.distributed.get_world_size() > 1:
+            warnings.warn(
+                "SAF keeps a history in each process and shares none yet: a sample is compared only where the same "
+                f"process saw it {self.lag} epochs before, about one in {torch.distributed.get_world_size()}",
+                FlatminWarning,
+                stacklevel=2,
+            )
 
     def forward(self, logits: Tensor, index: Tensor) -> Tensor:
         """Computes the loss of a batch and records its outputs.
