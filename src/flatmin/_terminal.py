@@ -1,10 +1,12 @@
 """What the command shows: progress, the table of a comparison, warnings."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -53,26 +55,31 @@ def print_outcome(outcome: Outcome, results: Path) -> None:
         return
     recipe = outcome.recipe
     what = recipe.experiment or f"{recipe.data}, {recipe.model}"
-    table = Table(
-        title=escape(f"{what}: {len(outcome.seeds)} seeds, {recipe.epochs} epochs, 95 % confidence intervals"),
-        title_style="bold",
-        title_justify="left",
-    )
-    table.add_column("method")
+    seeds = f"{len(outcome.seeds)} seed{'s' if len(outcome.seeds) != 1 else ''}"
+    out_console.print(f"{what}: {seeds}, {recipe.epochs} epochs, 95 % confidence intervals", markup=False)
+    table = Table()
+    table.add_column("method", no_wrap=True)
     for heading in ("test accuracy %", "paired difference", "time/step", "extra memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for number, entry in enumerate(outcome.table()):
         accuracy, difference = entry["accuracy"], entry["difference"]
         table.add_row(
-            entry["label"],
-            f"{accuracy['mean']:.2f} ± {accuracy['half']:.2f}",
-            "" if number == 0 else f"{difference['mean']:+.2f} ± {difference['half']:.2f}",
+            escape(entry["label"]),
+            f"{accuracy['mean']:.2f}{_half(accuracy)}",
+            "" if number == 0 else f"{difference['mean']:+.2f}{_half(difference)}",
             "-" if entry["step_ratio"] is None else f"{entry['step_ratio']:.2f} x",
             "-" if entry["extra_bytes"] is None else _bytes(entry["extra_bytes"]),
         )
+    # As wide as it needs to be: a file or a pipe has no width, and a label cut short would name no row.
+    natural = Measurement.get(out_console, out_console.options.update_width(1000), table).maximum
+    out_console.width = max(out_console.width, natural)
     out_console.print(table, soft_wrap=False)
     out_console.print(f"Every seed's numbers: {results}", markup=False)
     out_console.print(verdict(outcome), markup=False)
+
+
+def _half(interval: dict[str, float]) -> str:
+    return "" if math.isnan(interval["half"]) else f" ± {interval['half']:.2f}"
 
 
 def _bytes(number: float) -> str:

@@ -130,7 +130,7 @@ class TestTheRealThing:
         assert written["rows"][1]["step_ratio"] > 1
         *_, path, last = found.out.splitlines()
         assert path == f"Every seed's numbers: {folder / 'results.json'}"
-        assert last.startswith("Better than base beyond noise here:")
+        assert last == "2 finished seeds: too few for a claim, which takes 5."
 
     @pytest.fixture
     def started(self, experiment):
@@ -159,7 +159,7 @@ class TestTheRealThing:
         assert none_left(process.pid)
         assert written["interrupted"] is True
         assert 1 <= len(written["seeds"]) < 1000
-        assert f"{len(written['seeds'])} seeds, 40 epochs" in out
+        assert re.search(rf"{len(written['seeds'])} seeds?, 40 epochs", out)
 
     def test_ctrl_c_while_the_workers_start_is_one_line_too(self, flatmin, started):
         _, err, process = started("0 of 1000 seeds done")

@@ -19,14 +19,12 @@ from ..data import with_indices
 from ..errors import FlatminError
 from .config import Recipe, Run
 from .load import load_problem
-from .outcome import Outcome, Row
+from .outcome import LEAST_SEEDS, Outcome, Row
 from .problem import class_numbers
 from .record import command_line, environment, write_json
 from .timing import measure_steps
 from .train import train, write_config
 from .trainer import Trainer, resolve_device
-
-LEAST_SEEDS = 5
 
 
 class Comparison:

@@ -10,6 +10,8 @@ from .config import Recipe
 from .methods import get_method, resolve_settings
 from .stats import holm, interval, paired_p_value
 
+LEAST_SEEDS = 5  # for a claim
+
 
 @dataclass(frozen=True)
 class Row:
@@ -132,6 +134,9 @@ def make_rows(methods: Sequence[str], settings: Mapping[str, Mapping[str, Sequen
 def verdict(outcome: Outcome) -> str:
     """Says in plain words which methods are better than the base beyond noise, and at what cost.
 
+    With fewer than 5 seeds it says nothing: accuracies are counts of samples, so few differences are often equal by
+    chance, and look like certainty.
+
     A method counts as better or worse if its paired difference is significant at 5 %, two-sided, after Holm's
     correction for the number of methods compared.
     """
@@ -140,8 +145,8 @@ def verdict(outcome: Outcome) -> str:
     others = table[1:]
     if not others:
         return f"{table[0]['label']} alone: there is nothing to compare it with."
-    if count < 2:
-        return f"{count} finished seed{'s' if count != 1 else ''}: no interval, so no claim; more seeds are needed."
+    if count < LEAST_SEEDS:
+        return f"{count} finished seed{'s' if count != 1 else ''}: too few for a claim, which takes {LEAST_SEEDS}."
     better: list[str] = []
     worse: list[str] = []
     open_: list[str] = []
