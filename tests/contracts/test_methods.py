@@ -32,7 +32,7 @@ class Loop:
         given = {name: value for name, value in short.items() if name in METHODS[method].defaults}
         self.settings = resolve_settings(METHODS[method], given, epochs=EPOCHS)
         self.method = METHODS[method].assemble(
-            Ingredients(self.model, base, N, C, EPOCHS, steps_per_epoch=N // B), self.settings
+            Ingredients(self.model, base, N, C, steps_per_epoch=N // B), self.settings
         )
         self.calls = 0
         self.raise_in_call = 0

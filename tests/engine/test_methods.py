@@ -13,7 +13,7 @@ def assemble(name, **given):
     model = nn.Linear(4, 3)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     method = get_method(name)
-    ingredients = Ingredients(model, base, num_samples=20, num_classes=3, epochs=10, steps_per_epoch=5)
+    ingredients = Ingredients(model, base, num_samples=20, num_classes=3, steps_per_epoch=5)
     return model, base, method.assemble(ingredients, resolve_settings(method, given, epochs=10))
 
 

@@ -235,8 +235,11 @@ def test_labels_that_are_no_class_numbers(labels, message):
         class_numbers(labels, 3)
 
 
-def test_labels_that_are():
-    class_numbers(torch.tensor([0, 2, 1]), 3)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_labels_that_are_class_numbers_come_back_as_int64(dtype):
+    labels = class_numbers(torch.tensor([0, 2, 1], dtype=dtype), 3)
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [0, 2, 1]
 
 
 def test_a_split_that_an_experiment_file_draws_follows_from_the_seed_alone(experiment_file):

@@ -191,11 +191,14 @@ def test_forgotten_set_epoch_is_said_once_where_saf_was_called():
 @pytest.mark.parametrize("replicas", [1, 4])
 def test_correct_use_gives_no_warning(replicas):
     saf = flatmin.SAF(N, C)
-    for epoch in range(4):
-        saf.set_epoch(epoch)
-        for rank in range(replicas):  # each rank's share is padded to the same length
-            index = torch.tensor(list(DistributedSampler(range(N), replicas, rank)))
-            saf(torch.zeros(len(index), C), index)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in range(4):
+            saf.set_epoch(epoch)
+            for rank in range(replicas):  # each rank's share is padded to the same length
+                index = torch.tensor(list(DistributedSampler(range(N), replicas, rank)))
+                saf(torch.zeros(len(index), C), index)
+    assert not caught
 
 
 def test_state_dict_in_the_middle_of_an_epoch_is_bitwise_neutral():
@@ -305,9 +308,10 @@ def test_the_host_does_not_wait_on_a_gpu():
         torch.cuda.set_sync_debug_mode("error")
         for where in (index, index.cuda(non_blocking=True)):
             saf.set_epoch(1)
-            saf(logits, where).backward()
+            saf(logits, where).backward()  # raises where the host would wait
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert logits.grad is not None
 
 
 NAN, INF = float("nan"), float("inf")

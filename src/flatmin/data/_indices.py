@@ -24,7 +24,8 @@ def with_indices(loader: "DataLoader[Any]") -> "Indexed":
             workers, persistent or not, ``drop_last``.
 
     Returns:
-        An iterable, of the loader's length, of ``(index, batch)``: ``index`` int64 of shape (B,), on the CPU.
+        An iterable, of the loader's length, of ``(index, batch)``: ``index`` int64 of shape (B,), on the CPU; of
+        shape () where ``batch_size=None`` and the sampler gives one index at a time.
 
     Raises:
         InvalidArgumentError: If ``loader`` is not such a loader; on iteration, if its sampler does not give integers.

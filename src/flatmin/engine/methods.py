@@ -39,7 +39,6 @@ class Ingredients:
     optimizer: Optimizer
     num_samples: int
     num_classes: int
-    epochs: int
     steps_per_epoch: int
 
 

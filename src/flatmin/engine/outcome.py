@@ -134,11 +134,9 @@ def make_rows(methods: Sequence[str], settings: Mapping[str, Mapping[str, Sequen
 def verdict(outcome: Outcome) -> str:
     """Says in plain words which methods are better than the base beyond noise, and at what cost.
 
-    With fewer than 5 seeds it says nothing: accuracies are counts of samples, so few differences are often equal by
-    chance, and look like certainty.
-
     A method counts as better or worse if its paired difference is significant at 5 %, two-sided, after Holm's
-    correction for the number of methods compared.
+    correction for the number of methods compared. From fewer than 5 seeds nothing is claimed: accuracies are counts of
+    samples, so that a few differences are often equal by chance, which looks like certainty.
     """
     table = outcome.table()
     count = len(outcome.seeds)

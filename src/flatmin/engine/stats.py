@@ -14,16 +14,6 @@ class Interval:
     mean: float
     half: float
 
-    @property
-    def low(self) -> float:
-        """Lower end."""
-        return self.mean - self.half
-
-    @property
-    def high(self) -> float:
-        """Upper end."""
-        return self.mean + self.half
-
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean and 95 % confidence interval of ``values``, taken to be independent draws.

@@ -54,7 +54,6 @@ class Trainer:
                 base,
                 num_samples=len(problem.train),  # type: ignore[arg-type]
                 num_classes=problem.num_classes,
-                epochs=recipe.epochs,
                 steps_per_epoch=len(self.loader),
             ),
             run.settings,
