@@ -4,13 +4,16 @@
 """
 
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import check_integer, check_number
 from ..errors import FlatminWarning, InvalidArgumentError
-from ..history import DenseHistory
+from ..history import History, make_history
 from ._trajectory import trajectory_loss
 
 
@@ -22,23 +25,31 @@ class SAF(nn.Module):
     over the samples recorded exactly ``lag`` epochs ago; the other samples contribute 0. Every call in training mode
     records the detached logits, from the first epoch on. After ``.eval()`` it neither records nor penalises.
 
-    It costs no pass through the network; a step does not wait for the accelerator. It keeps
-    ``lag * num_samples * (4 * num_classes + 4)`` bytes (see ``history.nbytes``), on the device that ``.to()`` says.
+    It costs no pass through the network; a step does not wait for the accelerator. What it keeps, and in how many
+    bytes (``history.nbytes``), is the history's choice, see `flatmin.history`; it lives on the device that ``.to()``
+    says. Under ``torch.distributed`` samples are compared with what any rank recorded: make SAF and call it alike on
+    all ranks.
 
-    A batch is read as if its samples had come one after another: of a sample that comes twice in an epoch the first
-    contributes and the last is remembered. Outputs that are not finite are not remembered. So with an optimizer that
-    calls its closure twice, as SAM does, it does not reach the second gradient: use one or the other.
+    A batch is read as if its samples had come one after another, those of several ranks in the ranks' order: of a
+    sample that comes twice in an epoch the first contributes and the last is remembered. Outputs that are not finite
+    are not remembered. So with an optimizer that calls its closure twice, as SAM does, it does not reach the second
+    gradient: use one or the other.
 
     Args:
         num_samples: Number of samples ``N`` in the data set; indices run from 0 to ``N - 1``.
         num_classes: Number of classes ``C``.
         coefficient: Weight of the loss, lambda in the paper; at least 0.
         temperature: ``T`` > 0.
-        lag: After how many epochs an output is compared with; at least 1.
+        lag: After how many epochs an output is compared with; at least 1; 3 unless the history says otherwise.
         start_epoch: First epoch, from 0, in which the loss is not 0. The paper's "after 5 epochs" is 5.
+        history: "dense" (float32), "half", "int8", "int6", "int4", "topk", "lowrank"; "mean": the running mean of a
+            sample's outputs in place of one ``lag`` epochs ago; "auto": by size; or a `flatmin.history.History`.
+        momentum: Of that mean, in [0, 1); .9 with "mean". Also makes "half", "int8", "int6" and "int4" keep a mean.
+        path: A folder for a scratch file in which the history lives if it exceeds memory; see `History`.
 
     Raises:
-        InvalidArgumentError: (a ValueError) if an argument is out of its bounds.
+        InvalidArgumentError: (a ValueError) if an argument is out of its bounds, or does not fit the history given.
+        OutputError: If ``path`` cannot be written or has no room.
 
     Example:
         >>> import torch, flatmin
@@ -59,8 +70,11 @@ class SAF(nn.Module):
         *,
         coefficient: float = 0.3,
         temperature: float = 5.0,
-        lag: int = 3,
+        lag: int | None = None,
         start_epoch: int = 5,
+        history: str | History = "dense",
+        momentum: float | None = None,
+        path: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.num_samples = check_integer("num_samples", num_samples, least=1)
@@ -72,9 +86,23 @@ class SAF(nn.Module):
         )
         self.coefficient = check_number("coefficient", coefficient, least=0)
         self.temperature = check_number("temperature", temperature, above=0)
-        self.lag = check_integer("lag", lag, least=1)
         self.start_epoch = check_integer("start_epoch", start_epoch, least=0)
-        self.history = DenseHistory(self.num_samples, self.num_classes, self.lag)
+        if isinstance(history, str):
+            self.history = make_history(
+                history,
+                self.num_samples,
+                self.num_classes,
+                lag=3 if lag is None else check_integer("lag", lag, least=1),
+                temperature=self.temperature,
+                momentum=momentum,
+                path=path,
+            )
+        else:
+            self.history = _fitting(
+                history,
+                {"num_samples": num_samples, "num_classes": num_classes, "temperature": self.temperature},
+                {"lag": lag, "momentum": momentum, "path": path},
+            )
         self._epoch = 0
         self._seen = 0  # samples in this epoch, counted on the host
         self._warned = False
@@ -87,14 +115,6 @@ class SAF(nn.Module):
         """
         self._epoch = check_integer("epoch", epoch, least=0)
         self._seen = 0
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if epoch == 0 and distributed and torch.distributed.get_world_size() > 1:
-            warnings.warn(
-                "SAF keeps a history in each process and shares none yet: a sample is compared only where the same "
-                f"process saw it {self.lag} epochs before, about one in {torch.distributed.get_world_size()}",
-                FlatminWarning,
-                stacklevel=2,
-            )
 
     def forward(self, logits: Tensor, index: Tensor) -> Tensor:
         """Computes the loss of a batch and records its outputs.
@@ -116,15 +136,19 @@ class SAF(nn.Module):
         if not self.training:
             return zero
         self._count(len(index))
-        index = index.to(self.history.device, torch.int64, non_blocking=True)
-        first, last = _first_and_last(index)
+        batch = self.history.open(index, self._epoch)
         loss = zero
         # Where nothing can contribute, the host knows it, and nothing is computed.
-        if self._epoch >= max(self.start_epoch, self.lag) and self.coefficient > 0 and len(index) > 0:
-            past, recorded = self.history.get(index, self._epoch)
-            loss = self.coefficient * trajectory_loss(logits, past, temperature=self.temperature, mask=recorded & first)
-        self.history.put(index, self._epoch, logits.detach()[last])
+        if self._epoch >= max(self.start_epoch, self.history.lag) and self.coefficient > 0:
+            now, then, counts = self.history.recall(batch, logits)
+            loss = self.coefficient * trajectory_loss(now, then, temperature=self.temperature, mask=counts)
+        self.history.record(batch, logits)
         return loss
+
+    @property
+    def lag(self) -> int:
+        """After how many epochs an output is compared with; 1 where the history is a running mean."""
+        return self.history.lag
 
     def get_extra_state(self) -> Tensor:
         """Carries the epoch in ``state_dict``, as a tensor, so that any format can store it."""
@@ -134,11 +158,15 @@ class SAF(nn.Module):
         """Takes the epoch from a ``state_dict``."""
         self._epoch, self._seen = (int(number) for number in state)
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        self.history.check_state(state_dict, f"{prefix}history.")  # before anything is loaded
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""
         return (
             f"num_samples={self.num_samples}, num_classes={self.num_classes}, coefficient={self.coefficient}, "
-            f"temperature={self.temperature}, lag={self.lag}, start_epoch={self.start_epoch}"
+            f"temperature={self.temperature}, start_epoch={self.start_epoch}"
         )
 
     def _check(self, logits: Tensor, index: Tensor) -> None:
@@ -161,7 +189,7 @@ class SAF(nn.Module):
                 f"index must be int64 and of shape ({len(logits)},), one sample number for each row of logits, "
                 f"got {_describe(index)}; flatmin.with_indices(loader) yields it"
             )
-        if logits.device != self.history.device:
+        if logits.device != self.history.device and not self.history.on_host:
             raise InvalidArgumentError(
                 f"logits are on {logits.device} and the history is on {self.history.device}; "
                 f"move it once, after creating it: saf.to('{logits.device}')"
@@ -188,12 +216,18 @@ class SAF(nn.Module):
             )
 
 
-def _first_and_last(index: Tensor) -> tuple[Tensor, Tensor]:
-    """For each position, whether its index comes there first, and the last position with the same index."""
-    ordered, order = index.sort(stable=True)
-    first = order[torch.searchsorted(ordered, index)] == torch.arange(len(index), device=index.device)
-    last = order[torch.searchsorted(ordered, index, right=True) - 1]
-    return first, last
+def _fitting(history: object, needed: dict[str, float], excluded: dict[str, object]) -> History:
+    """Checks a history that the user has made."""
+    if not isinstance(history, History):
+        raise InvalidArgumentError(f"history must be a name or a flatmin.history.History, got {history!r:.80}")
+    described = history.describe()
+    for name, value in needed.items():
+        if name in described and described[name] != value:
+            raise InvalidArgumentError(f"{name}={value} and the history given was made for {name}={described[name]}")
+    for name, argument in excluded.items():
+        if argument is not None and argument != described.get(name):
+            raise InvalidArgumentError(f"{name}={argument!r} is the history's own: give it to {type(history).__name__}")
+    return history
 
 
 def _describe(tensor: Tensor) -> str:

@@ -1,0 +1,66 @@
+"""Where rows are kept: in memory, or in a scratch file on a disk."""
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgumentError, OutputError
+
+
+def zeros(shape: Sequence[int], *, what: str) -> Tensor:
+    """Returns zeros, uint8, if this machine has the memory at all.
+
+    Raises:
+        InvalidArgumentError: If it has not; the message names ``what`` and smaller forms.
+    """
+    size, there = math.prod(shape), physical_memory()
+    try:
+        if there is not None and size > there:  # zeros are only taken when written to, and the process killed then
+            raise MemoryError
+        return torch.zeros(tuple(shape), dtype=torch.uint8)
+    except (RuntimeError, MemoryError) as error:
+        has = "" if there is None else f" and this machine has {there / 1e9:.1f}"
+        raise InvalidArgumentError(
+            f"{what} needs {size / 1e9:.1f} GB{has}: take a smaller form, history='int6' or 'lowrank', or keep it on a "
+            "disk, path=FOLDER"
+        ) from error
+
+
+def scratch_file(folder: Path, shape: Sequence[int]) -> Tensor:
+    """Returns zeros, uint8, mapped from a nameless file in ``folder`` that has all its room from the start.
+
+    Raises:
+        OutputError: If the file cannot be made, or the disk has no room for it.
+    """
+    size = math.prod(shape)
+    if size == 0:  # a rank with nothing to keep
+        return torch.zeros(tuple(shape), dtype=torch.uint8)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="flatmin-history-", dir=folder)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)  # a full disk says so here, and not by a signal later
+            else:
+                os.truncate(descriptor, size)
+            return torch.from_file(name, shared=True, size=size, dtype=torch.uint8).view(*shape)
+        finally:
+            os.close(descriptor)
+            os.unlink(name)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(
+            f"path {str(folder)!r}: a history of {size / 1e9:.3g} GB cannot be kept there ({error}); give a folder "
+            "that exists, on a disk with room"
+        ) from error
+
+
+def physical_memory() -> int | None:
+    """Bytes of main memory, where the system says so."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

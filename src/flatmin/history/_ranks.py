@@ -1,0 +1,120 @@
+"""How the processes of one training exchange indices and rows."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import InvalidArgumentError
+
+
+class Ranks:
+    """The ranks of ``torch.distributed``'s default group, and what they send one another.
+
+    Indices are exchanged among the hosts, which know them, so that no rank has to ask an accelerator how much it will
+    receive; rows travel from device to device.
+    """
+
+    def __init__(self) -> None:
+        self._hosts: dist.ProcessGroup | None = None
+        self._room = 0  # indices that fit into a message
+
+    @property
+    def size(self) -> int:
+        """Number of ranks; 1 where nothing is distributed."""
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+    def meet(self, index: Tensor, epoch: int) -> list[Tensor]:
+        """Returns every rank's ``index``, int64 on the host; called by all ranks.
+
+        Raises:
+            InvalidArgumentError: If the ranks are in different epochs.
+        """
+        while True:
+            # The first message tells lengths alone; afterwards one is enough, unless a batch is longer than all before.
+            message = torch.zeros(2 + self._room, dtype=torch.int64)
+            message[:2] = torch.tensor([epoch, len(index)])
+            if len(index) <= self._room:
+                message[2 : 2 + len(index)] = index
+            heard = [torch.empty_like(message) for _ in range(self.size)]
+            dist.all_gather(heard, message, group=self._host_group())
+            epochs, lengths = ([int(each[place]) for each in heard] for place in (0, 1))
+            if len(set(epochs)) > 1:
+                raise InvalidArgumentError(
+                    f"the ranks are in different epochs, {epochs}: call saf.set_epoch(epoch) on every rank, and SAF "
+                    "equally often"
+                )
+            if max(lengths) <= self._room:
+                return [each[2 : 2 + length] for each, length in zip(heard, lengths, strict=True)]
+            self._room = max(lengths)
+
+    def gather(self, rows: Tensor, lengths: Sequence[int]) -> Callable[[], Tensor]:
+        """Begins to send ``rows`` to all ranks; what is returned waits and gives those of all, in the ranks' order.
+
+        Args:
+            rows: uint8, shape (lengths[rank], n).
+            lengths: How many rows each rank sends.
+        """
+        sent = rows.new_zeros(max(*lengths, 1), rows.shape[1])
+        sent[: len(rows)] = rows
+        received = [torch.empty_like(sent) for _ in lengths]
+        work = dist.all_gather(received, sent, async_op=True)
+
+        def arrive() -> Tensor:
+            work.wait()
+            return torch.cat([each[:length] for each, length in zip(received, lengths, strict=True)])
+
+        return arrive
+
+    def travel(self, parcels: Sequence[Tensor], lengths: Sequence[int]) -> Callable[[], Tensor]:
+        """Begins to send each rank its parcel; what is returned waits and gives what came, in the ranks' order.
+
+        Args:
+            parcels: One for each rank, uint8, shape (any, n).
+            lengths: How many rows come from each rank.
+        """
+        sent = torch.cat(list(parcels))
+        received = sent.new_empty(sum(lengths), sent.shape[1])
+        work = dist.all_to_all_single(received, sent, list(lengths), [len(each) for each in parcels], async_op=True)
+
+        def arrive() -> Tensor:
+            work.wait()
+            return received
+
+        return arrive
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Returns the sum of ``tensor`` over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def assemble(self, part: Tensor, length: int) -> Tensor:
+        """Puts together, on every host, what the ranks keep: ``part`` is ``whole[:, rank::size]``."""
+        whole = torch.empty(part.shape[0], length, *part.shape[2:], dtype=part.dtype)
+        for rank in range(self.size):
+            shape = whole[:, rank :: self.size].shape
+            sent = part.cpu().contiguous() if rank == self.rank else torch.empty(shape, dtype=part.dtype)
+            dist.broadcast(sent, rank, group=self._host_group())
+            whole[:, rank :: self.size] = sent
+        return whole
+
+    def _host_group(self) -> "dist.ProcessGroup | None":
+        """The default group if it serves the CPU, or else one of gloo, which all ranks make when they first meet."""
+        if self._hosts is None and "gloo" not in dist.get_backend_config():
+            self._hosts = dist.new_group(backend="gloo")
+        return self._hosts
+
+
+def occurrences(index: Tensor) -> tuple[Tensor, Tensor]:
+    """For each position of ``index``, the first and the last position that hold the same sample."""
+    ordered, order = index.sort(stable=True)
+    first = order[torch.searchsorted(ordered, index)]
+    last = order[torch.searchsorted(ordered, index, right=True) - 1]
+    return first, last

@@ -1,0 +1,189 @@
+"""Rows of bytes by sample number: in memory, on the host or in a file, on one rank or spread over several."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_choice
+from ..errors import InvalidArgumentError
+from ._memory import scratch_file, zeros
+from ._ranks import Ranks
+
+NEVER = -1  # the epoch of a row that holds nothing
+SHARD_ABOVE = 2**30  # bytes from which on, with sharing="auto", each rank keeps a part of the rows only
+TAG_BYTES = 4  # a row's epoch, int32
+
+
+class Store(nn.Module):
+    """Keeps, for each sample, ``slots`` rows of bytes, each with the epoch it was written in.
+
+    No method waits for an accelerator: what has to come from one, or from other ranks, is under way when `write`
+    returns, and arrives before anything is read again.
+
+    Args:
+        slots: Number of rows a sample has.
+        num_samples: Number of samples.
+        row_bytes: Bytes of a row.
+        path: Folder for a scratch file, see `History`.
+        location: "device" | "host", see `History`.
+        sharing: "replicate" | "shard" | "auto", see `History`.
+    """
+
+    rows: Tensor
+    epochs: Tensor
+
+    def __init__(
+        self, slots: int, num_samples: int, row_bytes: int, *, path: str | Path | None, location: str, sharing: str
+    ) -> None:
+        super().__init__()
+        self.num_samples = num_samples
+        self.row_bytes = row_bytes
+        self.on_host = check_choice("location", location, ("device", "host")) == "host" or path is not None
+        self.ranks = Ranks()
+        total = slots * num_samples * (row_bytes + TAG_BYTES)
+        check_choice("sharing", sharing, ("auto", "replicate", "shard"))
+        self.sharded = sharing == "shard" or (sharing == "auto" and total > SHARD_ABOVE and self.ranks.size > 1)
+        # Sample i is with rank i % size, at place i // size; unsharded, as if there were one rank.
+        self.part = (self.ranks.rank, self.ranks.size) if self.sharded else (0, 1)
+        shape = (slots, len(range(self.part[0], num_samples, self.part[1])), row_bytes)
+        what = f"a history of {num_samples} samples"
+        self.register_buffer("rows", zeros(shape, what=what) if path is None else scratch_file(Path(path), shape))
+        self.register_buffer("epochs", torch.full(shape[:2], NEVER, dtype=torch.int32, device=self.rows.device))
+        self._pending: list[Callable[[], None]] = []
+
+    def meet(self, index: Tensor, epoch: int) -> list[Tensor] | None:
+        """Lets what is under way arrive, and tells all ranks which samples each of them has; None on one rank.
+
+        Raises:
+            InvalidArgumentError: If the ranks are not those that this was made for, or in different epochs.
+        """
+        self.flush()
+        if self.sharded and self.part != (self.ranks.rank, self.ranks.size):
+            raise InvalidArgumentError(
+                f"the history was made for {self.part[1]} ranks and there are {self.ranks.size}: "
+                "make it after torch.distributed.init_process_group"
+            )
+        return self.ranks.meet(index.to("cpu", torch.int64), epoch) if self.ranks.size > 1 else None
+
+    def read(
+        self, index: Tensor, slot: int, device: torch.device, everyone: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Reads rows.
+
+        Args:
+            index: Sample numbers of this rank, int64, shape (B,).
+            slot: Which of a sample's rows.
+            device: Where to.
+            everyone: What `meet` returned.
+
+        Returns:
+            The rows, uint8, shape (B, row_bytes), and their epochs, int32, shape (B,); for the rows of `NEVER` zeros.
+        """
+        if everyone is None or not self.sharded:
+            rows, epochs = self._load(index, slot)
+            return _move(rows, device), _move(epochs, device)
+        me, size = self.part
+        wanted = [_move(_pack(*self._load(each[each % size == me] // size, slot)), device) for each in everyone]
+        owner = index % size
+        arrived = self.ranks.travel(wanted, torch.bincount(owner, minlength=size).tolist())()
+        packed = torch.empty_like(arrived)
+        packed[owner.argsort(stable=True).to(device, non_blocking=True)] = arrived
+        return _unpack(packed)
+
+    def write(self, index: Tensor, slot: int, rows: Tensor, epochs: Tensor, everyone: Sequence[Tensor] | None) -> None:
+        """Writes rows; where a sample comes twice, its rows are equal.
+
+        Args:
+            index: Sample numbers, int64, shape (B,); on several ranks those in ``everyone`` count.
+            slot: Which of a sample's rows.
+            rows: uint8, shape (B, row_bytes).
+            epochs: int32, shape (B,).
+            everyone: The sample numbers that each rank writes, on the host; None on one rank.
+        """
+        if everyone is None:
+            self._keep(index, slot, rows, epochs)
+            return
+        packed = _pack(rows, epochs)
+        if not self.sharded:
+            arrive = self.ranks.gather(packed, [len(each) for each in everyone])
+            places = torch.cat(list(everyone))
+        else:
+            me, size = self.part
+            owner = everyone[me] % size
+            parcels = [packed[(owner == rank).nonzero().flatten().to(packed.device)] for rank in range(size)]
+            mine = [each[each % size == me] // size for each in everyone]
+            arrive = self.ranks.travel(parcels, [len(each) for each in mine])
+            places = torch.cat(mine)
+        self._pending.append(lambda: self._keep(places, slot, *_unpack(arrive().to(self.rows.device))))
+
+    def flush(self) -> None:
+        """Waits for the rows that are still under way."""
+        while self._pending:
+            self._pending.pop(0)()
+
+    def _load(self, index: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        index = index.to(self.rows.device, non_blocking=True)
+        return self.rows[slot].index_select(0, index), self.epochs[slot].index_select(0, index)
+
+    def _keep(self, index: Tensor, slot: int, rows: Tensor, epochs: Tensor) -> None:
+        """Writes what `_load` would read; later, where it first has to come from an accelerator."""
+        if rows.is_cuda and not self.rows.is_cuda:
+            arrive = _fetch(rows, epochs)
+            self._pending.append(lambda: self._keep(index, slot, *arrive()))
+            return
+        index = index.to(self.rows.device, non_blocking=True)
+        self.rows[slot].index_copy_(0, index, rows)
+        self.epochs[slot].index_copy_(0, index, epochs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Store":
+        # Rows that are kept on the host stay there when the module is moved.
+        return self if self.on_host else super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.flush()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.sharded:  # whole, so that it can be loaded on any number of ranks
+            for name in ("rows", "epochs"):
+                destination[prefix + name] = self.ranks.assemble(getattr(self, name), self.num_samples)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        self.flush()
+        me, size = self.part
+        names = [prefix + name for name in ("rows", "epochs") if prefix + name in state_dict]
+        state_dict = {**state_dict, **{name: state_dict[name][:, me::size] for name in names}}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _pack(rows: Tensor, epochs: Tensor) -> Tensor:
+    """Puts rows and epochs side by side, as bytes, for a journey."""
+    return torch.cat([rows, epochs[:, None].view(torch.uint8)], dim=1)
+
+
+def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    rows, epochs = packed[:, :-TAG_BYTES], packed[:, -TAG_BYTES:]
+    return rows.clone(), epochs.clone(memory_format=torch.contiguous_format).view(torch.int32).flatten()
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Moves a tensor, from main memory to a GPU without waiting for it."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _fetch(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Begins to copy tensors from a GPU to main memory; what is returned waits and gives them."""
+    copies = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
+    for copy, each in zip(copies, tensors, strict=True):
+        copy.copy_(each, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def arrive() -> tuple[Tensor, ...]:
+        copied.synchronize()
+        return copies
+
+    return arrive
