@@ -86,7 +86,7 @@ def version(
 @with_options
 def train(
     recipe: Recipe,
-    settings: dict[str, float],
+    settings: dict[str, Any],
     method: Annotated[str, typer.Option(help=_METHOD_HELP)] = "saf",
     seed: Annotated[int, typer.Option(help="Draws split, initial weights, order and augmentation.", min=0)] = 0,
     out: Annotated[str | None, typer.Option(help="Folder of the run.  [default: a new one under runs/]")] = None,

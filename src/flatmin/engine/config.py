@@ -72,7 +72,7 @@ class Run:
 
     recipe: Recipe
     method: str
-    settings: Mapping[str, float]
+    settings: Mapping[str, Any]
     seed: int = 0
 
     def to_json(self) -> dict[str, Any]:

@@ -26,6 +26,8 @@ HYPERPARAMETERS: dict[str, tuple[type, str]] = {
     "temperature": (float, "saf, mesa: temperature of the trajectory loss."),
     "start_epoch": (int, "saf, mesa: first epoch, from 0, with the trajectory loss."),
     "lag": (int, "saf: epochs between an output and the one it is compared with."),
+    "history": (str, "saf: what it remembers: dense | half | int8 | int6 | int4 | topk | lowrank | mean | auto."),
+    "mean_momentum": (float, "saf: momentum of the running mean of outputs that takes the place of the lag."),
     "ema_epochs": (float, "mesa: horizon of the average in epochs; a fifth of the run, at least 2, where not given."),
     "decay": (float, "mesa: decay of the average, in place of ema_epochs."),
 }
@@ -69,7 +71,7 @@ class Method:
 
     name: str
     summary: str
-    defaults: Mapping[str, float | None]
+    defaults: Mapping[str, float | str | None]
     assemble: Callable[[Ingredients, Mapping[str, Any]], Assembled]
     closure_calls: int = 1
 
@@ -85,8 +87,9 @@ def _sam(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
 
 
 def _saf(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    names = ("coefficient", "temperature", "lag", "start_epoch")
-    saf = SAF(given.num_samples, given.num_classes, **{name: settings[name] for name in names})
+    names = ("coefficient", "temperature", "lag", "start_epoch", "history")
+    options = {name: settings[name] for name in names}
+    saf = SAF(given.num_samples, given.num_classes, momentum=settings["mean_momentum"], **options)
     saf.to(next(given.model.parameters()).device)
     return Assembled(given.optimizer, saf, lambda logits, index, inputs: saf(logits, index), saf.history.nbytes)
 
@@ -111,7 +114,15 @@ METHODS: dict[str, Method] = {
         Method(
             "saf",
             "against the network's outputs some epochs ago",
-            {"coefficient": 0.3, "temperature": 5.0, "lag": 3, "start_epoch": 5, "smoothing": 0.0},
+            {
+                "coefficient": 0.3,
+                "temperature": 5.0,
+                "lag": 3,
+                "start_epoch": 5,
+                "history": "dense",
+                "mean_momentum": None,
+                "smoothing": 0.0,
+            },
             _saf,
         ),
         Method(
@@ -140,7 +151,7 @@ def get_method(name: str) -> Method:
     return METHODS[check_choice("method", name, tuple(METHODS))]
 
 
-def resolve_settings(method: Method, given: Mapping[str, float], *, epochs: int) -> dict[str, Any]:
+def resolve_settings(method: Method, given: Mapping[str, Any], *, epochs: int) -> dict[str, Any]:
     """Fills in a method's defaults.
 
     Args:

@@ -198,7 +198,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _criterion(problem: Problem, settings: Mapping[str, float]) -> Callable[[Tensor, Tensor], Tensor]:
+def _criterion(problem: Problem, settings: Mapping[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
     smoothing = settings["smoothing"]
     if problem.criterion is None:
         if not (math.isfinite(smoothing) and 0 <= smoothing < 1):

@@ -35,7 +35,7 @@ def quantize(logits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def dequantize(codes: Tensor, step: Tensor, bits: int, num_classes: int) -> Tensor:
     """Undoes `quantize`, up to a constant: logits with the row's largest at 0, float32, shape (B, C)."""
-    return -unpack(codes, bits, num_classes) * step.float()[:, None]
+    return unpack(codes, bits, num_classes) * -step.float()[:, None]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
