@@ -29,9 +29,8 @@ def add_(tensors: list[Tensor], others: list[Tensor], alpha: float) -> None:
 
 
 def copy_(tensors: list[Tensor], others: list[Tensor]) -> None:
-    """Copies ``others`` into ``tensors``."""
-    for ours, theirs in _alike(tensors, others):
-        torch._foreach_copy_(ours, theirs)
+    """Copies ``others`` into ``tensors``, each of which is placed like the other."""
+    torch._foreach_copy_([_local(tensor) for tensor in tensors], [_local(other) for other in others])
 
 
 def _alike(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
@@ -46,3 +45,9 @@ def _alike(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
 def _mesh(tensor: Tensor) -> object:
     """The mesh of a DTensor, naming which would take half a second of import; None for a plain tensor."""
     return getattr(tensor, "device_mesh", None)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, in the same memory; a plain tensor is its own."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
