@@ -26,6 +26,7 @@ def check_number(
     above: float | None = None,
     least: float | None = None,
     below: float | None = None,
+    most: float | None = None,
 ) -> float:
     """Returns ``value`` as a float if it is finite and within the bounds given (``above`` and ``below`` exclude)."""
     try:
@@ -35,11 +36,13 @@ def check_number(
     wanted = [f"> {above:g}"] if above is not None else []
     wanted += [f">= {least:g}"] if least is not None else []
     wanted += [f"< {below:g}"] if below is not None else []
+    wanted += [f"<= {most:g}"] if most is not None else []
     fits = (
         math.isfinite(number)
         and (above is None or number > above)
         and (least is None or number >= least)
         and (below is None or number < below)
+        and (most is None or number <= most)
     )
     if not fits:
         raise InvalidArgumentError(f"{name} must be a finite number {' and '.join(wanted)}, got {value!r}")

@@ -87,7 +87,10 @@ class TestRun:
         expected |= {"data": "digits", "model": "cnn", "epochs": 1, "batch_size": 256, "precision": "bfloat16"}
         assert found["recipe"].items() >= {**expected, "crop": True, "flip": True, "device": "cpu"}.items()
 
-    @pytest.mark.parametrize(("method", "flag", "value"), [("sam", "rho", 0.2), ("mesa", "ema_epochs", 3.0)])
+    @pytest.mark.parametrize(
+        ("method", "flag", "value"),
+        [("sam", "rho", 0.2), ("mesa", "ema_epochs", 3.0), ("mesa", "fraction", 0.25), ("mesa", "interval", 2)],
+    )
     def test_flags_of_the_other_methods(self, flatmin, experiment, method, flag, value):
         options = ["--method", method, f"--{flag.replace('_', '-')}", value, "--epochs", 6, "--out", "run"]
         assert flatmin("train", experiment(), *options).code == 0

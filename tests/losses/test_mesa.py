@@ -315,10 +315,13 @@ def test_ema_decay_refuses_what_is_no_horizon(epochs, steps, message):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("decay", v) for v in (0, 1, -0.1, 1.5, float("nan"), None)]
+    [("decay", v) for v in (0, 1, -0.1, 1.5, float("nan"))]
     + [("coefficient", v) for v in (-1, float("inf"))]
     + [("temperature", v) for v in (0, -1)]
-    + [("start_epoch", v) for v in (-1, 1.0)],
+    + [("start_epoch", v) for v in (-1, 1.0)]
+    + [("fraction", v) for v in (0, -0.5, 1.01, float("nan"), None)]
+    + [("interval", v) for v in (0, 1.0, True)]
+    + [("autocast", v) for v in ("bfloat16", torch.float32)],
 )
 def test_bad_argument_is_named_with_its_value(name, value):
     with pytest.raises(InvalidArgumentError, match=rf"^{name} must .*{value!r}"):

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 import flatmin
 from flatmin.errors import InvalidArgumentError, NonFiniteGradientWarning
-from flatmin.optim._base import global_norm
+from flatmin.optim._tensors import global_norm
 from tests.reference import oracles
 
 C = 3
@@ -492,6 +492,11 @@ def test_bad_base_is_explained(base, message):
 def test_bad_rho_is_named_with_its_value(rho):
     with pytest.raises(InvalidArgumentError, match=f"^rho must .*{rho!r}"):
         flatmin.SAM(Problem().sgd(), rho=rho)
+
+
+def test_bad_norm_is_named_with_its_value():
+    with pytest.raises(InvalidArgumentError, match=r"^unknown norm 'ranks', did you mean rank"):
+        flatmin.SAM(Problem().sgd(), norm="ranks")
 
 
 def backwardless(sam: flatmin.SAM, weight: nn.Parameter, calls: list[int]):

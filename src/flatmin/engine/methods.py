@@ -30,6 +30,8 @@ HYPERPARAMETERS: dict[str, tuple[type, str]] = {
     "mean_momentum": (float, "saf: momentum of the running mean of outputs that takes the place of the lag."),
     "ema_epochs": (float, "mesa: horizon of the average in epochs; a fifth of the run, at least 2, where not given."),
     "decay": (float, "mesa: decay of the average, in place of ema_epochs."),
+    "fraction": (float, "mesa: share of each batch on which the average is run."),
+    "interval": (int, "mesa: the average is run in every interval-th step; the loss is 0 in the others."),
 }
 
 
@@ -98,7 +100,7 @@ def _mesa(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
     decay = settings["decay"]
     if decay is None:
         decay = ema_decay(settings["ema_epochs"], given.steps_per_epoch)
-    names = ("coefficient", "temperature", "start_epoch")
+    names = ("coefficient", "temperature", "start_epoch", "fraction", "interval")
     mesa = MESA(given.model, decay=decay, **{name: settings[name] for name in names})
     mesa.attach(given.optimizer)
     average = sum(tensor.nbytes for tensor in mesa.average.state_dict().values())
@@ -134,6 +136,8 @@ METHODS: dict[str, Method] = {
                 "ema_epochs": None,
                 "decay": None,
                 "start_epoch": 5,
+                "fraction": 1.0,
+                "interval": 1,
                 "smoothing": 0.0,
             },
             _mesa,

@@ -4,17 +4,22 @@
 """
 
 import warnings
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from .._checks import check_integer, check_number
 from ..errors import FlatminWarning, InvalidArgumentError
+from ._average import check_alike, copied, evaluating, move
+from ._share import random_share, take
 from ._trajectory import trajectory_loss
+
+DECAY = 0.9998  # the authors'
 
 
 def ema_decay(epochs: float, steps_per_epoch: int) -> float:
@@ -52,21 +57,38 @@ class MESA(nn.Module):
     ``torch.optim.swa_utils.AveragedModel``: floating buffers (batch-norm statistics) are averaged with the weights,
     integer ones are copied. It runs in evaluation mode and without gradient, and not at all before ``start_epoch``.
 
-    It costs a forward pass, about one third of a step, and one copy of the network.
+    It costs a forward pass, about one third of a step, and one copy of the network. There are three ways to make it
+    cheaper: ``fraction`` and ``interval`` run the average on less, and ``average`` shares a copy that is there anyway.
+
+    Under ``DistributedDataParallel`` give it the wrapped model: the average is then the same on all processes, its
+    batch-norm statistics too. For FSDP2 make it first and then call ``fully_shard`` on the model and, in the same way,
+    on ``mesa.average.module``; each process averages its own shards.
 
     Args:
-        model: The network that is trained, already on its device. It is copied.
+        model: The network that is trained, already on its device, wrapped (DistributedDataParallel, torch.compile) or
+            not. It is copied unless ``average`` is given.
         coefficient: Weight of the loss, lambda in the paper; at least 0.
         temperature: ``T`` > 0.
-        decay: Of the average, in (0, 1). `ema_decay` makes it from a horizon in epochs.
+        decay: Of the average, in (0, 1); .9998 if None. `ema_decay` makes it from a horizon in epochs.
         start_epoch: First epoch, from 0, in which the loss is not 0.
+        fraction: Share of each batch, in (0, 1], on which the average is run and the mean is taken: the loss is the
+            same on average, and noisier. The samples are drawn at random, by a generator of MESA's own.
+        interval: The loss is computed in every ``interval``-th call and 0 in the others, so that its mean weight is
+            ``coefficient / interval``. Calls are counted, not steps: with an optimizer that calls its closure twice an
+            even interval would always meet the same one of the two, and likewise with micro-batches.
+        autocast: ``torch.bfloat16`` or ``torch.float16``: the average is run under autocast to it. With None it is run
+            under whatever the call is.
+        average: An average of the model that somebody else keeps up to date: an ``AveragedModel``, timm's
+            ``ModelEmaV3``, or any module of the model's structure. MESA runs it, in evaluation mode, and neither
+            copies, updates, moves nor saves it.
 
     Attributes:
         average: The averaged model, an ``AveragedModel`` in evaluation mode, ready for use; ``average.module`` is the
-            network itself.
+            network itself. The one that was given, if one was.
 
     Raises:
-        InvalidArgumentError: (a ValueError) if an argument is out of its bounds.
+        InvalidArgumentError: (a ValueError) if an argument is out of its bounds, ``model`` cannot be copied, or
+            ``average`` is not of its structure.
 
     Example:
         >>> import torch, flatmin
@@ -91,20 +113,37 @@ class MESA(nn.Module):
         *,
         coefficient: float = 0.8,
         temperature: float = 5.0,
-        decay: float = 0.9998,
+        decay: float | None = None,
         start_epoch: int = 5,
+        fraction: float = 1.0,
+        interval: int = 1,
+        autocast: torch.dtype | None = None,
+        average: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.coefficient = check_number("coefficient", coefficient, least=0)
         self.temperature = check_number("temperature", temperature, above=0)
-        self.decay = check_number("decay", decay, above=0, below=1)
         self.start_epoch = check_integer("start_epoch", start_epoch, least=0)
-        model = _unwrapped(model)
-        self.average = AveragedModel(model, use_buffers=True)
-        self.average.requires_grad_(False).eval()
-        self.average.n_averaged.fill_(1)  # the weights it starts from
+        self.fraction = check_number("fraction", fraction, above=0, most=1)
+        self.interval = check_integer("interval", interval, least=1)
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise InvalidArgumentError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
+        self.autocast = autocast
+        self.average: nn.Module
+        self.decay: float | None
+        if average is None:
+            self.decay = check_number("decay", DECAY if decay is None else decay, above=0, below=1)
+            self.average = copied(model)
+        else:
+            if decay is not None:
+                raise InvalidArgumentError(f"decay must be left out where average is given, got {decay!r}")
+            check_alike(average, model)
+            self.decay = None
+            self.__dict__["average"] = average  # past nn.Module: a submodule would be moved and saved with MESA
         self._model = (model,)  # in a tuple, so that it is no submodule and not saved twice
         self._epoch = 0
+        self._calls = 0  # in which the loss was not switched off
+        self._seed = torch.initial_seed() % 2**32  # a call's share is drawn with _seed + _calls
         self._first_epoch: int | None = None
         self._updated = False
         self._warned = False
@@ -122,7 +161,8 @@ class MESA(nn.Module):
 
         Args:
             logits: The network's outputs, floating, shape (B, C).
-            *args: What the network was called with; the averaged model is called with the same.
+            *args: What the network was called with; the averaged model is called with the same. With a ``fraction``
+                below 1 it gets its samples of every tensor whose first dimension is B, in tuples, lists and dicts too.
             **kwargs: Likewise.
 
         Returns:
@@ -137,10 +177,19 @@ class MESA(nn.Module):
                 f"{tuple(logits.shape)}"
             )
         if not self.training or self._epoch < self.start_epoch or self.coefficient == 0:
-            return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+            return self._nothing(logits)
+        call, self._calls = self._calls, self._calls + 1
+        if call % self.interval:
+            return self._nothing(logits)
         self._check_updates()
-        with torch.no_grad():
+        share = random_share(len(logits), self.fraction, self._seed + call) if self.fraction < 1 else None
+        precision = nullcontext() if self.autocast is None else torch.autocast(logits.device.type, self.autocast)
+        with evaluating(self.average), precision:
+            if share is not None:
+                args, kwargs = take((args, kwargs), share, len(logits))
             output = self.average(*args, **kwargs)
+        if share is not None:
+            logits = logits.index_select(0, share.to(logits.device, non_blocking=True))
         target = getattr(output, "logits", output)  # transformers' models return an object
         if not isinstance(target, Tensor) or target.shape != logits.shape:
             got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
@@ -156,21 +205,13 @@ class MESA(nn.Module):
 
         Args:
             model: The network that is trained, wrapped (DistributedDataParallel, torch.compile) or not.
+
+        Raises:
+            InvalidArgumentError: If the average was given by its owner, or ``model`` is not of its structure.
         """
-        # AveragedModel.update_parameters would stall an accelerator by reading its counter, and round integer buffers
-        # down, which corrupts index buffers (relative_position_index) for some decays, .95 and .9996 among them.
-        ours = [*self.average.module.parameters(), *self.average.module.buffers()]
-        model = _unwrapped(model)
-        theirs = [*model.parameters(), *model.buffers()]
-        pairs = [(a.detach(), b.detach().to(a.device)) for a, b in zip(ours, theirs, strict=True)]
-        averaged = [pair for pair in pairs if pair[0].is_floating_point() or pair[0].is_complex()]
-        if averaged:
-            ema = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
-            ema([a for a, _ in averaged], [b for _, b in averaged], None)
-        for a, b in pairs:
-            if not (a.is_floating_point() or a.is_complex()):
-                a.copy_(b)
-        self.average.n_averaged += 1
+        average, decay = self._own_average()
+        move(average.module, model, decay)
+        average.n_averaged += 1
         self._updated = True
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
@@ -181,36 +222,53 @@ class MESA(nn.Module):
 
         Returns:
             A handle; its ``remove()`` detaches.
+
+        Raises:
+            InvalidArgumentError: If the average was given by its owner.
         """
+        self._own_average()
         return optimizer.register_step_post_hook(lambda *_: self.update(self._model[0]))
 
     def train(self, mode: bool = True) -> "MESA":
-        """Sets the mode of the loss; the averaged model stays in evaluation mode."""
+        """Sets the mode of the loss; the averaged model stays in evaluation mode, or as its owner has it."""
         super().train(mode)
-        self.average.eval()
+        if self.decay is not None:
+            self.average.eval()
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Carries the epoch in ``state_dict``, as a tensor, so that any format can store it."""
-        return torch.tensor([self._epoch])
+        """Carries epoch, number of calls and seed in ``state_dict``, as a tensor, so that any format can store them."""
+        return torch.tensor([self._epoch, self._calls, self._seed])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes the epoch from a ``state_dict``."""
-        (self._epoch,) = (int(number) for number in state)
+        """Takes them from a ``state_dict``; an older one holds the epoch alone."""
+        self._epoch, *rest = (int(number) for number in state)
+        if rest:
+            self._calls, self._seed = rest
 
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""
-        return (
-            f"coefficient={self.coefficient}, temperature={self.temperature}, decay={self.decay}, "
-            f"start_epoch={self.start_epoch}"
-        )
+        names = ("coefficient", "temperature", "decay", "start_epoch", "fraction", "interval", "autocast")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def _nothing(self, logits: Tensor) -> Tensor:
+        return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def _own_average(self) -> tuple[AveragedModel, float]:
+        """The average and its decay, where it is MESA's own."""
+        if self.decay is None:
+            raise InvalidArgumentError(
+                "the average was given as average=..., so whoever owns it updates it: leave out mesa.update and "
+                "mesa.attach, or let MESA make its own average"
+            )
+        return cast(AveragedModel, self.average), self.decay
 
     def _check_updates(self) -> None:
         """Warns once when an epoch has gone by without an update: the target is still the untrained network."""
         if self._first_epoch is None:
             self._first_epoch = self._epoch
-        late = self._epoch > self._first_epoch and not self._updated
-        if late and not self._warned and int(self.average.n_averaged) == 1:
+        late = self._epoch > self._first_epoch and not self._updated and self.decay is not None
+        if late and not self._warned and int(self._own_average()[0].n_averaged) == 1:
             self._warned = True
             warnings.warn(
                 "MESA's average has never been updated, so it is still the network it was made with: call "
@@ -218,14 +276,3 @@ class MESA(nn.Module):
                 FlatminWarning,
                 stacklevel=5,  # _check_updates, forward, nn.Module.__call__ (two frames), the caller
             )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and torch.compile's wrapper."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-            model = original  # torch.compile's; naming its class would import the whole compiler
-        else:
-            return model

@@ -3,14 +3,17 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._checks import check_choice
 from ..errors import InvalidArgumentError, NonFiniteGradientWarning
 from ._batchnorm import frozen_statistics
+from ._replicas import agreed, local_gradients
+from ._tensors import copy_, global_norm
 
 Closure = Callable[[], Any]
 
@@ -26,25 +29,37 @@ class SharpnessAware(Optimizer, ABC):
     layers stand still. A step in which the norm of either gradient is not finite is dropped: weights and optimizer
     state stay as they were, `skipped_steps` goes up and the first time a `NonFiniteGradientWarning` says so.
 
+    Under ``DistributedDataParallel`` the second gradient is averaged, and the weights are the same on all ranks after
+    the step. With ``norm="rank"`` the first is not: the module is found as it is called and does not synchronise in
+    that pass, in none of its micro-batches where the closure goes over several; a ``no_sync`` in the closure goes on to
+    hold for the second pass. If a gradient is not finite on one rank, all drop the step. Parameters sharded by FSDP2
+    have no gradient of one rank: they are perturbed along the global one, whatever ``norm`` is.
+
     Args:
         base_optimizer: The optimizer, an instance, that makes the step.
         model: The network. Only needed where its batch-norm layers cannot be seen as they are called. With a compiled
             model it also spares torch's warning of global hooks.
+        norm: Whose gradient makes the perturbation under ``DistributedDataParallel``. ``"rank"``: each rank perturbs
+            along the gradient of its own batch, which is not communicated (m-sharpness, as in SAM's paper).
+            ``"global"``: all along the gradient of the whole batch, as one process would.
 
     Attributes:
         base_optimizer: The optimizer that makes the step.
         skipped_steps: How many steps were dropped because a gradient was not finite.
 
     Raises:
-        InvalidArgumentError: (a ValueError) if ``base_optimizer`` is not a fit optimizer.
+        InvalidArgumentError: (a ValueError) if ``base_optimizer`` is not a fit optimizer, or ``norm`` is neither.
     """
 
-    def __init__(self, base_optimizer: Optimizer, *, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, base_optimizer: Optimizer, *, model: nn.Module | None = None, norm: Literal["rank", "global"] = "rank"
+    ) -> None:
         _check_base(base_optimizer)
         parameters = [parameter for group in base_optimizer.param_groups for parameter in group["params"]]
         super().__init__(parameters, base_optimizer.defaults)
         self.base_optimizer = base_optimizer
         self.skipped_steps = 0
+        self.norm = check_choice("norm", norm, ("rank", "global"))
         self._model = model
         self._follow()
 
@@ -79,9 +94,10 @@ class SharpnessAware(Optimizer, ABC):
                 "optimizer.zero_grad(); loss = ...; loss.backward(); return loss"
             )
         closure = torch.enable_grad()(closure)
-        loss = closure()
+        with local_gradients(self._model, wanted=self.norm == "rank") as groups:
+            loss = closure()
         parameters, gradients = self._gradients()
-        norm = float(global_norm(gradients))
+        norm = agreed(global_norm(gradients), groups)
         if not _finite(norm):
             return self._skip(loss, "first")
 
@@ -92,8 +108,8 @@ class SharpnessAware(Optimizer, ABC):
             with frozen_statistics(self._model):
                 closure()
         finally:
-            torch._foreach_copy_(parameters, weights)
-        if not _finite(float(global_norm(self._gradients()[1]))):
+            copy_(parameters, weights)
+        if not _finite(agreed(global_norm(self._gradients()[1]), groups)):
             return self._skip(loss, "second")
         self.base_optimizer.step()
         return loss
@@ -152,17 +168,6 @@ class SharpnessAware(Optimizer, ABC):
             )
         self.skipped_steps += 1
         return loss
-
-
-def global_norm(tensors: list[Tensor]) -> Tensor:
-    """L2 norm over all tensors together, accumulated in float32 at least, as a scalar."""
-    kinds: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault(tensor.dtype, []).append(tensor)
-    widest = max((torch.promote_types(kind, torch.float32) for kind in kinds), key=lambda kind: kind.itemsize)
-    norms = [norm.to(tensors[0].device) for same in kinds.values() for norm in torch._foreach_norm(same, 2, widest)]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
 
 
 def _finite(number: float) -> bool:

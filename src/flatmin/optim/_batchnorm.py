@@ -1,13 +1,13 @@
 """Keeps the statistics of normalisation layers still during a pass at perturbed weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ._modules import each_module
 
 
 @contextmanager
@@ -24,24 +24,14 @@ def frozen_statistics(model: nn.Module | None = None) -> Iterator[None]:
     """
     saved: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
-    def save(module: nn.Module, *_: Any) -> None:
+    def save(module: nn.Module) -> None:
         if isinstance(module, _NormBase) and module.training and module not in saved:
             saved[module] = [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
-        elif isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):  # within it no hook is run
-            for inner in compiled.modules():
-                save(inner)
 
-    release: Callable[[], None] | None = None
-    if model is None:
-        release = register_module_forward_pre_hook(save).remove
-    else:
-        for module in model.modules():
-            save(module)
     try:
-        yield
+        with each_module(save, model):
+            yield
     finally:
-        if release is not None:
-            release()
         with torch.no_grad():
             for pairs in saved.values():
                 for buffer, copy in pairs:

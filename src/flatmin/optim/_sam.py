@@ -6,12 +6,14 @@
     w = base step from w with the gradient at w + e
 """
 
-import torch
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
+from ._tensors import add_
 
 
 def sam_scale(norm: float, rho: float) -> float:
@@ -29,9 +31,12 @@ class SAM(SharpnessAware):
         base_optimizer: The optimizer, an instance, that makes the step.
         rho: Length of the perturbation over all parameters together, > 0.
         model: The network; seldom needed, see `SharpnessAware`.
+        norm: Whose gradient makes the perturbation where several processes train together, ``"rank"`` or ``"global"``;
+            see `SharpnessAware`.
 
     Raises:
-        InvalidArgumentError: (a ValueError) if ``rho`` is not positive or ``base_optimizer`` not fit.
+        InvalidArgumentError: (a ValueError) if ``rho`` is not positive, ``norm`` is neither of the two, or
+            ``base_optimizer`` is not fit.
 
     Example:
         >>> import torch, flatmin
@@ -48,9 +53,16 @@ class SAM(SharpnessAware):
         True
     """
 
-    def __init__(self, base_optimizer: Optimizer, *, rho: float = 0.05, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        *,
+        rho: float = 0.05,
+        model: nn.Module | None = None,
+        norm: Literal["rank", "global"] = "rank",
+    ) -> None:
         self.rho = check_number("rho", rho, above=0)
-        super().__init__(base_optimizer, model=model)
+        super().__init__(base_optimizer, model=model, norm=norm)
 
     def _perturb(self, parameters: list[Tensor], gradients: list[Tensor], norm: float) -> None:
-        torch._foreach_add_(parameters, gradients, alpha=sam_scale(norm, self.rho))
+        add_(parameters, gradients, alpha=sam_scale(norm, self.rho))

@@ -1,0 +1,136 @@
+"""The averaged network that MESA compares with: how it is copied or checked, moved, run, and kept alike everywhere."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..errors import InvalidArgumentError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel, DataParallel and torch.compile's wrapper."""
+    return _layers(model)[-1]
+
+
+def copied(model: nn.Module) -> AveragedModel:
+    """A copy of ``model`` to be averaged into, frozen and in evaluation mode."""
+    try:
+        average = AveragedModel(unwrapped(model), use_buffers=True)
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"model cannot be copied ({error}): make MESA first and then call fully_shard(model) and "
+            "fully_shard(mesa.average.module), or give a copy as average=..."
+        ) from error
+    average.requires_grad_(False).eval()
+    average.n_averaged.fill_(1)  # the weights it starts from
+    return average
+
+
+def check_alike(average: nn.Module, model: nn.Module) -> None:
+    """Refuses an average that is not of the model's structure, itself or in its ``module``."""
+    if not isinstance(average, nn.Module):
+        raise InvalidArgumentError(f"average must be a module with the parameters of model, got {average!r}")
+    model, network = unwrapped(model), unwrapped(average)
+    wanted, inner = _shapes(model), getattr(network, "module", None)
+    if isinstance(inner, nn.Module) and _shapes(network) != wanted:
+        network = unwrapped(inner)
+    got = _shapes(network)
+    if network is model:
+        raise InvalidArgumentError("average must be another network than model, got model itself")
+    for name in {**wanted, **got}:
+        if wanted.get(name) != got.get(name):
+            raise InvalidArgumentError(
+                f"average must have the parameters of model: {name!r} is {got.get(name, 'missing')} in it and "
+                f"{wanted.get(name, 'missing')} in model; make the average from this very model"
+            )
+
+
+def move(network: nn.Module, model: nn.Module, decay: float) -> None:
+    """One step of the exponential moving average: floating tensors are averaged, integer ones copied."""
+    # AveragedModel.update_parameters would stall an accelerator by reading its counter, and round integer buffers
+    # down, which corrupts index buffers (relative_position_index) for some decays, .95 and .9996 among them.
+    ours = [_local(tensor) for tensor in (*network.parameters(), *network.buffers())]
+    trained = unwrapped(model)
+    theirs = [_local(tensor) for tensor in (*trained.parameters(), *trained.buffers())]
+    pairs = [(a, b.to(a.device)) for a, b in zip(ours, theirs, strict=True)]
+    if any(a.shape != b.shape for a, b in pairs):
+        raise InvalidArgumentError(
+            "model has tensors of other shapes than its average; where it is sharded, call "
+            "fully_shard(mesa.average.module) in the same way, after MESA was made"
+        )
+    averaged = [pair for pair in pairs if _is_averaged(pair[0])]
+    if averaged:
+        ema = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        ema([a for a, _ in averaged], [b for _, b in averaged], None)
+    for a, b in pairs:
+        if not _is_averaged(a):
+            a.copy_(b)
+    _share_buffers(network, model)
+
+
+@contextmanager
+def evaluating(average: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient; on leaving, modules that were training are so again."""
+    training = [module for module in average.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        _reshard(average)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The wrappers around a network, from the outside, and the network."""
+    layers = [model]
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
+            model = original  # torch.compile's; naming its class would import the whole compiler
+        else:
+            return layers
+        layers.append(model)
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+
+
+def _is_averaged(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor, in the same memory; a plain tensor is its own."""
+    tensor = tensor.detach()
+    to_local = getattr(tensor, "to_local", None)  # naming DTensor would take half a second of import
+    return tensor if to_local is None else to_local()
+
+
+def _share_buffers(network: nn.Module, model: nn.Module) -> None:
+    """Gives all replicas the first one's average of floating buffers.
+
+    After a step each replica has batch-norm statistics of its own: DistributedDataParallel broadcasts the first one's
+    only when the next forward pass begins.
+    """
+    for layer in _layers(model):
+        if isinstance(layer, nn.parallel.DistributedDataParallel) and layer.broadcast_buffers:
+            buffers = [buffer for buffer in network.buffers() if _is_averaged(buffer)]
+            if buffers and distributed.get_world_size(layer.process_group) > 1:
+                distributed._broadcast_coalesced(layer.process_group, buffers, 2**28, 0)
+
+
+def _reshard(network: nn.Module) -> None:
+    """Frees what FSDP has gathered: it keeps the root's weights for a backward pass, which does not come here."""
+    if fsdp := sys.modules.get("torch.distributed.fsdp"):  # where it is not loaded nothing is sharded
+        for module in network.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()

@@ -1,0 +1,53 @@
+"""Arithmetic over lists of tensors, in which DTensors and plain ones may be mixed."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """L2 norm over all tensors together, accumulated in float32 at least, as a scalar.
+
+    DTensors count with all their shards, so that the norm is the same on all ranks.
+    """
+    widest = max((torch.promote_types(t.dtype, torch.float32) for t in tensors), key=lambda kind: kind.itemsize)
+    norms: list[Tensor] = []
+    for (same,) in _alike(tensors):
+        some = list(torch._foreach_norm(same, 2, widest))
+        if _mesh(same[0]) is not None:
+            some = [torch.linalg.vector_norm(torch.stack(some)).full_tensor()]
+        norms += [norm.to(tensors[0].device) for norm in some]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
+
+
+def add_(tensors: list[Tensor], others: list[Tensor], alpha: float) -> None:
+    """``tensors += alpha * others``, in place."""
+    for ours, theirs in _alike(tensors, others):
+        torch._foreach_add_(ours, theirs, alpha=alpha)
+
+
+def copy_(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Copies ``others`` into ``tensors``, each of which is placed like the other."""
+    torch._foreach_copy_([_local(tensor) for tensor in tensors], [_local(other) for other in others])
+
+
+def _alike(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """Splits lists in parallel into parts of one dtype and one mesh, which a foreach function can take."""
+    parts: dict[object, list[tuple[Tensor, ...]]] = {}
+    for row in zip(*lists, strict=True):
+        parts.setdefault((row[0].dtype, _mesh(row[0])), []).append(row)
+    for rows in parts.values():
+        yield [list(column) for column in zip(*rows, strict=True)]
+
+
+def _mesh(tensor: Tensor) -> object:
+    """The mesh of a DTensor, naming which would take half a second of import; None for a plain tensor."""
+    return getattr(tensor, "device_mesh", None)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, in the same memory; a plain tensor is its own."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
