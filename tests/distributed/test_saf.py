@@ -1,0 +1,199 @@
+"""SAF on several ranks equals SAF on one process that sees the ranks' batches one after another."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, distributed
+from torch.utils.data import DistributedSampler
+
+import flatmin
+from flatmin.errors import InvalidArgumentError
+from flatmin.history import DenseHistory, History, LowRankHistory, QuantizedHistory, TopKHistory
+from tests.distributed._spawn import run_ranks
+
+N, C, BATCH, LAG, EPOCHS = 23, 6, 4, 2, 7
+FORMS = {
+    "dense": (DenseHistory, {}),
+    "mean": (DenseHistory, {"momentum": 0.7}),
+    "int6": (QuantizedHistory, {"bits": 6}),
+    "topk": (TopKHistory, {"k": 3}),
+    "lowrank": (LowRankHistory, {"rank": 3}),
+}
+Step = tuple[int, list[Tensor]]  # the epoch, and each rank's samples
+
+
+def make(form: str, sharing: str = "auto") -> flatmin.SAF:
+    kind, options = FORMS[form]
+    lag = {} if "momentum" in options else {"lag": LAG}
+    return flatmin.SAF(N, C, start_epoch=0, history=kind(N, C, sharing=sharing, **lag, **options))
+
+
+def padded(world: int) -> Iterator[Step]:
+    """DistributedSampler deals the samples out anew in each epoch, and repeats some so that all ranks have as many."""
+    samplers = [DistributedSampler(range(N), world, rank, seed=1) for rank in range(world)]
+    for epoch in range(EPOCHS):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        for batches in zip(*(torch.tensor(list(sampler)).split(BATCH) for sampler in samplers), strict=True):
+            yield epoch, list(batches)
+
+
+def uneven(world: int) -> Iterator[Step]:
+    """Nothing is padded: the last batches differ in length, and some are empty."""
+    for epoch in range(EPOCHS):
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(epoch))
+        shares = [list(order[rank::world].split(BATCH - rank)) for rank in range(world)]
+        empty = torch.empty(0, dtype=torch.int64)
+        for batches in itertools.zip_longest(*shares, fillvalue=empty):
+            yield epoch, list(batches)
+
+
+def repeating(world: int) -> Iterator[Step]:
+    """Drawn with replacement: samples come twice within a batch, a step and an epoch."""
+    generator = torch.Generator().manual_seed(3)
+    for epoch in range(EPOCHS):
+        for _ in range(N // (BATCH * world) + 1):
+            yield epoch, [torch.randint(N // 2, (BATCH,), generator=generator) for _ in range(world)]
+
+
+STREAMS = {each.__name__: each for each in (padded, uneven, repeating)}
+
+
+def outputs(step: int, index: Tensor, rank: int) -> Tensor:
+    """What the network says: another thing each time it is asked."""
+    return 3 * torch.randn(len(index), C, generator=torch.Generator().manual_seed(1000 * step + rank))
+
+
+def follow(saf: flatmin.SAF, steps: list[Step], ranks: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Each step's loss, summed over the batch, and its gradient, where ``ranks`` are those this process stands for."""
+    results, current = [], None
+    for number, (epoch, batches) in enumerate(steps):
+        if epoch != current:
+            saf.set_epoch(epoch)
+            current = epoch
+        logits = torch.cat([outputs(number, batches[rank], rank) for rank in ranks]).requires_grad_()
+        loss = saf(logits, torch.cat([batches[rank] for rank in ranks]))
+        if loss.requires_grad:
+            loss.backward()
+        gradient = torch.zeros_like(logits) if logits.grad is None else logits.grad
+        results.append((loss.detach() * len(logits), gradient * len(logits)))
+    return results
+
+
+def whole_state(saf: flatmin.SAF) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in saf.state_dict().items() if not name.endswith("_extra_state")}
+
+
+def on_ranks(stream: str) -> dict:
+    """What one rank sees of every form and both ways of sharing."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    steps = list(STREAMS[stream](world))
+    results = {}
+    for form, sharing in itertools.product(FORMS, ("replicate", "shard")):
+        saf = make(form, sharing)
+        results[form, sharing] = (follow(saf, steps, [rank]), whole_state(saf), saf.history.store.rows.nbytes)
+    return results
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_ranks_equal_one_process(world: int, stream: str) -> None:
+    seen = run_ranks(on_ranks, world, stream)
+    steps = list(STREAMS[stream](world))
+    acting = 0
+    for form, sharing in itertools.product(FORMS, ("replicate", "shard")):
+        one = make(form)
+        expected = follow(one, steps, list(range(world)))
+        for number, (loss, gradient) in enumerate(expected):
+            parts = [each[form, sharing][0][number] for each in seen]
+            torch.testing.assert_close(sum(part[0] for part in parts), loss)
+            torch.testing.assert_close(torch.cat([part[1] for part in parts]), gradient)
+            acting += bool(loss > 0)
+        for rank, each in enumerate(seen):
+            _, state, nbytes = each[form, sharing]
+            for name, tensor in whole_state(one).items():
+                if name.endswith(("product", "total", "count")) or tensor.dtype != torch.uint8:
+                    continue
+                if form in ("mean", "lowrank"):  # sums in another order may round one step of the scale otherwise
+                    assert (state[name] == tensor).float().mean() > 0.9
+                else:
+                    assert torch.equal(state[name], tensor), (form, sharing, name)
+            torch.testing.assert_close(state["history.store.epochs"], one.state_dict()["history.store.epochs"])
+            if sharing == "shard":
+                share = len(range(rank, N, world))
+                assert nbytes * N == one.history.store.rows.nbytes * share
+    assert acting > 60
+
+
+def each_for_itself() -> list[Tensor]:
+    """The authors' way, as a control: no rank hears of the others."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    saf = make("dense")
+    saf.history.store.ranks = _Alone()
+    return [loss for loss, _ in follow(saf, list(padded(world)), [rank])]
+
+
+class _Alone:
+    size, rank = 1, 0
+
+
+def test_without_sharing_about_half_of_the_comparisons_are_lost() -> None:
+    losses = run_ranks(each_for_itself, 2)
+    together = [loss for loss, _ in follow(make("dense"), list(padded(2)), [0, 1])]
+    alone = sum(float(loss) for each in losses for loss in each)
+    assert 0.25 < alone / float(sum(together)) < 0.75
+
+
+def saved(sharing: str, epochs: int) -> tuple[dict, list]:
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    steps = list(padded(world))
+    middle = next(place for place, (epoch, _) in enumerate(steps) if epoch == epochs) + 1  # in the midst of an epoch
+    saf = make("int6", sharing)
+    follow(saf, steps[:middle], [rank])
+    return saf.state_dict(), saf.history.store.rows.shape[1]
+
+
+def resumed(sharing: str, state: dict) -> list[Tensor]:
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    saf = make("int6", sharing)
+    saf.load_state_dict(state)
+    return [loss for loss, _ in follow(saf, [step for step in padded(world) if step[0] >= 4], [rank])]
+
+
+@pytest.mark.parametrize("sharing", ["replicate", "shard"])
+def test_state_is_whole_on_every_rank_and_fits_another_number_of_ranks(sharing: str) -> None:
+    states = [state for state, _ in run_ranks(saved, 2, sharing, 3)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if name.startswith("history."))
+    assert states[0]["history.store.rows"].shape[1] == N
+    one = make("int6")
+    one.load_state_dict(states[0])
+    expected = [loss for loss, _ in follow(one, [step for step in padded(4) if step[0] >= 4], [0, 1, 2, 3])]
+    for losses in (run_ranks(resumed, 4, sharing, states[0]), run_ranks(resumed, 4, "shard", states[0])):
+        torch.testing.assert_close([sum(each) for each in zip(*losses, strict=True)], expected)
+    assert sum(loss > 0 for loss in expected[: len(expected) // 3]) > 0  # of what was remembered, and not seen since
+
+
+def in_different_epochs() -> str:
+    saf = make("dense")
+    saf.set_epoch(distributed.get_rank())
+    with pytest.raises(InvalidArgumentError) as error:
+        saf(torch.zeros(2, C), torch.arange(2))
+    return str(error.value)
+
+
+def test_ranks_in_different_epochs_are_told_so() -> None:
+    assert all("different epochs, [0, 1]" in message for message in run_ranks(in_different_epochs, 2))
+
+
+def made_too_early() -> str:
+    history: History = make("dense", "shard").history
+    history.store.part = (0, 1)  # as it would be, had it been made before init_process_group
+    with pytest.raises(InvalidArgumentError) as error:
+        history.open(torch.arange(2), 0)
+    return str(error.value)
+
+
+def test_a_history_made_before_the_ranks_were_there_says_so() -> None:
+    assert all("after torch.distributed.init_process_group" in message for message in run_ranks(made_too_early, 2))
