@@ -240,8 +240,9 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-# Called before each backward pass with the epoch, the step in it, the index, the logits and the trajectory loss.
-Watch = Callable[[int, int, Tensor, Tensor, Tensor], None]
+# Called before each backward pass with the epoch, the step in it, the index, the logits, the criterion's and the
+# trajectory loss.
+Watch = Callable[[int, int, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def train(row: str, seed: int, settings: Settings, corpus: Corpus, watch: Watch | None = None) -> dict[str, Any]:
@@ -268,7 +269,7 @@ def train(row: str, seed: int, settings: Settings, corpus: Corpus, watch: Watch 
             loss = F.cross_entropy(logits, batch[:, -1])
             penalty = loss.new_zeros(()) if saf is None else saf(logits, index)
             if watch is not None:
-                watch(epoch, step, index, logits, penalty)
+                watch(epoch, step, index, logits, loss, penalty)
             (loss + penalty).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
@@ -306,16 +307,23 @@ def measure_fidelity(rows: Sequence[str], settings: Settings, corpus: Corpus, ev
     """Feeds all ``rows`` the outputs of one run of the dense form and compares what each would have added to it.
 
     Each form sees every batch; every so many steps of the epochs in which the loss is at work, gradients after the
-    logits are compared.
+    logits are compared: ``g`` of the form's loss to ``g_dense``.
+
+    Returns:
+        For each row, means over the batches of an epoch, and over the epochs: ``cosine`` of ``g`` and ``g_dense``;
+        ``relative_error``, ``|g - g_dense| / |g_dense|``; ``whole_error``, ``|g - g_dense|`` as a share of the whole
+        gradient that dense trains by, the criterion's included; ``loss_error``, the relative error of the loss.
     """
     forms = {row: saf for row in rows if (saf := make_saf(row, settings)) is not None}
-    names = ("cosine", "relative_error", "loss_error")
+    names = ("cosine", "relative_error", "whole_error", "loss_error")
     seen: dict[str, dict[int, list[tuple[float, ...]]]] = {row: defaultdict(list) for row in forms}
 
-    def watch(epoch: int, step: int, index: Tensor, logits: Tensor, penalty: Tensor) -> None:
+    def watch(epoch: int, step: int, index: Tensor, logits: Tensor, criterion: Tensor, penalty: Tensor) -> None:
         compared = epoch >= settings.first_acting_epoch and step % every == 0
         if compared:
             (wanted,) = torch.autograd.grad(penalty, logits, retain_graph=True)
+            (rest,) = torch.autograd.grad(criterion, logits, retain_graph=True)
+            whole = (rest + wanted).norm()
         for row, saf in forms.items():
             if step == 0:
                 saf.set_epoch(epoch)
@@ -327,6 +335,7 @@ def measure_fidelity(rows: Sequence[str], settings: Settings, corpus: Corpus, ev
                     (
                         float(F.cosine_similarity(gradient.flatten(), wanted.flatten(), dim=0, eps=0)),
                         float((gradient - wanted).norm() / wanted.norm()),
+                        float((gradient - wanted).norm() / whole),
                         float((loss - penalty).detach().abs() / penalty.detach()),
                     )
                 )
@@ -584,7 +593,8 @@ class Result:
             for name, wanted in fixed.items():
                 if self.value.get(name) != wanted:
                     raise SystemExit(f"{path}: was made with other {name}; give --out another file")
-        self.value = {"command": f"python benchmarks/{command_line()}", **environment(), **fixed, **self.value}
+        commands = [*self.value.get("commands", []), f"python benchmarks/{command_line()}"]
+        self.value = {**environment(), **fixed, **self.value, "commands": list(dict.fromkeys(commands))}
         self.value["versions"]["tokenizers"] = version("tokenizers")
 
     def save(self, **parts: Any) -> None:
@@ -604,7 +614,8 @@ def measure(arguments: argparse.Namespace, settings: Settings, rows: list[str]) 
     print(json.dumps(corpus.facts), flush=True)
     result = Result(arguments.out, settings, corpus)
     result.save()
-    if "fidelity" in arguments.parts and (missing := [row for row in rows if row not in result.done("fidelity")]):
+    missing = [row for row in rows if ROWS[row] is not None and row not in result.done("fidelity")]
+    if "fidelity" in arguments.parts and missing:
         found = measure_fidelity(missing, settings, corpus, arguments.every)
         earlier = result.value.get("fidelity", {}).get("rows", [])
         result.save(fidelity={"seed": 0, "every": arguments.every, "rows": earlier + found})
