@@ -26,9 +26,11 @@ import multiprocessing
 import random
 import statistics
 import sysconfig
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -418,21 +420,36 @@ def measure_time(rows: Sequence[str], settings: Settings, corpus: Corpus, second
     return result
 
 
-def run_all(jobs: Sequence[tuple[str, int]], settings: Settings, corpus: Corpus, workers: int, done: Any) -> None:
+def run_all(
+    jobs: Sequence[tuple[str, int]],
+    settings: Settings,
+    corpus: Corpus,
+    workers: int,
+    done: Callable[[dict[str, Any]], None],
+) -> None:
     """Trains all ``jobs``, (row, seed), and calls ``done`` with each result as it comes."""
     if workers == 1:
         for row, seed in jobs:
             done(train(row, seed, settings, corpus))
         return
-    tasks = [(row, seed, settings, corpus) for row, seed in jobs]
-    # A fresh process for each, so that the memory of one history is free before the next is made.
-    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
-        for result in pool.imap_unordered(_train_one, tasks):
-            done(result)
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool,
+    ):
+        windows = Path(folder, "windows.pt")
+        torch.save((corpus.train, corpus.test), windows)
+        try:
+            for future in as_completed([pool.submit(_train_saved, *job, settings, windows) for job in jobs]):
+                done(future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _train_one(task: tuple[str, int, Settings, Corpus]) -> dict[str, Any]:
-    return train(*task)
+def _train_saved(row: str, seed: int, settings: Settings, windows: Path) -> dict[str, Any]:
+    train_windows, test_windows = torch.load(windows)
+    return train(row, seed, settings, Corpus(train_windows, test_windows, facts={}))
 
 
 def summarise(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -539,12 +556,16 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     matplotlib = require("matplotlib", install="matplotlib")
     matplotlib.use("agg")
     pyplot = require("matplotlib.pyplot", install="matplotlib")
+    ticker = require("matplotlib.ticker", install="matplotlib")
     with matplotlib.rc_context({"svg.hashsalt": "flatmin", "svg.fonttype": "none", "font.size": 10}):
-        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+        figure, axes = pyplot.subplots(1, 2, sharex=True, figsize=(10, 4.2), layout="constrained")
         _draw(axes[0], axes[1], plain(summarise(result)))
         labels: dict[str, Any] = {}
-        for each in axes:
+        for each in reversed(axes):
             each.set(xlabel="memory of the history (bytes per sample)", xscale="log")
+            each.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            each.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+            each.xaxis.set_minor_formatter(ticker.NullFormatter())
             each.grid(visible=True, which="major", alpha=0.3)
             labels.update({label: handle for handle, label in zip(*each.get_legend_handles_labels(), strict=True)})
         figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=10, frameon=False)
