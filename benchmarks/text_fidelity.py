@@ -67,6 +67,7 @@ DATA_TABLES = {"encodings", "pydoc_data"}  # tables of characters, and the manua
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 LARGEST_TEST_MODULE = 0.02  # of the corpus, so that no single module makes the test
 TIMED_BATCHES = 16
+LEAST_SEEDS = 5  # for a difference to be called one
 
 
 @dataclass(frozen=True)
@@ -485,6 +486,7 @@ def summarise(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                     differences = [runs[row][seed][measure] - runs[other][seed][measure] for seed in both]
                     entry[f"{measure}_minus_{other}"] = {
                         **_interval(differences),
+                        "seeds": len(both),
                         "p_value": paired_p_value(differences),
                     }
         summary.append(entry)
@@ -511,35 +513,43 @@ def format_table(result: Mapping[str, Any]) -> str:
     summary = summarise(result)
     dense = next((entry["bytes_per_sample"] for entry in summary if entry["row"] == DENSE), None)
     lines = [
-        "| form | bytes per sample | share of dense | gradient: cosine | gradient: relative error | test loss, nats "
+        "| form | bytes per sample | share of dense | cosine | relative error | in the last epoch "
+        "| as a share of the whole gradient | test loss, nats "
         "| accuracy, % | loss - dense | loss - base | accuracy - dense, % | accuracy - base, % | step / base |",
-        "|---|" + "---:|" * 11,
+        "|---|" + "---:|" * 13,
     ]
     for entry in summary:
         size, fidelity = entry["bytes_per_sample"], entry.get("mean_fidelity", {})
         cells = [
             entry["row"],
-            "" if size is None else f"{size:,.0f}",
-            f"{size / dense:.1%}" if size is not None and dense else "",
-            f"{fidelity['cosine']:.5f}" if fidelity.get("cosine") is not None else "",
-            f"{fidelity['relative_error']:.2g}" if fidelity.get("relative_error") is not None else "",
+            _number(size, ",.0f"),
+            _number(size / dense if size is not None and dense else None, ".1%"),
+            _number(fidelity.get("cosine"), ".5f"),
+            _number(fidelity.get("relative_error"), ".2g"),
+            _number(entry.get("last_fidelity", {}).get("relative_error"), ".2g"),
+            _number(fidelity.get("whole_error"), ".2g"),
             _cell(entry.get("test_loss"), 1, 4),
             _cell(entry.get("accuracy"), 100, 2),
             _cell(entry.get("test_loss_minus_dense"), 1, 4, sign="+"),
             _cell(entry.get("test_loss_minus_base"), 1, 4, sign="+"),
             _cell(entry.get("accuracy_minus_dense"), 100, 2, sign="+"),
             _cell(entry.get("accuracy_minus_base"), 100, 2, sign="+"),
-            f"{entry['time_ratio']:.3f}" if "time_ratio" in entry else "",
+            _number(entry.get("time_ratio"), ".3f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     seeds = sorted({entry["seeds"] for entry in summary if entry["seeds"]})
     lines += [
         "",
-        f"{'-'.join(map(str, seeds[:: max(1, len(seeds) - 1)])) or 'No'} seeds; ± is the 95 % confidence interval, of "
+        f"Seeds: {'-'.join(map(str, seeds[:: max(1, len(seeds) - 1)])) or 'none'}. Fidelity is that of the loss's "
+        "gradient after the logits, mean over the epochs in which it is at work. ± is the 95 % confidence interval, of "
         "differences the paired one; * where p < 0.05 by the paired t-test, adjusted by Holm's method for the rows of "
-        "the column.",
+        f"the column, and only from {LEAST_SEEDS} seeds on.",
     ]
     return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _cell(value: Mapping[str, Any] | None, scale: float, digits: int, sign: str = "") -> str:
@@ -548,7 +558,7 @@ def _cell(value: Mapping[str, Any] | None, scale: float, digits: int, sign: str 
     text = f"{scale * value['mean']:{sign}.{digits}f}"
     if value["half"] is not None and math.isfinite(value["half"]):
         text += f" ± {scale * value['half']:.{digits}f}"
-    return text + (" *" if value.get("holm", 1) < 0.05 else "")
+    return text + (" *" if value.get("holm", 1) < 0.05 and value["seeds"] >= LEAST_SEEDS else "")
 
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; each with a marker of its own.

@@ -57,7 +57,7 @@ def test_it_measures_and_goes_on_where_it_stopped(script, command, tmp_path, mon
     assert after["runs"] == result["runs"]
     assert [entry["row"] for entry in after["timing"]] == ["base", "dense", "cooler"]
     assert "cooler" in (tmp_path / "plot.svg").read_text()
-    assert "| dense | 1,204 | 100.0% | 1.00000 | 0 |" in capsys.readouterr().out
+    assert "| dense | 1,204 | 100.0% | 1.00000 | 0 | 0 | 0 |" in capsys.readouterr().out
 
 
 def test_a_result_of_other_settings_is_left_alone(script, command, tmp_path):
