@@ -242,6 +242,14 @@ def make_saf(row: str, settings: Settings) -> SAF | None:
     return SAF(settings.windows, settings.vocabulary, **{**shared, **extra}).to(settings.device)
 
 
+def describe(row: str) -> dict[str, Any] | None:
+    """The arguments of a row as JSON can say them."""
+    extra = ROWS[row]
+    if extra is None:
+        return None
+    return {key: getattr(value, "__name__", "made") if callable(value) else value for key, value in extra.items()}
+
+
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
     """The optimizer of all rows."""
     return torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
@@ -618,19 +626,26 @@ def _draw(fidelity: Any, outcome: Any, summary: Sequence[Mapping[str, Any]]) -> 
 
 
 class Result:
-    """The JSON file: what was done before stays, as long as settings and corpus are the same."""
+    """The JSON file: what was done before stays, as long as settings, corpus and the rows' arguments are the same."""
 
-    def __init__(self, path: Path, settings: Settings, corpus: Corpus) -> None:
+    def __init__(self, path: Path, settings: Settings, corpus: Corpus, rows: Sequence[str]) -> None:
         self.path = path
-        self.value: dict[str, Any] = {}
+        self.value: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         fixed = plain({"settings": dataclasses.asdict(settings), "corpus": corpus.facts})
-        if path.exists():
-            self.value = json.loads(path.read_text())
-            for name, wanted in fixed.items():
-                if self.value.get(name) != wanted:
-                    raise SystemExit(f"{path}: was made with other {name}; give --out another file")
+        arguments = plain({row: describe(row) for row in rows})
+        earlier = self.value.get("arguments", {})
+        changed = [name for name, wanted in fixed.items() if self.value.get(name, wanted) != wanted]
+        changed += [f"arguments of {row}" for row in rows if earlier.get(row, arguments[row]) != arguments[row]]
+        if changed:
+            raise SystemExit(f"{path}: was made with other {', '.join(changed)}; give --out another file")
         commands = [*self.value.get("commands", []), f"python benchmarks/{command_line()}"]
-        self.value = {**environment(), **fixed, **self.value, "commands": list(dict.fromkeys(commands))}
+        self.value = {
+            "commands": list(dict.fromkeys(commands)),
+            **environment(),
+            **fixed,
+            **{key: value for key, value in self.value.items() if key != "commands"},
+            "arguments": {**earlier, **arguments},
+        }
         self.value["versions"]["tokenizers"] = version("tokenizers")
 
     def save(self, **parts: Any) -> None:
@@ -648,7 +663,7 @@ def measure(arguments: argparse.Namespace, settings: Settings, rows: list[str]) 
     """Does what is not done yet of the parts asked for."""
     corpus = read_corpus(arguments.corpus, settings)
     print(json.dumps(corpus.facts), flush=True)
-    result = Result(arguments.out, settings, corpus)
+    result = Result(arguments.out, settings, corpus, rows)
     result.save()
     missing = [row for row in rows if ROWS[row] is not None and row not in result.done("fidelity")]
     if "fidelity" in arguments.parts and missing:
@@ -656,7 +671,8 @@ def measure(arguments: argparse.Namespace, settings: Settings, rows: list[str]) 
         earlier = result.value.get("fidelity", {}).get("rows", [])
         result.save(fidelity={"seed": 0, "every": arguments.every, "rows": earlier + found})
     if "timing" in arguments.parts and set(rows) - result.done("timing"):
-        result.save(timing=measure_time(rows, settings, corpus, arguments.seconds))
+        together = [row for row in ROWS if row in {*rows, *result.done("timing")}]
+        result.save(timing=measure_time(together, settings, corpus, arguments.seconds))
     if "runs" in arguments.parts:
         finished = {(run["row"], run["seed"]) for run in result.value.get("runs", [])}
         jobs = [(row, seed) for seed in range(arguments.seeds) for row in rows if (row, seed) not in finished]

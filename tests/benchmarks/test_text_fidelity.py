@@ -65,6 +65,9 @@ def test_a_result_of_other_settings_is_left_alone(script, command, tmp_path):
     before = (tmp_path / "result.json").read_text()
     with pytest.raises(SystemExit, match="other settings"):
         script.main([*command, "--lr", "0.1"])
+    script.ROWS["cooler"]["temperature"] = 2.0
+    with pytest.raises(SystemExit, match="other arguments of cooler"):
+        script.main(command)
     assert (tmp_path / "result.json").read_text() == before
 
 
