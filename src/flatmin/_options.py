@@ -3,14 +3,14 @@
 import dataclasses
 import inspect
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from .engine.config import Recipe, Run
-from .engine.methods import HYPERPARAMETERS
+from .engine.methods import HYPERPARAMETERS, get_method, resolve_settings
 from .errors import InvalidArgumentError
 
 
@@ -72,9 +72,36 @@ def check_resumed(run: Run, folder: Path, given: dict[str, Any]) -> None:
             same = value == own
         if not same:
             flag = "the experiment file" if name == "experiment" else f"--{name.replace('_', '-')}"
-            differ.append(f"{flag} {shlex.quote(str(value))} (the run has {'none' if own is None else own})")
+            has_what = "was begun without" if own is None else f"has {own}"
+            differ.append(f"{flag} {shlex.quote(str(value))} (the run {has_what})")
     if differ:
         raise InvalidArgumentError(
             f"{folder} continues with its own options, from which these differ: {', '.join(differ)}; leave them out, "
             "or start a new run; only --device, --workers and --checkpoint-minutes may be others beside --resume"
         )
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Reads the values of ``--set``: for a method, for a hyperparameter, the values to try.
+
+    Raises:
+        InvalidArgumentError: If one cannot be read, or names what there is not.
+    """
+    settings: dict[str, dict[str, list[Any]]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        method, dot, hyperparameter = name.partition(".")
+        if not (equals and dot and values):
+            raise InvalidArgumentError(f"--set {text!r} must look like saf.coefficient=0.8 or saf.coefficient=0.3,0.8")
+        if hyperparameter not in get_method(method).defaults:
+            resolve_settings(get_method(method), {hyperparameter: 0}, epochs=1)  # says what there is
+        kind = HYPERPARAMETERS[hyperparameter][0]
+        for value in values.split(","):
+            try:
+                settings.setdefault(method, {}).setdefault(hyperparameter, []).append(kind(value))
+            except ValueError:
+                wanted = "an integer" if kind is int else "a number"
+                raise InvalidArgumentError(
+                    f"--set {text!r}: {hyperparameter} must be {wanted}, got {value!r}"
+                ) from None
+    return settings

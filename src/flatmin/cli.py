@@ -15,18 +15,18 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from ._options import check_resumed, given_options, with_options
+from ._options import check_resumed, given_options, parse_settings, with_options
 from ._terminal import Display, err_console, out_console, print_outcome, show_warning
 from .engine.compare import Comparison
 from .engine.config import Recipe, Run
 from .engine.load import has_criterion
-from .engine.methods import HYPERPARAMETERS, METHODS, get_method, resolve_settings
+from .engine.methods import METHODS, get_method, resolve_settings
 from .engine.outcome import make_rows
 from .engine.record import LAST, METRICS, run_folder
 from .engine.resume import find_run, read_run
 from .engine.train import resume as resume_run
 from .engine.train import train as train_run
-from .errors import FlatminError, FlatminWarning, InvalidArgumentError
+from .errors import FlatminError, FlatminWarning
 
 app = typer.Typer(
     help="Train networks into flat minima at the price of the plain optimizer, and measure what it gains.",
@@ -172,7 +172,7 @@ def compare(
     test_set(), takes the place of --data and --model: does it help on my problem, and what does it cost?
     """
     names = _default_methods(recipe) if methods is None else [name.strip() for name in methods.split(",")]
-    rows = make_rows(names, _parse_settings(set_ or []), epochs=recipe.epochs)
+    rows = make_rows(names, parse_settings(set_ or []), epochs=recipe.epochs)
     with run_folder(out, "compare") as folder:
         for row in rows:
             _warn_if_idle(row.label, row.settings, recipe.epochs)
@@ -226,27 +226,6 @@ class _Interrupted(Exception):  # noqa: N818 - not an error
 
     def __str__(self) -> str:
         return f"interrupted: {super().__str__()}"
-
-
-def _parse_settings(texts: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    settings: dict[str, dict[str, list[Any]]] = {}
-    for text in texts:
-        name, equals, values = text.partition("=")
-        method, dot, hyperparameter = name.partition(".")
-        if not (equals and dot and values):
-            raise InvalidArgumentError(f"--set {text!r} must look like saf.coefficient=0.8 or saf.coefficient=0.3,0.8")
-        if hyperparameter not in get_method(method).defaults:
-            resolve_settings(get_method(method), {hyperparameter: 0}, epochs=1)  # says what there is
-        kind = HYPERPARAMETERS[hyperparameter][0]
-        for value in values.split(","):
-            try:
-                settings.setdefault(method, {}).setdefault(hyperparameter, []).append(kind(value))
-            except ValueError:
-                wanted = "an integer" if kind is int else "a number"
-                raise InvalidArgumentError(
-                    f"--set {text!r}: {hyperparameter} must be {wanted}, got {value!r}"
-                ) from None
-    return settings
 
 
 def _default_methods(recipe: Recipe) -> list[str]:

@@ -53,5 +53,5 @@ class Progress:
             check_integer("steps", state["steps"], least=0),
             check_integer("samples", state["samples"], least=0),
             check_number("seconds", state["seconds"], least=0),
-            state["totals"].to(device),
+            state["totals"].to(device, copy=True),
         )
