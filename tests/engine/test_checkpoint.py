@@ -248,7 +248,7 @@ class TestDamaged:
             changed = bytearray(whole)
             changed[place] ^= draw.randrange(1, 256)
             (folder / name).write_bytes(changed)
-            with pytest.raises(DataError, match="last: the checkpoint is damaged: (state|tensors)"):
+            with pytest.raises(DataError, match=r"last: the checkpoint is damaged: (state|tensors)"):
                 load_checkpoint(folder)
         (folder / name).write_bytes(whole)
         load_checkpoint(folder)

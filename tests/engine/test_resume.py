@@ -38,7 +38,7 @@ def model():
 """
 
 
-class Ended(Exception):
+class Ended(Exception):  # noqa: N818 - not an error
     """Stands for whatever ends a run."""
 
 
@@ -123,14 +123,15 @@ class TestToTheBit:
         resume(run, folder)
         assert_same(folder, whole)
 
-    def test_ended_after_each_step_again(self, folder, whole, make_run, noisy):
+    def test_ended_again_and_again(self, folder, whole, make_run, noisy):
         run = make_run("saf", epochs=3, experiment=noisy)
         train(run, whole)
         with pytest.raises(Ended):
-            train(run, folder, on_step=ending_after(1), checkpoint_minutes=0)
-        for _ in range(7):
+            train(run, folder, on_step=ending_after(2), checkpoint_minutes=0)
+        for _ in range(3):
             with pytest.raises(Ended):
-                resume(run, folder, on_step=ending_after(1), checkpoint_minutes=0)
+                resume(run, folder, on_step=ending_after(2), checkpoint_minutes=0)
+        assert load_checkpoint(folder / "checkpoints/last")["epoch"] == 2
         resume(run, folder, checkpoint_minutes=0)
         assert_same(folder, whole)
 
@@ -281,30 +282,29 @@ class TestDoesNotFit:
         return end
 
     @pytest.mark.parametrize(
-        ("old", "new", "said"),
+        ("changes", "said"),
         [
-            ("randn(60, 4", "randn(70, 4", "training samples was 60 and is 70, test samples was 60 and is 70"),
-            ("Linear(8, 3)", "Linear(8, 5)", "classes was 3 and is 5"),
+            ({"randn(60": "randn(70"}, "training samples was 60 and is 70, test samples was 60 and is 70"),
+            ({"(8, 3)": "(8, 5)"}, "classes was 3 and is 5"),
             (
-                "Linear(4, 8), nn.BatchNorm1d(8)",
-                "Linear(4, 9), nn.BatchNorm1d(9)",
-                "model.0.weight is float32 of shape",
+                {"(8": "(9", "4, 8": "4, 9"},
+                "model.0.weight is float32 of shape (8, 4), this run's is float32 of shape (9",
             ),
-            ("nn.ReLU()", "nn.PReLU()", "only one of them has 2.weight"),
+            ({"nn.ReLU": "nn.PReLU"}, "only one of them has 2.weight"),
         ],
     )
-    def test_the_problem_has_changed(self, folder, ended, experiment, old, new, said):
+    def test_the_problem_has_changed(self, folder, ended, experiment, changes, said):
         run, text = ended(), Path(experiment).read_text()
-        Path(experiment).write_text(
-            text.replace(old, new).replace("nn.Linear(8, 3)", "nn.Linear(9, 3)" if "9" in new else "nn.Linear(8, 3)")
-        )
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        Path(experiment).write_text(text)
         with pytest.raises(DataError, match="checkpoints/last: the checkpoint does not fit this run: ") as caught:
             resume(run, folder)
         assert said in str(caught.value)
 
     def test_the_configuration_has_changed(self, folder, ended, make_run, experiment):
         ended()
-        with pytest.raises(DataError, match="another run than config.json says: epochs was 3 and is 5"):
+        with pytest.raises(DataError, match=r"another run than config.json says: epochs was 3 and is 5"):
             resume(make_run("saf", epochs=5, experiment=experiment), folder)
         with pytest.raises(DataError, match="method was 'saf' and is 'mesa'"):
             resume(make_run("mesa", experiment=experiment), folder)
@@ -318,8 +318,8 @@ class TestDoesNotFit:
         with pytest.warns(FlatminWarning, match=r"torch was '1.0' and is .*not come out to the bit"):
             resume(run, folder)
 
-    @pytest.mark.parametrize("method", ["saf", "mesa"])
-    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize(("method", "optimizer"), [("saf", "sgd"), ("mesa", "adamw")])
     def test_a_state_with_anything_out_of_place_is_refused_or_harmless(self, folder, ended, method, optimizer):
         """Every entry in turn is left out, or replaced by something of another shape, dtype or type."""
         run = ended(method, optimizer=optimizer)
@@ -329,14 +329,12 @@ class TestDoesNotFit:
             changed = load_checkpoint(checkpoint)
             change(changed)
             save_checkpoint(folder / "changed", changed)
-            try:
-                with pytest.raises(Ended):
-                    resume(run, folder, folder / "changed", on_step=ending_after(1))
-            except DataError as error:
-                assert "changed: " in str(error)
+            with pytest.raises((Ended, DataError)) as caught:
+                resume(run, folder, folder / "changed", on_step=ending_after(1))
+            if caught.type is DataError:
+                assert "changed: " in str(caught.value)
                 refused += 1
-            restored = folder / "checkpoints/last"
-            assert load_checkpoint(restored)["progress"]["steps"] == 2
+            assert load_checkpoint(checkpoint)["progress"]["steps"] == state["progress"]["steps"]
         assert refused > 100
 
 
@@ -348,13 +346,15 @@ def changes(state, path=()):
             changed = changed[key]
         return changed
 
+    number = len(path)
     if isinstance(state, dict):
         for key, value in state.items():
             if path[:1] in (("run",), ("random",)) and len(path) > 1:
                 continue
+            number += 1
             yield lambda changed, key=key: at(changed, path).pop(key)
             wrong = ["text", [[]], {"a": {}}, torch.ones(7, 7, 7), torch.ones(3, dtype=torch.int16)]
-            for other in wrong:
+            for other in (wrong[number % 5], wrong[(number + 2) % 5]):
                 yield lambda changed, key=key, other=other: at(changed, path).__setitem__(key, other)
             yield from changes(value, (*path, key))
 
@@ -383,12 +383,12 @@ class TestConfiguration:
     )
     def test_one_that_is_none(self, folder, config, content):
         config.write_text(content)
-        with pytest.raises(DataError, match="config.json: not the configuration of a run"):
+        with pytest.raises(DataError, match=r"config.json: not the configuration of a run"):
             read_run(folder)
 
     def test_a_run_that_was_ended_before_it_began(self, folder, config):
         config.write_text("")
-        with pytest.raises(DataError, match="config.json is empty: the run ended before it began; remove"):
+        with pytest.raises(DataError, match=r"config.json is empty: the run ended before it began; remove"):
             read_run(folder)
 
     def test_a_comparison(self, folder, config):
@@ -463,7 +463,7 @@ class TestLock:
             pass
 
 
-@pytest.mark.parametrize(("minutes", "saves"), [(0, 12 + 3), (1e-9, 12 + 3), (10, 3)])
+@pytest.mark.parametrize(("minutes", "saves"), [(0, 9 + 3), (1e-9, 9 + 3), (10, 3)])
 def test_how_often_a_checkpoint_is_written(folder, make_run, experiment, monkeypatch, minutes, saves):
     count = []
     save = keeper_module.save_checkpoint

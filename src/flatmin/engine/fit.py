@@ -25,9 +25,9 @@ def check_fit(name: str, found: Any, wanted: Any, *, exact: bool = True) -> None
         if not isinstance(found, Mapping) or (exact and found.keys() != wanted.keys()):
             odd = sorted(map(str, found.keys() ^ wanted.keys())) if isinstance(found, Mapping) else []
             raise DataError(f"{name} is {_describe(found)}, this run's is {_describe(wanted)}{_named(odd)}")
-        for key in found.keys() & wanted.keys():
-            if not str(key).endswith("_extra_state"):  # torch's name for what a module checks itself
-                check_fit(f"{name}.{key}", found[key], wanted[key], exact=exact)
+        for key, value in wanted.items():
+            if key in found and not str(key).endswith("_extra_state"):  # torch's name for what a module checks itself
+                check_fit(f"{name}.{key}", found[key], value, exact=exact)
     elif isinstance(wanted, (list, tuple)) and isinstance(found, (list, tuple)) and len(found) == len(wanted):
         for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
             check_fit(f"{name}.{number}", one, other, exact=exact)

@@ -1,12 +1,13 @@
 """What a run leaves on disk as it goes: the one place that gathers its state, and the one that writes."""
 
+import shlex
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, FlatminError, FlatminWarning
+from ..errors import DataError, FlatminError, FlatminWarning, OutputError
 from .checkpoint import STATE, copy_checkpoint, save_checkpoint
 from .config import Run
 from .record import BEST, LAST, METRICS, PREVIOUS, append_line, write_lines
@@ -63,9 +64,8 @@ class Keeper:
         except Exception as error:  # whatever torch says of a state that is not its own
             what = str(error) if isinstance(error, FlatminError) else f"{type(error).__name__}: {error}"
             raise DataError(f"{start.checkpoint}: the checkpoint does not fit this run: {what:.400}") from error
-        if difference := describe_difference(
-            *({name: each[name] for name in ("torch", "device")} for each in (state, own))
-        ):
+        then, now = ({name: each.get(name) for name in ("torch", "device")} for each in (state, own))
+        if difference := describe_difference(then, now):
             warnings.warn(
                 f"since the checkpoint was made, {difference}; the run will not come out to the bit as it would have",
                 FlatminWarning,
@@ -76,8 +76,9 @@ class Keeper:
         self._last_is_good = start.checkpoint.resolve() == (self.folder / LAST).resolve()
 
     def step_done(self) -> None:
-        """Writes a checkpoint in the middle of an epoch, when one is due."""
-        if time.monotonic() - self._saved >= 60 * self.minutes:
+        """Writes a checkpoint in the middle of an epoch, when one is due; at its end, `epoch_done` does."""
+        ended = self.trainer.progress.steps == len(self.trainer.loader)
+        if not ended and time.monotonic() - self._saved >= 60 * self.minutes:
             self._save()
 
     def epoch_done(self, metrics: dict[str, float]) -> None:
@@ -90,7 +91,13 @@ class Keeper:
     def _save(self) -> None:
         # What is at `last` and was not continued from, damaged or given up, must not push out the good one before it.
         previous = self.folder / PREVIOUS if self._last_is_good else None
-        save_checkpoint(self.folder / LAST, self.gather(), previous=previous, durable=self.durable)
+        try:
+            save_checkpoint(self.folder / LAST, self.gather(), previous=previous, durable=self.durable)
+        except OutputError as error:
+            if not (self.folder / LAST).exists():
+                raise
+            go_on = f"flatmin train --resume {shlex.quote(str(self.folder))}"
+            raise OutputError(f"{error}; the one before it is whole; when there is room: {go_on}") from error
         self._last_is_good = True
         self._saved = time.monotonic()
 

@@ -215,7 +215,7 @@ class Trainer:
             self.trajectory.load_state_dict(state["trajectory"])
         self.epoch = check_integer("epoch", state["epoch"], least=0)
         self.progress = Progress.from_state(state["progress"], self.device)
-        if self.progress.steps > len(self.loader):
+        if self.progress.steps >= len(self.loader):
             raise DataError(f"progress.steps is {self.progress.steps}, and an epoch has {len(self.loader)} steps")
         self._random = state["random"]
         self._set_random_states(self._random)
