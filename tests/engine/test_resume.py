@@ -266,7 +266,8 @@ class TestWhere:
 
     def test_a_crash_between_the_renames(self, folder, ended):
         (folder / "checkpoints/last").rename(folder / "checkpoints/last.new")
-        resume(ended, folder)
+        assert find_run(folder / "checkpoints/last") == (folder, folder / "checkpoints/last")
+        resume(ended, folder, folder / "checkpoints/last")
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best", "last", "previous"]
 
 

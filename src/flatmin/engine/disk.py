@@ -15,7 +15,7 @@ LOCK = ".lock"
 def sync(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk itself."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows forces no file it only reads
     except PermissionError:
         if os.name == "nt" and path.is_dir():  # Windows opens no folders
             return

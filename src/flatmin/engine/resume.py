@@ -36,9 +36,10 @@ def find_run(path: Path) -> tuple[Path, Path | None]:
     if (path / CONFIG).is_file():
         return path, None
     folder = path.parent.parent
-    if (path / STATE).exists() and (folder / CONFIG).is_file():
+    known = path in [folder / name for name in (LAST, PREVIOUS, BEST)]  # which a crash may have left under another name
+    if (known or (path / STATE).exists()) and (folder / CONFIG).is_file():
         return folder, path
-    raise DataError(f"{path}: no run there to continue: neither {CONFIG} of a run nor {STATE} of a checkpoint in a run")
+    raise DataError(f"{path}: no run there to continue: neither {CONFIG} of a run nor a checkpoint in a run's folder")
 
 
 def read_run(folder: Path) -> Run:
