@@ -24,13 +24,15 @@ ALLOWED = {
     "models": {"errors", "_checks"},
     "losses": {"errors", "_checks", "history"},
     "engine": {"errors", "_checks", "history", "optim", "data", "models", "losses"},
+    "_options": {"errors", "engine"},
     "_terminal": {"engine"},
-    "cli": {"", "_terminal", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine"},
+    "cli": {"", "_options", "_terminal", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine"},
     "__init__": {"data", "errors", "history", "losses", "models", "optim"},
     "__main__": {"cli"},
 }
 LAZY = {
     "engine",
+    "_options",
     "_terminal",
     "cli",
     "__main__",

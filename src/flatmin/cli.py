@@ -1,27 +1,32 @@
 """The command: ``flatmin train`` and ``flatmin compare``."""
 
 import dataclasses
-import inspect
 import io
+import shlex
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, get_type_hints
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from . import __version__
+from ._options import check_resumed, given_options, parse_settings, with_options
 from ._terminal import Display, err_console, out_console, print_outcome, show_warning
 from .engine.compare import Comparison
 from .engine.config import Recipe, Run
 from .engine.load import has_criterion
-from .engine.methods import HYPERPARAMETERS, METHODS, get_method, resolve_settings
+from .engine.methods import METHODS, get_method, resolve_settings
 from .engine.outcome import make_rows
-from .engine.record import run_folder
+from .engine.record import LAST, METRICS, run_folder
+from .engine.resume import find_run, read_run
+from .engine.train import resume as resume_run
 from .engine.train import train as train_run
-from .errors import FlatminError, FlatminWarning, InvalidArgumentError
+from .errors import FlatminError, FlatminWarning
 
 app = typer.Typer(
     help="Train networks into flat minima at the price of the plain optimizer, and measure what it gains.",
@@ -33,41 +38,6 @@ app = typer.Typer(
 
 _ALL = ",".join(METHODS)
 _METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
-
-
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command an option for each field of the recipe, which it receives as one ``recipe``.
-
-    A parameter ``settings`` likewise becomes an option for each hyperparameter of the methods.
-    """
-    own = inspect.signature(command).parameters
-    hints = get_type_hints(Recipe)
-    recipe, settings = [], []
-    for field in dataclasses.fields(Recipe):
-        text = field.metadata["help"]
-        option = typer.Argument(help=text) if field.name == "experiment" else typer.Option(help=text)
-        recipe.append(_parameter(field.name, Annotated[hints[field.name], option], field.default))
-    if "settings" in own:
-        for name, (kind, text) in HYPERPARAMETERS.items():
-            settings.append(_parameter(name, Annotated[kind | None, typer.Option(help=text)], None))
-
-    def wrapper(**values: Any) -> None:
-        arguments = {name: values[name] for name in own if name in values}
-        if "settings" in own:
-            given = {parameter.name: values[parameter.name] for parameter in settings}
-            arguments["settings"] = {name: value for name, value in given.items() if value is not None}
-        command(recipe=Recipe(**{parameter.name: values[parameter.name] for parameter in recipe}), **arguments)
-
-    rest = [parameter for name, parameter in own.items() if name not in ("recipe", "settings")]
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*rest, *settings, *recipe)]
-    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
-    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return wrapper
-
-
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 @app.callback(invoke_without_command=True)
@@ -85,38 +55,90 @@ def version(
 @app.command()
 @with_options
 def train(
+    context: typer.Context,
     recipe: Recipe,
     settings: dict[str, Any],
     method: Annotated[str, typer.Option(help=_METHOD_HELP)] = "saf",
     seed: Annotated[int, typer.Option(help="Draws split, initial weights, order and augmentation.", min=0)] = 0,
     out: Annotated[str | None, typer.Option(help="Folder of the run.  [default: a new one under runs/]")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Continue the run in this folder, or from one of its checkpoints, with its own options."),
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="How long an epoch goes on without a checkpoint; 0 for one after every step.", min=0)
+    ] = 10.0,
 ) -> None:
     """Train one network with one method and keep the run in a folder.
 
-    The folder receives config.json, metrics.jsonl (a line an epoch) and checkpoints/last and /best. EXPERIMENT, a
-    Python file that defines model(), train_set() and test_set(), takes the place of --data and --model.
+    The folder receives config.json, metrics.jsonl (a line an epoch) and checkpoints/last, /previous and /best.
+    EXPERIMENT, a Python file that defines model(), train_set() and test_set(), takes the place of --data and --model.
+    After a crash, --resume FOLDER continues where it was.
     """
+    if resume is not None:
+        _resume(Path(resume), given_options(context), checkpoint_minutes)
+        return
     run = Run(recipe, method, resolve_settings(get_method(method), settings, epochs=recipe.epochs), seed)
-    done: list[dict[str, float]] = []
+    with run_folder(out, f"{method}-seed{seed}") as folder:
+        _warn_if_idle(method, run.settings, recipe.epochs)
+        with _interruptible(run, folder):
+            last = train_run(run, folder, on_epoch=_show(recipe.epochs), checkpoint_minutes=checkpoint_minutes)
+    _conclude(last, folder)
 
+
+def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float) -> None:
+    """Continues a run with its own options but for where it is done."""
+    folder, checkpoint = find_run(path)
+    run = read_run(folder)
+    place = {name: given.pop(name) for name in ("device", "workers") if name in given}
+    given = {name: value for name, value in given.items() if name not in ("resume", "checkpoint_minutes")}
+    check_resumed(run, folder, given)
+    run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **place))
+    shown: list[dict[str, float]] = []
+    show = _show(run.recipe.epochs)
+
+    def note(metrics: dict[str, float]) -> None:
+        shown.append(metrics)
+        show(metrics)
+
+    with _interruptible(run, folder):
+        last = resume_run(run, folder, checkpoint, on_epoch=note, checkpoint_minutes=checkpoint_minutes)
+    if not shown:
+        out_console.print(f"the run is finished: all {run.recipe.epochs} epochs were done before", markup=False)
+    _conclude(last, folder)
+
+
+def _show(epochs: int) -> Callable[[dict[str, float]], None]:
     def show(metrics: dict[str, float]) -> None:
-        done.append(metrics)
         out_console.print(
-            f"epoch {int(metrics['epoch']) + 1:>{len(str(recipe.epochs))}}/{recipe.epochs}"
+            f"epoch {int(metrics['epoch']) + 1:>{len(str(epochs))}}/{epochs}"
             f"  loss {metrics['train_loss']:.4f} (without penalty {metrics['train_loss_vanilla']:.4f})"
             f"  test {metrics['test_loss']:.4f}, {100 * metrics['test_accuracy']:.2f} %"
             f"  {metrics['seconds']:.1f} s"
         )
 
-    with run_folder(out, f"{method}-seed{seed}") as folder:
-        _warn_if_idle(method, run.settings, recipe.epochs)
-        try:
-            last = train_run(run, folder, on_epoch=show)
-        except KeyboardInterrupt:
-            kept = f"{len(done)} of {recipe.epochs} epochs are kept in {folder}" if done else "no epoch was done"
-            raise _Interrupted(kept) from None
+    return show
+
+
+def _conclude(last: dict[str, float], folder: Path) -> None:
     accuracy = f"{100 * last['test_accuracy']:.2f} %"
     out_console.print(f"test accuracy after the last epoch {accuracy}; the run is in {folder}", markup=False)
+
+
+@contextmanager
+def _interruptible(run: Run, folder: Path) -> Iterator[None]:
+    """Says after Ctrl-C what was kept, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / LAST).exists():
+            raise _Interrupted("no epoch was done") from None
+        metrics = folder / METRICS
+        done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        raise _Interrupted(
+            f"{done} of {run.recipe.epochs} epochs are kept in {folder}; "
+            f"to go on: flatmin train --resume {shlex.quote(str(folder))}"
+        ) from None
 
 
 @app.command()
@@ -150,7 +172,7 @@ def compare(
     test_set(), takes the place of --data and --model: does it help on my problem, and what does it cost?
     """
     names = _default_methods(recipe) if methods is None else [name.strip() for name in methods.split(",")]
-    rows = make_rows(names, _parse_settings(set_ or []), epochs=recipe.epochs)
+    rows = make_rows(names, parse_settings(set_ or []), epochs=recipe.epochs)
     with run_folder(out, "compare") as folder:
         for row in rows:
             _warn_if_idle(row.label, row.settings, recipe.epochs)
@@ -204,27 +226,6 @@ class _Interrupted(Exception):  # noqa: N818 - not an error
 
     def __str__(self) -> str:
         return f"interrupted: {super().__str__()}"
-
-
-def _parse_settings(texts: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    settings: dict[str, dict[str, list[Any]]] = {}
-    for text in texts:
-        name, equals, values = text.partition("=")
-        method, dot, hyperparameter = name.partition(".")
-        if not (equals and dot and values):
-            raise InvalidArgumentError(f"--set {text!r} must look like saf.coefficient=0.8 or saf.coefficient=0.3,0.8")
-        if hyperparameter not in get_method(method).defaults:
-            resolve_settings(get_method(method), {hyperparameter: 0}, epochs=1)  # says what there is
-        kind = HYPERPARAMETERS[hyperparameter][0]
-        for value in values.split(","):
-            try:
-                settings.setdefault(method, {}).setdefault(hyperparameter, []).append(kind(value))
-            except ValueError:
-                wanted = "an integer" if kind is int else "a number"
-                raise InvalidArgumentError(
-                    f"--set {text!r}: {hyperparameter} must be {wanted}, got {value!r}"
-                ) from None
-    return settings
 
 
 def _default_methods(recipe: Recipe) -> list[str]:

@@ -270,7 +270,7 @@ class TestComparison:
     ):
         clock = SimpleNamespace(now=0.0)
 
-        def train(run, folder, *, on_epoch, on_step):
+        def train(run, folder, *, on_epoch, on_step, durable):
             clock.now += seconds
             for _ in range(run.recipe.epochs):
                 on_epoch({})

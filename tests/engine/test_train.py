@@ -54,7 +54,7 @@ def test_the_folder_has_what_the_issue_says(folder, make_run, experiment):
         "experiment.py",
         "metrics.jsonl",
     ]
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best", "last"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best", "last", "previous"]
     written = lines(folder)
     assert [list(line) for line in written] == [KEYS] * 3
     assert [line["epoch"] for line in written] == [0, 1, 2]

@@ -215,4 +215,5 @@ def _train_one(run: Run, folder: Path) -> dict[str, float]:
 
     check()
     folder.mkdir(parents=True)
-    return train(run, folder, on_epoch=lambda metrics: _ticks.put(1), on_step=check)
+    # Its many short epochs would spend their time waiting for the disk.
+    return train(run, folder, on_epoch=lambda metrics: _ticks.put(1), on_step=check, durable=False)

@@ -1,6 +1,7 @@
 """What is to be learnt, and what a loop needs of it: loaders, labels, the plain optimizer, seeds."""
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
-from ..data import add_label_noise
+from ..data import add_label_noise, random_crop, random_flip
 from ..errors import DataError, InvalidArgumentError, require
 from .config import Recipe
 
@@ -35,6 +36,14 @@ class Problem:
     make_model: Callable[[], nn.Module]
     criterion: Callable[[Tensor, Tensor], Tensor] | None
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+
+    def sizes(self) -> dict[str, int]:
+        """The numbers by which a data set that has changed can be told."""
+        return {
+            "training samples": len(self.train),  # type: ignore[arg-type]
+            "test samples": len(self.test),  # type: ignore[arg-type]
+            "classes": self.num_classes,
+        }
 
 
 def base_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -63,8 +72,9 @@ def make_loader(
         shuffle=generator is not None,
         generator=generator,
         drop_last=drop_last,
+        # Workers are started anew for each epoch, and seeded by `generator`: what a data set draws in them follows from
+        # the epoch alone, and a run that is continued draws the same.
         num_workers=workers,
-        persistent_workers=workers > 0,
     )
 
 
@@ -116,3 +126,30 @@ def with_noise(train: "Dataset[Any]", recipe: Recipe, num_classes: int, seed: in
     train = copy.copy(train)  # the test set may be the same object, or this one be used again
     train.targets = noisy if isinstance(labels, Tensor) else noisy.tolist()  # type: ignore[attr-defined]
     return train
+
+
+def augmented(x: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """Returns a batch of inputs, shifted and mirrored at random as the recipe says."""
+    if recipe.crop:
+        x = random_crop(x, max(x.shape[-1] // 8, 1), generator=generator)
+    if recipe.flip:
+        x = random_flip(x, generator=generator)
+    return x
+
+
+def make_criterion(problem: Problem, smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns the problem's criterion, or the cross entropy with label smoothing.
+
+    Raises:
+        InvalidArgumentError: If ``smoothing`` is out of its bounds, or not 0 where the problem has its own.
+    """
+    if problem.criterion is None:
+        if not (math.isfinite(smoothing) and 0 <= smoothing < 1):
+            raise InvalidArgumentError(f"smoothing must be in [0, 1), got {smoothing!r}")
+        return nn.CrossEntropyLoss(label_smoothing=smoothing)
+    if smoothing > 0:
+        raise InvalidArgumentError(
+            f"smoothing={smoothing} works on flatmin's own cross entropy, and the experiment file has a criterion(); "
+            "leave the method smoothing out, or smooth there"
+        )
+    return problem.criterion

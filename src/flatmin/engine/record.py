@@ -1,5 +1,6 @@
 """What is written down about a run: its folder, its configuration, the machine."""
 
+import errno
 import itertools
 import json
 import math
@@ -8,7 +9,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,15 +19,18 @@ from typing import Any
 import torch
 
 from ..errors import OutputError
+from .disk import write_whole
 
-CONFIG = "config.json"
+# The files and checkpoints in a run's folder.
+CONFIG, METRICS, EXPERIMENT = "config.json", "metrics.jsonl", "experiment.py"
+LAST, PREVIOUS, BEST = "checkpoints/last", "checkpoints/previous", "checkpoints/best"
 
 
 @contextmanager
 def run_folder(out: str | None, name: str) -> Iterator[Path]:
     """Makes the folder of a run, never one that holds something already.
 
-    If what is done with it ends in an error before an epoch is done, nothing of it is left behind.
+    If what is done with it ends in an error before an epoch or a checkpoint is done, nothing of it is left behind.
 
     Args:
         out: The folder the user asked for; None for a new one under ``runs/``, named by time and ``name``.
@@ -41,10 +45,10 @@ def run_folder(out: str | None, name: str) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        if not any(folder.rglob("metrics.jsonl")):
+        if not any(folder.rglob(METRICS)) and not any(folder.rglob(LAST)):
             for name in ("checkpoints", "runs"):
                 shutil.rmtree(folder / name, ignore_errors=True)
-            for name in (CONFIG, "experiment.py", "results.json"):
+            for name in (CONFIG, EXPERIMENT, "results.json"):
                 (folder / name).unlink(missing_ok=True)
             for path in (folder, *missing[1:]) if missing else ():
                 with suppress(OSError):  # somebody else has put something there meanwhile
@@ -77,23 +81,34 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         OutputError: If it cannot be written.
     """
-    fresh = path.with_name(path.name + ".new")
-    try:
-        fresh.write_text(json.dumps(plain(value), indent=2) + "\n")
-        fresh.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
+    write_whole(path, (json.dumps(plain(value), indent=2) + "\n").encode())
 
 
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Adds ``value`` to a file of one JSON object a line.
+def write_lines(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a file of one JSON object a line in one piece; numbers that are not finite become null.
 
     Raises:
         OutputError: If it cannot be written.
     """
+    write_whole(path, "".join(json.dumps(plain(value)) + "\n" for value in values).encode())
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Adds ``value`` to such a file. On a full disk, the lines before it stay and nothing of it is left.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    line = (json.dumps(plain(value)) + "\n").encode()
     try:
-        with path.open("a") as file:
-            file.write(json.dumps(plain(value)) + "\n")
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}") from error
 

@@ -1,16 +1,16 @@
-"""One run from start to end, kept on disk as it goes."""
+"""One run from start to end, kept on disk as it goes, and continued where it was ended."""
 
-import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
-from .checkpoint import save_checkpoint
 from .config import Run
+from .disk import locked, write_whole
+from .keeper import Keeper, restore_files
 from .load import load_problem
-from .record import CONFIG, append_line, command_line, environment, write_json
+from .record import CONFIG, EXPERIMENT, command_line, environment, write_json
+from .resume import open_start
 from .trainer import Trainer
 
 OnEpoch = Callable[[dict[str, float]], None]
@@ -22,18 +22,22 @@ def train(
     *,
     on_epoch: OnEpoch | None = None,
     on_step: Callable[[], None] | None = None,
+    checkpoint_minutes: float = 10.0,
+    durable: bool = True,
 ) -> dict[str, float]:
     """Trains as ``run`` says and keeps everything in ``folder``, which exists and is empty.
 
     It receives ``config.json`` before training begins, a line of ``metrics.jsonl`` and ``checkpoints/last`` after each
-    epoch, and ``checkpoints/best`` (of the highest test accuracy) when there is a better one. An experiment file is
-    copied beside them.
+    epoch, and ``checkpoints/best`` (of the highest test accuracy) when there is a better one; the checkpoint before the
+    last is ``checkpoints/previous``. An experiment file is copied beside them.
 
     Args:
         run: What to train.
         folder: Where to keep it.
         on_epoch: Called with each epoch's metrics once they are on disk.
         on_step: Called after each step; what it raises ends the training.
+        checkpoint_minutes: A checkpoint is also written within an epoch when the last is so old; 0 for every step.
+        durable: Whether checkpoints survive a failure of the power too, and not only of the process.
 
     Returns:
         The last epoch's metrics (see `Trainer.train_epoch`) and ``extra_bytes``.
@@ -41,17 +45,60 @@ def train(
     Raises:
         FlatminError: If something that the run names cannot be used, or the folder cannot be written.
     """
-    trainer = Trainer(run, load_problem(run.recipe, run.seed))
-    write_config(folder, run.to_json(), run.recipe.experiment)
-    best, metrics = -math.inf, {}
-    for _ in range(run.recipe.epochs):
-        metrics = trainer.train_epoch(on_step)
-        state = trainer.state_dict()
-        save_checkpoint(folder / "checkpoints" / "last", state)
-        if metrics["test_accuracy"] > best:
-            best = metrics["test_accuracy"]
-            save_checkpoint(folder / "checkpoints" / "best", state)
-        append_line(folder / "metrics.jsonl", metrics)
+    with locked(folder):
+        trainer = Trainer(run, load_problem(run.recipe, run.seed))
+        write_config(folder, run.to_json(), run.recipe.experiment)
+        keeper = Keeper(folder, run, trainer, minutes=checkpoint_minutes, durable=durable)
+        return _train(keeper, on_epoch, on_step)
+
+
+def resume(
+    run: Run,
+    folder: Path,
+    checkpoint: Path | None = None,
+    *,
+    on_epoch: OnEpoch | None = None,
+    on_step: Callable[[], None] | None = None,
+    checkpoint_minutes: float = 10.0,
+) -> dict[str, float]:
+    """Continues what `train` began in ``folder``, to the bit as if it had never been ended.
+
+    A run that had not come to a checkpoint begins at its start; one that is finished is left as it is.
+
+    Args:
+        run: From `read_run`, with another device or number of workers if need be.
+        folder: The run's.
+        checkpoint: One of its checkpoints; None for the newest.
+        on_epoch: As in `train`, as are the others and what is returned.
+        on_step: Likewise.
+        checkpoint_minutes: Likewise.
+
+    Raises:
+        FlatminError: As in `train`, and if the checkpoint is damaged or does not fit, or another process is at it.
+    """
+    with locked(folder):
+        start = open_start(folder, checkpoint, run)
+        if start is not None and start.state["epoch"] == run.recipe.epochs:
+            restore_files(folder, start)
+            return {**start.state["metrics"][-1], "extra_bytes": start.state["extra_bytes"]}
+        keeper = Keeper(folder, run, Trainer(run, load_problem(run.recipe, run.seed)), minutes=checkpoint_minutes)
+        if start is not None:
+            keeper.restore(start)
+        del start  # its tensors are a second copy of everything
+        return _train(keeper, on_epoch, on_step)
+
+
+def _train(keeper: Keeper, on_epoch: OnEpoch | None, on_step: Callable[[], None] | None) -> dict[str, float]:
+    trainer = keeper.trainer
+
+    def step_done() -> None:
+        keeper.step_done()
+        if on_step is not None:
+            on_step()
+
+    while trainer.epoch < keeper.run.recipe.epochs:
+        metrics = trainer.train_epoch(step_done)
+        keeper.epoch_done(metrics)
         if on_epoch is not None:
             on_epoch(metrics)
     return {**metrics, "extra_bytes": trainer.extra_bytes}
@@ -59,9 +106,10 @@ def train(
 
 def write_config(folder: Path, values: dict[str, Any], experiment: str | None) -> None:
     """Writes ``config.json``: ``values``, the command, versions and hardware; copies the experiment file beside it."""
-    write_json(folder / CONFIG, {"command": command_line(), **values, **environment()})
     if experiment is not None:
         try:
-            shutil.copy(experiment, folder / "experiment.py")
+            content = Path(experiment).read_bytes()
         except OSError as error:
             raise OutputError(f"{folder}: the experiment file could not be copied there: {error}") from error
+        write_whole(folder / EXPERIMENT, content)
+    write_json(folder / CONFIG, {"command": command_line(), **values, **environment()})

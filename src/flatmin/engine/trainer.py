@@ -1,20 +1,25 @@
 """The one training loop. The method is a parameter of it."""
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from ..data import random_crop, random_flip, with_indices
-from ..errors import InvalidArgumentError
+from .._checks import check_integer
+from ..data import with_indices
+from ..errors import DataError, InvalidArgumentError
 from .config import Run
+from .fit import check_fit, check_optimizer
 from .methods import Ingredients, get_method
-from .problem import Problem, class_numbers, make_loader, seed_all
+from .problem import Problem, augmented, class_numbers, make_criterion, make_loader, seed_all
+from .progress import Progress
+from .random_state import random_states, set_random_states
 
 
 class Trainer:
@@ -30,6 +35,7 @@ class Trainer:
         trajectory: SAF, MESA or None.
         extra_bytes: What the method keeps in memory beyond the base optimizer.
         epoch: Number of epochs done.
+        progress: How far the epoch after these has come.
 
     Raises:
         FlatminError: If the method, a hyperparameter or the device cannot be used.
@@ -60,46 +66,40 @@ class Trainer:
         )
         self.optimizer, self.trajectory, self._penalty = method.optimizer, method.trajectory, method.penalty
         self.extra_bytes = method.extra_bytes
-        self.criterion = _criterion(problem, run.settings)
+        self.criterion = make_criterion(problem, run.settings["smoothing"])
         self.epoch = 0
+        self.progress = Progress(totals=torch.zeros(2, device=self.device))
+        self._random: Mapping[str, Any] = {}  # what `load_state_dict` was given, for the middle of an epoch
 
     def train_epoch(self, on_step: Callable[[], None] | None = None) -> dict[str, float]:
-        """Trains for one epoch and evaluates.
+        """Trains for one epoch and evaluates; after `load_state_dict`, for the rest of the epoch it was in.
 
         Args:
-            on_step: Called after each step; what it raises ends the training.
+            on_step: Called after each step, when `state_dict` can be taken; what it raises ends the training.
 
         Returns:
             ``epoch`` (from 0), ``train_loss`` (with the trajectory term), ``train_loss_vanilla`` (without),
-            ``test_loss``, ``test_accuracy`` (a share of 1), ``lr`` and ``seconds`` (training alone).
+            ``test_loss``, ``test_accuracy`` (a share of 1), ``lr`` and ``seconds`` (without the evaluation).
         """
-        recipe, epoch = self.run.recipe, self.epoch
-        # Order and augmentation follow from seed and epoch alone, whatever random numbers a method has used.
-        seed = self.run.seed * 1_000_003 + epoch
-        self._generator.manual_seed(seed)
-        self._augmentation.manual_seed(seed)
-        seed_all(seed)
-        self.set_epoch(epoch)
-        self.model.train()
+        progress = self.progress
+        batches = self._begin_epoch()
         lr = self.optimizer.param_groups[0]["lr"]
-        totals = torch.zeros(2, device=self.device)
-        count = 0
-        start = time.perf_counter()
-        for index, (x, y) in with_indices(self.loader):
+        start = time.perf_counter() - progress.seconds
+        for index, (x, y) in batches:
             y = class_numbers(y, self.problem.num_classes)
-            x = _augmented(x, recipe.crop, recipe.flip, self._augmentation)
+            x = augmented(x, self.run.recipe, self._augmentation)
             losses = self.step(index, x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
-            totals += torch.stack(losses) * len(y)
-            count += len(y)
+            progress.add(losses, len(y), time.perf_counter() - start)
             if on_step is not None:
                 on_step()
-        total, vanilla = (totals / count).tolist()
+        total, vanilla = progress.means()
         seconds = time.perf_counter() - start
         self.scheduler.step()
         test_loss, test_accuracy = self.evaluate()
         self.epoch += 1
+        self.progress = Progress(totals=torch.zeros(2, device=self.device))
         return {
-            "epoch": epoch,
+            "epoch": self.epoch - 1,
             "train_loss": total,
             "train_loss_vanilla": vanilla,
             "test_loss": test_loss,
@@ -107,6 +107,23 @@ class Trainer:
             "lr": lr,
             "seconds": seconds,
         }
+
+    def _begin_epoch(self) -> Iterator[tuple[Tensor, Any]]:
+        """Seeds everything and returns the epoch's batches, those that `progress` has behind it left out."""
+        # Order and augmentation follow from seed and epoch alone, whatever random numbers a method has used.
+        seed = self.run.seed * 1_000_003 + self.epoch
+        self._generator.manual_seed(seed)
+        self._augmentation.manual_seed(seed)
+        seed_all(seed)
+        self.model.train()
+        batches = iter(with_indices(self.loader))
+        if self.progress.steps == 0:
+            self.set_epoch(self.epoch)
+        else:
+            # Drawn again and thrown away, so that data sets and workers that draw random numbers come as far as then.
+            deque(islice(batches, self.progress.steps), maxlen=0)
+            self._set_random_states(self._random)
+        return batches
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the method which epoch begins."""
@@ -158,23 +175,55 @@ class Trainer:
         return loss_mean, accuracy
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that changes in training, as nested dictionaries and lists of tensors and numbers."""
+        """Returns all that changes in training, as nested dictionaries and lists of tensors and plain values.
+
+        It can be taken between epochs and after each step. The tensors are those in use, and no copies.
+        """
         return {
+            "torch": str(torch.__version__),
+            "device": self.device.type,
             "epoch": self.epoch,
+            "progress": self.progress.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
+            # The state of a gradient scaler, once there is one, belongs here.
+            "random": {
+                **random_states(self.device),
+                "order": self._generator.get_state(),
+                "augmentation": self._augmentation.get_state(),
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from where `state_dict` was taken."""
+        """Continues from where `state_dict` was taken.
+
+        Raises:
+            FlatminError: If it is the state of something else; what else may be raised, says the same.
+        """
+        own = self.state_dict()
+        same_torch = state["torch"] == own["torch"]  # other versions have other entries
+        for part in ("model", "trajectory", "progress"):
+            check_fit(part, state[part], own[part])
+        check_optimizer(state["optimizer"], self.scheduler.optimizer, exact=same_torch)
+        check_fit("scheduler", state["scheduler"], own["scheduler"], exact=same_torch)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.trajectory is not None:
             self.trajectory.load_state_dict(state["trajectory"])
-        self.epoch = state["epoch"]
+        self.epoch = check_integer("epoch", state["epoch"], least=0)
+        self.progress = Progress.from_state(state["progress"], self.device)
+        if self.progress.steps >= len(self.loader):
+            raise DataError(f"progress.steps is {self.progress.steps}, and an epoch has {len(self.loader)} steps")
+        self._random = state["random"]
+        self._set_random_states(self._random)
+
+    def _set_random_states(self, states: Mapping[str, Any]) -> None:
+        set_random_states(states, self.device)
+        self._generator.set_state(states["order"])
+        self._augmentation.set_state(states["augmentation"])
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.recipe.precision == "bfloat16")
@@ -196,25 +245,3 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InvalidArgumentError(f"device {name!r} cannot be used here; try --device auto or cpu") from error
     return device
-
-
-def _criterion(problem: Problem, settings: Mapping[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
-    smoothing = settings["smoothing"]
-    if problem.criterion is None:
-        if not (math.isfinite(smoothing) and 0 <= smoothing < 1):
-            raise InvalidArgumentError(f"smoothing must be in [0, 1), got {smoothing!r}")
-        return nn.CrossEntropyLoss(label_smoothing=smoothing)
-    if smoothing > 0:
-        raise InvalidArgumentError(
-            f"smoothing={smoothing} works on flatmin's own cross entropy, and the experiment file has a criterion(); "
-            "leave the method smoothing out, or smooth there"
-        )
-    return problem.criterion
-
-
-def _augmented(x: Tensor, crop: bool, flip: bool, generator: torch.Generator) -> Tensor:
-    if crop:
-        x = random_crop(x, max(x.shape[-1] // 8, 1), generator=generator)
-    if flip:
-        x = random_flip(x, generator=generator)
-    return x

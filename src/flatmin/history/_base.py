@@ -265,6 +265,17 @@ class History(nn.Module, ABC):
         return batch.recalled
 
 
+# Logits that lie further below the largest of their row are taken to lie there: at the paper's temperature, 5, their
+# share is e^-20. It keeps a class masked out by -1e9 from taking the precision of all others.
+RANGE = 100.0
+OUT_OF_RANGE = 1e6  # where a form puts them when it gives them back: without any share
+
+
+def within_range(logits: Tensor) -> Tensor:
+    """Logits, float32, shape (B, C), with the row's largest at 0 and none below ``-RANGE``."""
+    return (logits - logits.amax(dim=1, keepdim=True)).clamp(min=-RANGE)
+
+
 def from_bytes(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Reads bytes, uint8, shape (B, n), as numbers, shape (B, n / itemsize)."""
     # contiguous() would leave a single row as it is, at an offset at which torch reads no larger numbers.

@@ -73,11 +73,12 @@ class DenseHistory(History):
 
     def encode(self, logits: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """See `History.encode`."""
+        whole = logits.isfinite().all(dim=1)
         if self.dtype.itemsize == 2:
             logits = logits.float()
             logits = (logits - logits.amax(dim=1, keepdim=True)).clamp(min=torch.finfo(torch.float16).min)
         row = logits.to(self.dtype)
-        whole = row.isfinite().all(dim=1)
+        whole = whole & row.isfinite().all(dim=1)
         return row.where(whole[:, None], 0).contiguous().view(torch.uint8), whole
 
     def decode(self, rows: Tensor, epoch: int, logits: Tensor) -> Tensor:

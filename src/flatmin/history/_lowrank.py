@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._checks import check_integer
 from ..errors import InvalidArgumentError
-from ._base import History, from_bytes
+from ._base import OUT_OF_RANGE, RANGE, History, from_bytes, within_range
 
 NO_BOOK = -1
 TINY = 1e-12
@@ -133,7 +133,6 @@ class LowRankHistory(History):
         self._turn(epoch)
         book = epoch % (self.lag + 1)
         basis, mean = self.bases[book].float(), self.means[book].float()
-        logits = logits.to(basis)
         whole = logits.isfinite().all(dim=1)
         centred = _centred(logits.where(whole[:, None], 0), mean)
         coordinates, rest = project(centred, basis)
@@ -158,10 +157,11 @@ class LowRankHistory(History):
         codes, scales = torch.split(rows, [self.rank, 4], dim=1)
         step, length = from_bytes(scales, torch.float16).to(basis).unbind(dim=1)
         coordinates = from_bytes(codes, torch.int8).to(basis) * step[:, None]
-        _, rest = project(_centred(logits.to(basis), self.means[now].float()), basis)
+        _, rest = project(_centred(logits, self.means[now].float()), basis)
         rest = rest * (length / rest.norm(dim=1).clamp(min=TINY))[:, None]
         past: Tensor = mean + coordinates @ basis.T + rest
-        return past
+        # A class out of range, masked out by the user, has no share now and had none then.
+        return past.masked_fill(logits < logits.amax(dim=1, keepdim=True) - RANGE, -OUT_OF_RANGE)
 
     def compare(self, logits: Tensor, rows: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """See `History.compare`."""
@@ -177,6 +177,7 @@ class LowRankHistory(History):
         self._books = self.book_epochs.tolist()
         self._epoch = max(self._books) if max(self._books) != NO_BOOK else None
 
+    @full_precision
     def _turn(self, epoch: int) -> None:
         """Where an epoch begins, makes its basis of what the one before has shown."""
         if epoch == self._epoch:
@@ -206,4 +207,5 @@ class LowRankHistory(History):
 
 
 def _centred(logits: Tensor, mean: Tensor) -> Tensor:
+    logits = within_range(logits.float())
     return logits - logits.mean(dim=1, keepdim=True) - mean

@@ -5,14 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._checks import check_integer
 from ..errors import InvalidArgumentError
-from ._base import History, from_bytes
-
-# Logits that lie further below the largest of their row are stored as if they lay there: at the paper's temperature, 5,
-# their share is e^-20. It keeps a class masked out by -1e9 from taking the precision of all others.
-RANGE = 100.0
+from ._base import OUT_OF_RANGE, RANGE, History, from_bytes, within_range
 
 
 def quantize(logits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -25,31 +22,31 @@ def quantize(logits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Returns:
         Codes, uint8, shape (B, ceil(C * bits / 8)), and the step of each row, float16, shape (B,).
     """
-    below = (logits - logits.amax(dim=1, keepdim=True)).clamp(min=-RANGE)
+    below = within_range(logits)
     step = (-below.amin(dim=1, keepdim=True) / (2**bits - 1)).half()
-    # Rounded up where float16 rounds down, so that the lowest code is still within range; never 0 where rows are flat.
-    divisor = step.float().clamp(min=torch.finfo(torch.float16).tiny)
+    divisor = step.float().clamp(min=torch.finfo(torch.float16).tiny)  # a row may be flat
     codes = (-below / divisor).round().clamp(0, 2**bits - 1).to(torch.uint8)
     return pack(codes, bits), step.squeeze(1)
 
 
 def dequantize(codes: Tensor, step: Tensor, bits: int, num_classes: int) -> Tensor:
     """Undoes `quantize`, up to a constant: logits with the row's largest at 0, float32, shape (B, C)."""
-    return unpack(codes, bits, num_classes) * -step.float()[:, None]
+    codes, step = unpack(codes, bits, num_classes), step.float()[:, None]
+    # What was out of range has no share at all, as the present has none there.
+    lost = (codes == 2**bits - 1) & (step >= RANGE / (2**bits - 1) * (1 - 2**-11))
+    return (codes * -step).masked_fill(lost, -OUT_OF_RANGE)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Puts codes below ``2**bits``, uint8, shape (B, C), side by side in bytes, shape (B, ceil(C * bits / 8))."""
     if bits == 8:
         return codes
-    group = 2 if bits == 4 else 4  # codes that fill whole bytes together: 2 in one, 4 in three
-    parts = torch.nn.functional.pad(codes, (0, -codes.shape[1] % group)).reshape(len(codes), -1, group).unbind(2)
-    if bits == 4:
-        packed = parts[0] | parts[1] << 4
-    else:
-        a, b, c, d = parts
-        packed = torch.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], dim=2).flatten(1)
-    return packed[:, : -(-codes.shape[1] * bits // 8)]
+    if bits == 4:  # two in a byte
+        a, b = _in_groups(codes, 2)
+        return a | b << 4
+    size = -(-codes.shape[1] * bits // 8)
+    a, b, c, d = _in_groups(codes, 4)  # four in three bytes
+    return torch.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], dim=2).flatten(1)[:, :size]
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -59,9 +56,15 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 4:
         codes = torch.stack([packed & 15, packed >> 4], dim=2)
     else:
-        a, b, c = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3)).reshape(len(packed), -1, 3).unbind(2)
+        a, b, c = _in_groups(packed, 3)
         codes = torch.stack([a & 63, a >> 6 | (b & 15) << 2, b >> 4 | (c & 3) << 4, c >> 2], dim=2)
     return codes.flatten(1)[:, :count]
+
+
+def _in_groups(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """The first of every ``size`` columns, the second, and so on; zeros where the last group is not full."""
+    rows = F.pad(rows, (0, -rows.shape[1] % size))
+    return tuple(rows[:, place::size] for place in range(size))
 
 
 class QuantizedHistory(History):
