@@ -341,5 +341,5 @@ class TestSharing:
 def count(nbytes: int, *alive: object) -> int:
     """How many tensors of that size there are."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.nbytes == nbytes]
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.nbytes == nbytes]
     return len({t.untyped_storage().data_ptr() for t in tensors})
