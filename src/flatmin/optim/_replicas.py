@@ -30,7 +30,7 @@ def local_gradients(model: nn.Module | None, *, wanted: bool) -> Iterator[list[P
     stopped: list[DistributedDataParallel] = []
 
     def stop(module: nn.Module) -> None:
-        if isinstance(module, DistributedDataParallel):
+        if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
             if module.process_group not in groups:
                 groups.append(module.process_group)
             # torch cannot leave out the very first synchronisation of a static graph
