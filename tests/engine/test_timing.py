@@ -65,6 +65,14 @@ def test_one_slow_step_does_not_move_the_ratio(clock):
     assert other.ratio(base) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("interval", [2, 3])
+def test_a_loss_in_every_kth_step_costs_its_mean(clock, interval):
+    trainers = [stub("base", 0.1, clock, []), stub("mesa", [0.4] + [0.1] * (interval - 1), clock, [])]
+    trainers[1].trajectory = SimpleNamespace(interval=interval)
+    base, mesa = measure_steps(trainers, (None, None, None), seconds=0)
+    assert mesa.ratio(base) == pytest.approx(1 + 3 / interval)
+
+
 def test_the_steps_are_interleaved_in_an_order_drawn_anew(clock):
     order = []
     measure_steps([stub(name, 0.1, clock, order) for name in "abc"], (None, None, None), seconds=0)

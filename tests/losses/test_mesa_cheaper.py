@@ -303,6 +303,11 @@ class TestSharing:
             mesa.set_epoch(epoch)
             mesa(model(x), x)  # no warning, which would be an error here
 
+    def test_a_module_of_that_name_in_the_network_itself_does_not_confuse(self):
+        model = nn.Sequential(collections.OrderedDict(module=nn.Linear(4, C), last=nn.Linear(C, C)))
+        for average in (copy.deepcopy(model), AveragedModel(model)):
+            assert mesa_of(model, decay=None, average=average)(model(batch(8)), batch(8)) == 0
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -336,5 +341,5 @@ class TestSharing:
 def count(nbytes: int, *alive: object) -> int:
     """How many tensors of that size there are."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.nbytes == nbytes]
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.nbytes == nbytes]
     return len({t.untyped_storage().data_ptr() for t in tensors})

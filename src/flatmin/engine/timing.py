@@ -41,7 +41,7 @@ def measure_steps(
     In each round every trainer makes one step, in an order drawn anew, so that a machine that slows down, slows all of
     them. The trajectory losses are at work in every step: each round is an epoch in which the
     batch was recorded ``lag`` epochs ago. What is timed is the whole step of the loop: gradients cleared, forward,
-    penalty, backward, update.
+    penalty, backward, update. Where the loss is computed in every k-th step only, a round is the mean of k steps.
 
     Args:
         trainers: One for each method; they are trained by this.
@@ -64,7 +64,8 @@ def measure_steps(
             start, lag = starts[place]
             trainer.set_epoch(start + (done + warm_up) * lag)
             trainer.model.train()
-            elapsed = _timed(trainer, batch)
+            steps = getattr(trainer.trajectory, "interval", 1)
+            elapsed = sum(_timed(trainer, batch) for _ in range(steps)) / steps
             if done >= 0:
                 times[place].append(elapsed)
         done += 1

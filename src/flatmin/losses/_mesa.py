@@ -22,32 +22,6 @@ from ._trajectory import trajectory_loss
 DECAY = 0.9998  # the authors'
 
 
-def ema_decay(epochs: float, steps_per_epoch: int) -> float:
-    """Decay of an exponential moving average whose horizon is a number of epochs.
-
-    ``decay = 1 - 1 / (epochs * steps_per_epoch)``. A fixed decay means another horizon on every data set: .9998
-    remembers 5,000 steps, which is 16 epochs of ImageNet at batch 4096 and a whole run elsewhere.
-
-    Args:
-        epochs: Horizon in epochs, > 0.
-        steps_per_epoch: Optimizer steps in an epoch, such as ``len(loader)``.
-
-    Raises:
-        InvalidArgumentError: If the horizon is not longer than one step.
-
-    Example:
-        >>> import flatmin
-        >>> flatmin.ema_decay(epochs=10, steps_per_epoch=50)
-        0.998
-    """
-    horizon = check_number("epochs", epochs, above=0) * check_integer("steps_per_epoch", steps_per_epoch, least=1)
-    if horizon <= 1:
-        raise InvalidArgumentError(
-            f"epochs * steps_per_epoch must be more than one step, got {epochs!r} * {steps_per_epoch}"
-        )
-    return 1 - 1 / horizon
-
-
 class MESA(nn.Module):
     """Penalises how far the network's output has moved from that of its own moving average.
 

@@ -38,7 +38,7 @@ class SharpnessAware(Optimizer, ABC):
     Args:
         base_optimizer: The optimizer, an instance, that makes the step.
         model: The network. Only needed where its batch-norm layers cannot be seen as they are called. With a compiled
-            model it also spares torch's warning of global hooks.
+            model it also spares torch's warning of global hooks; give the outermost module then.
         norm: Whose gradient makes the perturbation under ``DistributedDataParallel``. ``"rank"``: each rank perturbs
             along the gradient of its own batch, which is not communicated (m-sharpness, as in SAM's paper).
             ``"global"``: all along the gradient of the whole batch, as one process would.

@@ -30,10 +30,12 @@ def local_gradients(model: nn.Module | None, *, wanted: bool) -> Iterator[list[P
     stopped: list[DistributedDataParallel] = []
 
     def stop(module: nn.Module) -> None:
-        if isinstance(module, DistributedDataParallel):
+        if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
             if module.process_group not in groups:
                 groups.append(module.process_group)
-            if module.require_backward_grad_sync:  # inside a no_sync of the user's it is off, and his to put back
+            # torch cannot leave out the very first synchronisation of a static graph
+            first = module.static_graph and not module._static_graph_delay_allreduce_enqueued
+            if module.require_backward_grad_sync and not first:  # inside a no_sync of the user's it is off already
                 module.require_backward_grad_sync = False
                 stopped.append(module)
 
