@@ -2,13 +2,14 @@
 
 import dataclasses
 import io
+import os
 import shlex
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ import typer
 from . import __version__
 from ._options import check_resumed, given_options, parse_settings, with_options
 from ._terminal import Display, err_console, out_console, print_outcome, show_warning
+from .engine import ranks
 from .engine.compare import Comparison
 from .engine.config import Recipe, Run
 from .engine.load import has_criterion
@@ -26,7 +28,7 @@ from .engine.record import LAST, METRICS, run_folder
 from .engine.resume import find_run, read_run
 from .engine.train import resume as resume_run
 from .engine.train import train as train_run
-from .errors import FlatminError, FlatminWarning
+from .errors import FlatminError, FlatminWarning, InvalidArgumentError
 
 app = typer.Typer(
     help="Train networks into flat minima at the price of the plain optimizer, and measure what it gains.",
@@ -73,17 +75,21 @@ def train(
 
     The folder receives config.json, metrics.jsonl (a line an epoch) and checkpoints/last, /previous and /best.
     EXPERIMENT, a Python file that defines model(), train_set() and test_set(), takes the place of --data and --model.
-    After a crash, --resume FOLDER continues where it was.
+    After a crash, --resume FOLDER continues where it was. On several GPUs, or processes: torchrun --nproc-per-node 2 -m
+    flatmin train ...; the batch size is that of all together.
     """
     if resume is not None:
         _resume(Path(resume), given_options(context), checkpoint_minutes)
         return
     run = Run(recipe, method, resolve_settings(get_method(method), settings, epochs=recipe.epochs), seed)
-    with run_folder(out, f"{method}-seed{seed}") as folder:
-        _warn_if_idle(method, run.settings, recipe.epochs)
-        with _interruptible(run, folder):
-            last = train_run(run, folder, on_epoch=_show(recipe.epochs), checkpoint_minutes=checkpoint_minutes)
-    _conclude(last, folder)
+    with ranks.joined(recipe.device):
+        # The folder is the first rank's, who alone writes; the others have nothing to do with it.
+        own = run_folder(out, f"{method}-seed{seed}") if ranks.rank() == 0 else nullcontext(Path())
+        with own as folder:
+            _warn_if_idle(method, run.settings, recipe.epochs)
+            with _interruptible(run, folder):
+                last = train_run(run, folder, on_epoch=_show(recipe.epochs), checkpoint_minutes=checkpoint_minutes)
+        _conclude(last, folder)
 
 
 def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float) -> None:
@@ -101,11 +107,12 @@ def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float) -> Non
         shown.append(metrics)
         show(metrics)
 
-    with _interruptible(run, folder):
-        last = resume_run(run, folder, checkpoint, on_epoch=note, checkpoint_minutes=checkpoint_minutes)
-    if not shown:
-        out_console.print(f"the run is finished: all {run.recipe.epochs} epochs were done before", markup=False)
-    _conclude(last, folder)
+    with ranks.joined(run.recipe.device):
+        with _interruptible(run, folder):
+            last = resume_run(run, folder, checkpoint, on_epoch=note, checkpoint_minutes=checkpoint_minutes)
+        if not shown:
+            out_console.print(f"the run is finished: all {run.recipe.epochs} epochs were done before", markup=False)
+        _conclude(last, folder)
 
 
 def _show(epochs: int) -> Callable[[dict[str, float]], None]:
@@ -171,6 +178,8 @@ def compare(
     confidence interval, and what each method costs. EXPERIMENT, a Python file that defines model(), train_set() and
     test_set(), takes the place of --data and --model: does it help on my problem, and what does it cost?
     """
+    if ranks.launched() > 1:
+        raise InvalidArgumentError("compare starts processes of its own: run it without torchrun, with --jobs")
     names = _default_methods(recipe) if methods is None else [name.strip() for name in methods.split(",")]
     rows = make_rows(names, parse_settings(set_ or []), epochs=recipe.epochs)
     with run_folder(out, "compare") as folder:
@@ -202,6 +211,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("always", FlatminWarning)
         warnings.showwarning = show_warning
+        if ranks.rank() > 0:  # one says for all what is going on
+            out_console.quiet = True
+            warnings.simplefilter("ignore", FlatminWarning)
         try:
             code = command.main(args=arguments, prog_name="flatmin", standalone_mode=False)
             return code if isinstance(code, int) else 0
@@ -214,9 +226,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             # typer's own usage errors, whatever version of click they come from
             format_message = getattr(error, "format_message", None)
-            if format_message is None:
+            if format_message is None and ranks.claim_failure():
                 raise
-            message = format_message()
+            message = "" if format_message is None else format_message()
+    # Of several ranks the first to fail says why; what the others meet then is only that it has gone.
+    if not ranks.claim_failure():
+        os._exit(2)  # at once: torch would wait for the one that is gone
     err_console.print(f"flatmin: {' '.join(message.split())}", markup=False)
     return 2
 

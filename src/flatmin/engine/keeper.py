@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, FlatminError, FlatminWarning, OutputError
+from . import ranks
 from .checkpoint import STATE, copy_checkpoint, save_checkpoint
 from .config import Run
 from .record import BEST, LAST, METRICS, PREVIOUS, append_line, write_lines
 from .resume import Start, describe_difference
 from .trainer import Trainer
 
+ASK_EVERY = 10  # steps
+
 
 class Keeper:
-    """Writes a run's checkpoints and metrics.
+    """Writes a run's checkpoints and metrics, on the first rank.
 
     ``checkpoints/last`` is the newest, ``checkpoints/previous`` the one before it, and ``checkpoints/best`` that of the
     first epoch with the highest test accuracy. A checkpoint holds the metrics of all epochs before it, so that
@@ -71,35 +74,45 @@ class Keeper:
                 FlatminWarning,
                 stacklevel=2,
             )
-        restore_files(self.folder, start)
+        if ranks.rank() == 0:
+            restore_files(self.folder, start)
         self.metrics = state["metrics"]
         self._last_is_good = start.checkpoint.resolve() == (self.folder / LAST).resolve()
 
     def step_done(self) -> None:
         """Writes a checkpoint in the middle of an epoch, when one is due; at its end, `epoch_done` does."""
-        ended = self.trainer.progress.steps == len(self.trainer.loader)
-        if not ended and time.monotonic() - self._saved >= 60 * self.minutes:
-            self._save()
+        steps = self.trainer.progress.steps
+        if steps == len(self.trainer.loader):
+            return
+        # The state is gathered from all ranks, so they have to agree on when; asking at every step would cost time.
+        if ranks.size() == 1 or self.minutes == 0 or steps % ASK_EVERY == 0:
+            due = time.monotonic() - self._saved >= 60 * self.minutes
+            if ranks.from_first(due):
+                self._save()
 
     def epoch_done(self, metrics: dict[str, float]) -> None:
         """Writes an epoch's checkpoint first, and then what can be made from it."""
         self.metrics.append(metrics)
         self._save()
-        _keep_best(self.folder, self.folder / LAST, self.metrics)
-        append_line(self.folder / METRICS, metrics)
+        if ranks.rank() == 0:
+            _keep_best(self.folder, self.folder / LAST, self.metrics)
+            append_line(self.folder / METRICS, metrics)
 
     def _save(self) -> None:
+        state = self.gather()
+        self._saved = time.monotonic()
+        if ranks.rank() > 0:
+            return
         # What is at `last` and was not continued from, damaged or given up, must not push out the good one before it.
         previous = self.folder / PREVIOUS if self._last_is_good else None
         try:
-            save_checkpoint(self.folder / LAST, self.gather(), previous=previous, durable=self.durable)
+            save_checkpoint(self.folder / LAST, state, previous=previous, durable=self.durable)
         except OutputError as error:
             if not (self.folder / LAST).exists():
                 raise
             go_on = f"flatmin train --resume {shlex.quote(str(self.folder))}"
             raise OutputError(f"{error}; the one before it is whole; when there is room: {go_on}") from error
         self._last_is_good = True
-        self._saved = time.monotonic()
 
 
 def restore_files(folder: Path, start: Start) -> None:

@@ -22,6 +22,7 @@ HYPERPARAMETERS: dict[str, tuple[type, str]] = {
         "Label smoothing of the criterion (every method; 0.1 for the method smoothing, else 0).",
     ),
     "rho": (float, "sam: length of the perturbation."),
+    "norm": (str, "sam: on several processes, along whose gradient to perturb: rank (each its own) | global."),
     "coefficient": (float, "saf, mesa: weight of the trajectory loss."),
     "temperature": (float, "saf, mesa: temperature of the trajectory loss."),
     "start_epoch": (int, "saf, mesa: first epoch, from 0, with the trajectory loss."),
@@ -83,7 +84,7 @@ def _base(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
 
 
 def _sam(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    optimizer: SharpnessAware = SAM(given.optimizer, rho=settings["rho"])
+    optimizer: SharpnessAware = SAM(given.optimizer, rho=settings["rho"], norm=settings["norm"])
     weights = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
     return Assembled(optimizer, extra_bytes=weights)
 
@@ -112,7 +113,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("base", "the plain optimizer", {"smoothing": 0.0}, _base),
         Method("smoothing", "the plain optimizer with label smoothing", {"smoothing": 0.1}, _base),
-        Method("sam", "two passes a step", {"rho": 0.05, "smoothing": 0.0}, _sam, closure_calls=2),
+        Method("sam", "two passes a step", {"rho": 0.05, "norm": "rank", "smoothing": 0.0}, _sam, closure_calls=2),
         Method(
             "saf",
             "against the network's outputs some epochs ago",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ..data import add_label_noise, random_crop, random_flip
 from ..errors import DataError, InvalidArgumentError, require
@@ -53,29 +53,6 @@ def base_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> Optimi
         return SGD(parameters, lr=recipe.lr or 0.1, momentum=recipe.momentum, weight_decay=decay)
     decay = 0.05 if recipe.weight_decay is None else recipe.weight_decay
     return AdamW(parameters, lr=recipe.lr or 1e-3, betas=(recipe.momentum, 0.999), weight_decay=decay)
-
-
-def make_loader(
-    dataset: "Dataset[Any]", batch_size: int, *, workers: int, generator: torch.Generator | None = None
-) -> "DataLoader[Any]":
-    """Returns a loader: shuffled by ``generator`` if there is one, in order otherwise."""
-    size = len(dataset)  # type: ignore[arg-type]
-    # Batch norm cannot train on a single sample, so a last batch of one is left out.
-    drop_last = generator is not None and size % batch_size == 1
-    if type(dataset) is TensorDataset:  # and none of its subclasses, which may do something for each sample
-        # Tensors are indexed a batch at a time, some fifty times faster than sample by sample.
-        order: Any = range(size) if generator is None else RandomSampler(dataset, generator=generator)
-        return DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, batch_size, drop_last))
-    return DataLoader(
-        dataset,
-        batch_size,
-        shuffle=generator is not None,
-        generator=generator,
-        drop_last=drop_last,
-        # Workers are started anew for each epoch, and seeded by `generator`: what a data set draws in them follows from
-        # the epoch alone, and a run that is continued draws the same.
-        num_workers=workers,
-    )
 
 
 def class_numbers(labels: Any, num_classes: int) -> Tensor:

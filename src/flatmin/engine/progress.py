@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
+from . import ranks
 
 
 @dataclass
@@ -16,9 +17,9 @@ class Progress:
 
     Attributes:
         steps: Steps done in it.
-        samples: Samples seen in it.
+        samples: Samples seen in it, by all ranks.
         seconds: Time spent on it.
-        totals: Sums over these samples of the loss and of the criterion's part of it; stays on the device.
+        totals: Sums over this rank's samples of the loss and of the criterion's part of it; stays on the device.
     """
 
     steps: int = 0
@@ -26,21 +27,22 @@ class Progress:
     seconds: float = 0.0
     totals: Tensor = field(default_factory=lambda: torch.zeros(2))
 
-    def add(self, losses: tuple[Tensor, Tensor], samples: int, seconds: float) -> None:
-        """Notes a step: its two losses, its samples, and the time that the epoch has taken so far."""
-        self.totals += torch.stack(losses) * samples
+    def add(self, losses: tuple[Tensor, Tensor], share: int, samples: int, seconds: float) -> None:
+        """Notes a step: its two losses, samples on this rank and on all, and the time the epoch has taken so far."""
+        self.totals += torch.stack(losses) * share
         self.samples += samples
         self.steps += 1
         self.seconds = seconds
 
     def means(self) -> tuple[float, float]:
-        """The mean loss and criterion."""
-        loss, vanilla = (self.totals / self.samples).tolist()
+        """The mean loss and criterion, over all ranks."""
+        loss, vanilla = (ranks.total(self.totals.clone()) / self.samples).tolist()
         return loss, vanilla
 
     def state_dict(self) -> dict[str, Any]:
         """Returns it as tensors and plain values."""
-        return {"steps": self.steps, "samples": self.samples, "seconds": self.seconds, "totals": self.totals}
+        totals = ranks.total(self.totals.clone())
+        return {"steps": self.steps, "samples": self.samples, "seconds": self.seconds, "totals": totals}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "Progress":
@@ -53,5 +55,6 @@ class Progress:
             check_integer("steps", state["steps"], least=0),
             check_integer("samples", state["samples"], least=0),
             check_number("seconds", state["seconds"], least=0),
-            state["totals"].to(device, copy=True),
+            # What all ranks had seen goes on with the first.
+            state["totals"].to(device, copy=True) * (ranks.rank() == 0),
         )

@@ -1,10 +1,12 @@
 """One run from start to end, kept on disk as it goes, and continued where it was ended."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from . import ranks
 from .config import Run
 from .disk import locked, write_whole
 from .keeper import Keeper, restore_files
@@ -45,9 +47,10 @@ def train(
     Raises:
         FlatminError: If something that the run names cannot be used, or the folder cannot be written.
     """
-    with locked(folder):
+    with _alone(folder):
         trainer = Trainer(run, load_problem(run.recipe, run.seed))
-        write_config(folder, run.to_json(), run.recipe.experiment)
+        if ranks.rank() == 0:
+            write_config(folder, run.to_json(), run.recipe.experiment)
         keeper = Keeper(folder, run, trainer, minutes=checkpoint_minutes, durable=durable)
         return _train(keeper, on_epoch, on_step)
 
@@ -76,10 +79,12 @@ def resume(
     Raises:
         FlatminError: As in `train`, and if the checkpoint is damaged or does not fit, or another process is at it.
     """
-    with locked(folder):
-        start = open_start(folder, checkpoint, run)
+    with _alone(folder):
+        with ranks.first_before_others():
+            start = open_start(folder, checkpoint, run)
         if start is not None and start.state["epoch"] == run.recipe.epochs:
-            restore_files(folder, start)
+            if ranks.rank() == 0:
+                restore_files(folder, start)
             return {**start.state["metrics"][-1], "extra_bytes": start.state["extra_bytes"]}
         keeper = Keeper(folder, run, Trainer(run, load_problem(run.recipe, run.seed)), minutes=checkpoint_minutes)
         if start is not None:
@@ -102,6 +107,11 @@ def _train(keeper: Keeper, on_epoch: OnEpoch | None, on_step: Callable[[], None]
         if on_epoch is not None:
             on_epoch(metrics)
     return {**metrics, "extra_bytes": trainer.extra_bytes}
+
+
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Keeps other runs away from a folder; that of the first rank, who is the one to write."""
+    return locked(folder) if ranks.rank() == 0 else nullcontext()
 
 
 def write_config(folder: Path, values: dict[str, Any], experiment: str | None) -> None:

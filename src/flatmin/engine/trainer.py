@@ -14,10 +14,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from .._checks import check_integer
 from ..data import with_indices
 from ..errors import DataError, InvalidArgumentError
+from . import ranks
 from .config import Run
 from .fit import check_fit, check_optimizer
+from .loader import RankBatches, make_loader
 from .methods import Ingredients, get_method
-from .problem import Problem, augmented, class_numbers, make_criterion, make_loader, seed_all
+from .problem import Problem, augmented, class_numbers, make_criterion, seed_all
 from .progress import Progress
 from .random_state import random_states, set_random_states
 
@@ -30,7 +32,7 @@ class Trainer:
         problem: What is to be learnt, made for the same seed.
 
     Attributes:
-        model: The network.
+        model: The network, the same on all ranks.
         optimizer: What makes the step; the method's.
         trajectory: SAF, MESA or None.
         extra_bytes: What the method keeps in memory beyond the base optimizer.
@@ -48,15 +50,23 @@ class Trainer:
         self.device = resolve_device(recipe.device)
         seed_all(run.seed)
         self.model = problem.make_model().to(self.device)
+        self._network = ranks.parallel(self.model)
         base = problem.make_optimizer(self.model.parameters())
         # The scheduler holds the base optimizer; a wrapper shares its param_groups.
         self.scheduler = CosineAnnealingLR(base, T_max=recipe.epochs)
         self._generator = torch.Generator()
         self._augmentation = torch.Generator()
         self.loader = make_loader(problem.train, recipe.batch_size, workers=recipe.workers, generator=self._generator)
+        if len(self.loader) == 0:
+            raise InvalidArgumentError(
+                f"batch_size={recipe.batch_size} and {len(problem.train)} samples, shared by {ranks.size()} processes, "  # type: ignore[arg-type]
+                "leave one with less than two in every batch, and batch norm needs two: start fewer"
+            )
+        # A loader of whole batches has them in place of single samples, see `make_loader`.
+        self._batches: RankBatches = self.loader.batch_sampler or self.loader.sampler  # type: ignore[assignment]
         method = get_method(run.method).assemble(
             Ingredients(
-                self.model,
+                self._network,
                 base,
                 num_samples=len(problem.train),  # type: ignore[arg-type]
                 num_classes=problem.num_classes,
@@ -88,13 +98,15 @@ class Trainer:
         for index, (x, y) in batches:
             y = class_numbers(y, self.problem.num_classes)
             x = augmented(x, self.run.recipe, self._augmentation)
-            losses = self.step(index, x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
-            progress.add(losses, len(y), time.perf_counter() - start)
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            losses = self.step(index, x, y, weight=self._batches.weight(progress.steps))
+            progress.add(losses, len(y), self._batches.lengths[progress.steps], time.perf_counter() - start)
             if on_step is not None:
                 on_step()
         total, vanilla = progress.means()
         seconds = time.perf_counter() - start
         self.scheduler.step()
+        ranks.equalise([self.model])
         test_loss, test_accuracy = self.evaluate()
         self.epoch += 1
         self.progress = Progress(totals=torch.zeros(2, device=self.device))
@@ -113,6 +125,7 @@ class Trainer:
         # Order and augmentation follow from seed and epoch alone, whatever random numbers a method has used.
         seed = self.run.seed * 1_000_003 + self.epoch
         self._generator.manual_seed(seed)
+        seed += 999_983 * ranks.rank()  # each rank drops out, shifts and mirrors otherwise
         self._augmentation.manual_seed(seed)
         seed_all(seed)
         self.model.train()
@@ -130,13 +143,14 @@ class Trainer:
         if self.trajectory is not None:
             self.trajectory.set_epoch(epoch)
 
-    def step(self, index: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, index: Tensor, x: Tensor, y: Tensor, *, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         """Makes one step.
 
         Args:
             index: The samples' numbers in the data set, int64, shape (B,), on the CPU.
             x: Inputs, on the device.
             y: Class numbers, int64, shape (B,), on the device.
+            weight: What the mean over this rank's samples counts, see `RankBatches.weight`.
 
         Returns:
             The loss and the criterion's part of it, detached, at the weights before the step.
@@ -146,10 +160,10 @@ class Trainer:
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             with self._autocast():
-                logits = self.model(x)
+                logits = self._network(x)
                 vanilla = self.criterion(logits, y)
                 loss = vanilla if self._penalty is None else vanilla + self._penalty(logits, index, x)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
             losses.append((loss.detach().float(), vanilla.detach().float()))
             return loss
 
@@ -161,7 +175,6 @@ class Trainer:
         """Returns the plain cross entropy and the accuracy, a share of 1, on the test set."""
         self.model.eval()
         totals = torch.zeros(2, device=self.device)
-        count = 0
         recipe = self.run.recipe
         for x, y in make_loader(self.problem.test, max(recipe.batch_size, 512), workers=recipe.workers):
             y = class_numbers(y, self.problem.num_classes)
@@ -170,14 +183,14 @@ class Trainer:
                 logits = self.model(x)
             loss = F.cross_entropy(logits.float(), y, reduction="sum")
             totals += torch.stack([loss, (logits.argmax(dim=1) == y).sum()])
-            count += len(y)
-        loss_mean, accuracy = (totals / count).tolist()
+        loss_mean, accuracy = (ranks.total(totals) / len(self.problem.test)).tolist()  # type: ignore[arg-type]
         return loss_mean, accuracy
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that changes in training, as nested dictionaries and lists of tensors and plain values.
 
-        It can be taken between epochs and after each step. The tensors are those in use, and no copies.
+        It can be taken between epochs and after each step, on several ranks by all of them together. The tensors are
+        those in use, and no copies.
         """
         return {
             "torch": str(torch.__version__),
@@ -189,11 +202,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
             # The state of a gradient scaler, once there is one, belongs here.
-            "random": {
-                **random_states(self.device),
-                "order": self._generator.get_state(),
-                "augmentation": self._augmentation.get_state(),
-            },
+            "random": ranks.from_all(self._random_states()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -217,8 +226,16 @@ class Trainer:
         self.progress = Progress.from_state(state["progress"], self.device)
         if self.progress.steps >= len(self.loader):
             raise DataError(f"progress.steps is {self.progress.steps}, and an epoch has {len(self.loader)} steps")
-        self._random = state["random"]
+        # On another number of ranks the epoch goes on with other random numbers; the next one is seeded anew.
+        self._random = state["random"][ranks.rank() if len(state["random"]) == ranks.size() else 0]
         self._set_random_states(self._random)
+
+    def _random_states(self) -> dict[str, Any]:
+        return {
+            **random_states(self.device),
+            "order": self._generator.get_state(),
+            "augmentation": self._augmentation.get_state(),
+        }
 
     def _set_random_states(self, states: Mapping[str, Any]) -> None:
         set_random_states(states, self.device)
