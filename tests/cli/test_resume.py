@@ -33,7 +33,7 @@ def tensors(folder, which="last"):
                 yield from walk(item, f"{name}.{key}")
 
     state = load_checkpoint(Path(folder) / "checkpoints" / which)
-    return dict(walk({part: state[part] for part in ("model", "optimizer", "trajectory", "random")}, ""))
+    return dict(walk({part: state[part] for part in ("model", "optimizer", "trajectory", "ranks")}, ""))
 
 
 def assert_same(one, other):

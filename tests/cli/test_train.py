@@ -73,6 +73,7 @@ class TestRun:
         recipe = "--data digits --model cnn --epochs 1 --batch-size 256 --optimizer adamw --lr .01 --momentum .8"
         recipe += " --weight-decay .1 --crop --flip --label-noise .2 --precision bfloat16 --device cpu"
         saf = "--method saf --coefficient .5 --temperature 2 --lag 1 --start-epoch 0 --smoothing .05 --seed 7"
+        saf += " --history int8 --mean-momentum .5"
         assert flatmin("train", *recipe.split(), *saf.split(), "--out", "run").code == 0
         found = config("run")
         assert (found["method"], found["seed"]) == ("saf", 7)
@@ -81,6 +82,8 @@ class TestRun:
             "temperature": 2.0,
             "lag": 1,
             "start_epoch": 0,
+            "history": "int8",
+            "mean_momentum": 0.5,
             "smoothing": 0.05,
         }
         expected = {"optimizer": "adamw", "lr": 0.01, "momentum": 0.8, "weight_decay": 0.1, "label_noise": 0.2}

@@ -93,6 +93,8 @@ class TestRows:
             "temperature": 5.0,
             "lag": 2,
             "start_epoch": 5,
+            "history": "dense",
+            "mean_momentum": None,
             "smoothing": 0.0,
         }
 

@@ -39,7 +39,8 @@ def test_an_unknown_hyperparameter_gets_the_nearest():
 
 def test_settings_override_the_defaults():
     settings = resolve_settings(METHODS["saf"], {"lag": 2}, epochs=10)
-    assert settings == {"coefficient": 0.3, "temperature": 5.0, "lag": 2, "start_epoch": 5, "smoothing": 0.0}
+    assert settings == {**METHODS["saf"].defaults, "lag": 2}
+    assert METHODS["saf"].defaults["lag"] == 3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from flatmin.engine.config import Recipe
 from flatmin.engine.load import load_problem
-from flatmin.engine.problem import base_optimizer, class_numbers, make_loader
+from flatmin.engine.loader import make_loader
+from flatmin.engine.problem import base_optimizer, class_numbers
 from flatmin.errors import DataError, ExperimentError, InvalidArgumentError
 
 SPLIT = """

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from flatmin.engine.checkpoint import load_checkpoint, save_checkpoint
+from flatmin.engine.device import resolve_device
 from flatmin.engine.load import load_problem
 from flatmin.engine.methods import METHODS
-from flatmin.engine.trainer import Trainer, resolve_device
+from flatmin.engine.trainer import Trainer
 from flatmin.errors import DataError, InvalidArgumentError
 
 KEYS = ["epoch", "train_loss", "train_loss_vanilla", "test_loss", "test_accuracy", "lr", "seconds"]
@@ -27,10 +28,10 @@ def batches(trainer, epochs=2, before_step=lambda: None):
     """Trains and returns each batch that reached the step."""
     seen, step = [], trainer.step
 
-    def noting(index, x, y):
+    def noting(index, x, y, **options):
         seen.append((index.clone(), x.clone(), y.clone()))
         before_step()
-        return step(index, x, y)
+        return step(index, x, y, **options)
 
     trainer.step = noting
     for _ in range(epochs):

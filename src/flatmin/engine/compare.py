@@ -18,13 +18,14 @@ import torch
 from ..data import with_indices
 from ..errors import FlatminError
 from .config import Recipe, Run
+from .device import resolve_device
 from .load import load_problem
 from .outcome import LEAST_SEEDS, Outcome, Row
 from .problem import class_numbers
 from .record import command_line, environment, write_json
 from .timing import measure_steps
 from .train import train, write_config
-from .trainer import Trainer, resolve_device
+from .trainer import Trainer
 
 
 class Comparison:

@@ -40,13 +40,12 @@ class Progress:
         return loss, vanilla
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns it as tensors and plain values."""
-        totals = ranks.total(self.totals.clone())
-        return {"steps": self.steps, "samples": self.samples, "seconds": self.seconds, "totals": totals}
+        """Returns what is the same on all ranks, as plain values."""
+        return {"steps": self.steps, "samples": self.samples, "seconds": self.seconds}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "Progress":
-        """Takes what `state_dict` returned.
+    def from_state(cls, state: Mapping[str, Any], totals: Tensor) -> "Progress":
+        """Takes what `state_dict` returned, and this rank's totals.
 
         Raises:
             InvalidArgumentError: If it has values that no epoch has.
@@ -55,6 +54,5 @@ class Progress:
             check_integer("steps", state["steps"], least=0),
             check_integer("samples", state["samples"], least=0),
             check_number("seconds", state["seconds"], least=0),
-            # What all ranks had seen goes on with the first.
-            state["totals"].to(device, copy=True) * (ranks.rank() == 0),
+            totals,
         )

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..data import with_indices
 from ..errors import DataError, InvalidArgumentError
 from . import ranks
 from .config import Run
+from .device import resolve_device
 from .fit import check_fit, check_optimizer
 from .loader import RankBatches, make_loader
 from .methods import Ingredients, get_method
@@ -202,7 +203,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
             # The state of a gradient scaler, once there is one, belongs here.
-            "random": ranks.from_all(self._random_states()),
+            "ranks": ranks.from_all({"totals": self.progress.totals, "random": self._random_states()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -213,22 +214,32 @@ class Trainer:
         """
         own = self.state_dict()
         same_torch = state["torch"] == own["torch"]  # other versions have other entries
-        for part in ("model", "trajectory", "progress"):
-            check_fit(part, state[part], own[part])
+        for name in ("model", "trajectory", "progress"):
+            check_fit(name, state[name], own[name])
         check_optimizer(state["optimizer"], self.scheduler.optimizer, exact=same_torch)
         check_fit("scheduler", state["scheduler"], own["scheduler"], exact=same_torch)
+        part = self._own_part(state["ranks"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.trajectory is not None:
             self.trajectory.load_state_dict(state["trajectory"])
         self.epoch = check_integer("epoch", state["epoch"], least=0)
-        self.progress = Progress.from_state(state["progress"], self.device)
+        self.progress = Progress.from_state(state["progress"], part["totals"].to(self.device, copy=True))
         if self.progress.steps >= len(self.loader):
             raise DataError(f"progress.steps is {self.progress.steps}, and an epoch has {len(self.loader)} steps")
-        # On another number of ranks the epoch goes on with other random numbers; the next one is seeded anew.
-        self._random = state["random"][ranks.rank() if len(state["random"]) == ranks.size() else 0]
+        self._random = part["random"]
         self._set_random_states(self._random)
+
+    def _own_part(self, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What a checkpoint has of this rank alone."""
+        for number, part in enumerate(parts):
+            check_fit(f"ranks.{number}.totals", part["totals"], self.progress.totals)
+        if len(parts) == ranks.size():
+            return parts[ranks.rank()]
+        # On another number of ranks the first goes on with what all had seen, and the epoch with other random numbers.
+        every = torch.stack([part["totals"] for part in parts]).sum(dim=0)
+        return {**parts[0], "totals": every if ranks.rank() == 0 else torch.zeros_like(every)}
 
     def _random_states(self) -> dict[str, Any]:
         return {
@@ -244,21 +255,3 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.recipe.precision == "bfloat16")
-
-
-def resolve_device(name: str) -> torch.device:
-    """Returns the device of that name; ``"auto"`` is the accelerator if there is one.
-
-    Raises:
-        InvalidArgumentError: If there is no such device here.
-    """
-    if name == "auto":
-        # A CUDA build names its accelerator also on a machine that has none.
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # the meta device has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InvalidArgumentError(f"device {name!r} cannot be used here; try --device auto or cpu") from error
-    return device
