@@ -10,6 +10,8 @@ WRONG_VALUES = {
     "--method xyz": "there are base, smoothing, sam, saf, mesa",
     "--model resnet19": "did you mean resnet18?",
     "--model wrn28-10": "did you mean wrn-28-10?",
+    "--model cnn1d": "model 'cnn1d' takes signals, and the data 'digits' are images",
+    "--data mnist": "unknown data 'mnist', did you mean mnist1d?",
     "--data digit": "unknown data 'digit', did you mean digits?",
     "--data ixd:folder": "did you mean idx?",
     "--coefficient -1": "coefficient must be a finite number >= 0, got -1.0",

@@ -94,8 +94,46 @@ def test_label_noise_belongs_to_the_seed():
 
 @pytest.mark.parametrize("data", ["digitz", "idx:", "folder", "cifar10"])
 def test_unknown_data_gets_what_there_is(data):
-    with pytest.raises(InvalidArgumentError, match=f"unknown data '{data}'.*digits, idx:FOLDER and folder:FOLDER"):
+    with pytest.raises(
+        InvalidArgumentError, match=f"unknown data '{data}'.*digits, mnist1d, idx:FOLDER and folder:FOLDER"
+    ):
         load_problem(Recipe(data=data), 0)
+
+
+@pytest.fixture
+def _signals():
+    pytest.importorskip("mnist1d")
+
+
+@pytest.mark.usefixtures("_signals")
+class TestSignals:
+    def test_the_split_is_fixed_and_the_noise_belongs_to_the_seed(self):
+        recipe = Recipe(data="mnist1d", model="cnn1d", label_noise=0.2)
+        first, second = load_problem(recipe, 0), load_problem(recipe, 1)
+        (x, y, *test), (other_x, other_y, *other_test) = tensors(first), tensors(second)
+        assert all(torch.equal(a, b) for a, b in zip([x, *test], [other_x, *other_test], strict=True))
+        assert not torch.equal(y, other_y)
+        clean = load_problem(Recipe(data="mnist1d", model="cnn1d"), 0).train.tensors[1]
+        assert int((y != clean).sum()) == 800
+        assert first.make_model()(x[:2]).shape == (2, 10)
+
+    @pytest.mark.parametrize("model", ["cnn", "resnet18", "timm/resnet18", "torchvision/resnet18"])
+    def test_a_network_for_images_is_refused(self, model):
+        message = f"model '{model}' takes images, and the data 'mnist1d' are signals .*; take model cnn1d"
+        with pytest.raises(InvalidArgumentError, match=message):
+            load_problem(Recipe(data="mnist1d", model=model), 0)
+
+    @pytest.mark.parametrize("name", ["crop", "flip"])
+    def test_the_augmentation_of_images_is_refused(self, name):
+        message = rf"{name} is for images, and the data 'mnist1d' are signals of shape \(1, 40\)"
+        with pytest.raises(InvalidArgumentError, match=message):
+            load_problem(Recipe(data="mnist1d", model="cnn1d", **{name: True}), 0)
+
+
+def test_a_network_for_signals_is_refused_on_images():
+    message = r"model 'cnn1d' takes signals, and the data 'digits' are images of shape \(1, 8, 8\); take model cnn$"
+    with pytest.raises(InvalidArgumentError, match=message):
+        load_problem(Recipe(model="cnn1d"), 0)
 
 
 @pytest.mark.parametrize("dataset", [TensorDataset(torch.arange(9), torch.arange(9)), Pairs(9)], ids=["tensors", "own"])

@@ -331,7 +331,7 @@ SIZES = {"dense": 4 * 1000, "half": 2 * 1000, "int8": 1002, "int6": 752, "int4":
 def test_bytes_are_what_is_said(name: str) -> None:
     history = make_history(name, 50, 1000, lag=3, temperature=5.0)
     assert history.row_bytes == SIZES[name]
-    books = 4 * (4 * 1000 * 93 + 1000 * 93 + 1) + 8 * 4 if name == "lowrank" else 0
+    books = 4 * (4 * 1000 * 93 + 1000 * 93 + 1) + 8 * 5 if name == "lowrank" else 0
     assert history.nbytes == 3 * 50 * (SIZES[name] + 4) + books
     held = sum(buffer.untyped_storage().nbytes() for buffer in history.buffers())
     assert held == history.nbytes

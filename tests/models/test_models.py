@@ -1,5 +1,6 @@
 """The networks against the numbers of their papers, and the names that build them."""
 
+import math
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -18,7 +19,8 @@ SMALL = {
     "wrn-16-2": lambda channels, classes: models.wide_resnet(channels, classes, depth=16, widen=2),
     "pyramidnet-14": lambda channels, classes: models.pyramidnet(channels, classes, depth=14, alpha=9),
 }
-BUILDERS = [models.SmallCNN, models.resnet18, models.wide_resnet, models.pyramidnet]
+SIGNALS = {"cnn1d": lambda channels, classes: models.SmallCNN1d(channels, classes, width=8)}
+BUILDERS = [models.SmallCNN, models.SmallCNN1d, models.resnet18, models.wide_resnet, models.pyramidnet]
 
 
 def parameters(model):
@@ -78,12 +80,14 @@ class TestThePublishedNetworks:
     @pytest.mark.parametrize("name", models.model_names())
     def test_the_registry_builds_them(self, name):
         model = models.create_model(name, 3, 10)
-        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        size = [32] * models.input_dimensions(name)
+        assert model(torch.zeros(2, 3, *size)).shape == (2, 10)
 
     def test_the_registry_takes_the_default_sizes(self):
         count = {name: parameters(models.create_model(name, 3, 10)) for name in models.model_names()}
         assert count == {
             "cnn": 24_346,
+            "cnn1d": 13_914,
             "pyramidnet-110": 28_485_477,
             "resnet18": 11_173_962,
             "wrn-28-10": 36_479_194,
@@ -106,15 +110,24 @@ class TestThePublishedNetworks:
 
 
 @pytest.mark.parametrize("build", SMALL.values(), ids=SMALL)
-class TestEveryNetwork:
-    @pytest.mark.parametrize("size", [(8, 8), (9, 11), (28, 28)])
-    def test_takes_images_of_any_size(self, build, size):
-        assert build(1, 5)(torch.zeros(2, 1, *size)).shape == (2, 5)
+@pytest.mark.parametrize("size", [(8, 8), (9, 11), (28, 28)])
+def test_networks_for_images_take_any_size(build, size):
+    assert build(1, 5)(torch.zeros(2, 1, *size)).shape == (2, 5)
 
+
+@pytest.mark.parametrize("build", SIGNALS.values(), ids=SIGNALS)
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_networks_for_signals_take_any_length(build, length):
+    assert build(1, 5)(torch.zeros(2, 1, length)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("build", [*SMALL.values(), *SIGNALS.values()], ids=[*SMALL, *SIGNALS])
+class TestEveryNetwork:
     def test_sends_a_gradient_to_every_parameter(self, build):
         torch.manual_seed(0)
         model = build(2, 5)
-        loss = nn.functional.cross_entropy(model(torch.randn(8, 2, 8, 8)), torch.arange(8) % 5)
+        size = (8,) if build in SIGNALS.values() else (8, 8)
+        loss = nn.functional.cross_entropy(model(torch.randn(8, 2, *size)), torch.arange(8) % 5)
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         assert [name for name, grad in gradients.items() if grad is None or not grad.norm() > 0] == []
@@ -122,12 +135,12 @@ class TestEveryNetwork:
     def test_starts_from_the_weights_of_the_papers(self, build):
         torch.manual_seed(0)
         for module in build(3, 10).modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Conv1d, nn.Conv2d)):
                 assert module.bias is None
                 if module.weight.numel() > 1000:  # enough to estimate the deviation
-                    fan_out = module.out_channels * module.kernel_size[0] ** 2
+                    fan_out = module.out_channels * math.prod(module.kernel_size)
                     assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
-            elif isinstance(module, nn.BatchNorm2d):
+            elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 assert (module.weight == 1).all()
                 assert (module.bias == 0).all()
 
@@ -144,6 +157,23 @@ def test_the_small_cnn_takes_images_of_4x4():
     model = models.SmallCNN(1, 10)
     assert model(torch.zeros(2, 1, 4, 4)).shape == (2, 10)
     assert [m.out_channels for m in model if isinstance(m, nn.Conv2d)] == [16, 32, 64]
+
+
+def test_the_small_cnn_for_signals_doubles_its_channels_and_halves_the_length():
+    model, seen = models.SmallCNN1d(1, 10), []
+    for layer in model:
+        if isinstance(layer, nn.Conv1d):
+            layer.register_forward_hook(lambda *call: seen.append(tuple(call[2].shape[1:])))
+    model(torch.zeros(2, 1, 40))
+    assert seen == [(16, 40), (32, 20), (64, 10)]
+    kinds = [nn.Conv1d, nn.BatchNorm1d, nn.ReLU] * 3 + [nn.Sequential]
+    assert [type(layer) for layer in model] == kinds
+
+
+def test_the_small_cnn_for_signals_is_the_same_after_a_shift_inside_zeros():
+    model, signal = models.SmallCNN1d(1, 10).eval(), torch.zeros(1, 1, 80)
+    signal[..., 30:40] = torch.randn(10)
+    torch.testing.assert_close(model(signal), model(signal.roll(8, -1)))  # by a multiple of the strides
 
 
 @pytest.mark.parametrize(
@@ -218,6 +248,7 @@ class TestErrors:
         ("build", "arguments", "message"),
         [
             (models.SmallCNN, {"width": 0}, "width .* got 0"),
+            (models.SmallCNN1d, {"width": 0}, "width .* got 0"),
             (models.wide_resnet, {"depth": 27}, r"depth must be 6n \+ 4.* got 27"),
             (models.wide_resnet, {"depth": 4}, "depth .* at least 10, got 4"),
             (models.wide_resnet, {"widen": 0}, "widen .* got 0"),
@@ -237,15 +268,22 @@ class TestErrors:
             models.create_model("RESNET-18", 3, 10)
         assert str(caught.value) == (
             "unknown model 'RESNET-18', did you mean resnet18?; "
-            "there are cnn, pyramidnet-110, resnet18, wrn-28-10, timm/NAME, torchvision/NAME"
+            "there are cnn, cnn1d, pyramidnet-110, resnet18, wrn-28-10, timm/NAME, torchvision/NAME"
         )
 
     @pytest.mark.parametrize("name", ["", "zzz", "timm", "timm/", "other/resnet18"])
-    def test_other_unknown_names(self, name):
+    @pytest.mark.parametrize("ask", [lambda name: models.create_model(name, 3, 10), models.input_dimensions])
+    def test_other_unknown_names(self, ask, name):
         with pytest.raises(
             InvalidArgumentError, match=f"unknown model '{name}'.* there are cnn, .*timm/NAME, torchvision/NAME"
         ):
-            models.create_model(name, 3, 10)
+            ask(name)
+
+
+def test_the_networks_of_libraries_are_for_images_and_need_no_import(monkeypatch):
+    for library in ("timm", "torchvision"):
+        monkeypatch.setitem(sys.modules, library, None)
+        assert models.input_dimensions(f"{library}/resnet18") == 2
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from ._folder import load_folder as load_folder
 from ._idx import load_idx as load_idx
 from ._idx import read_idx as read_idx
 from ._indices import with_indices as with_indices
+from ._mnist1d import load_mnist1d as load_mnist1d
 from ._noise import add_label_noise as add_label_noise
 from ._split import Split as Split
 
@@ -18,6 +19,7 @@ __all__ = [
     "load_digits",
     "load_folder",
     "load_idx",
+    "load_mnist1d",
     "random_crop",
     "random_flip",
     "read_idx",

@@ -10,13 +10,13 @@ from torch.utils.data import Dataset, TensorDataset
 
 @dataclass(frozen=True)
 class Split:
-    """A training set and a test set of the same classes; an item of either is ``(image, label)``.
+    """A training set and a test set of the same classes; an item of either is ``(input, label)``.
 
     Args:
         train: The set to train on.
         test: The set to measure on; it shares no item with ``train`` and has no class that ``train`` lacks.
         num_classes: Labels are integers in ``[0, num_classes)``.
-        input_shape: Shape of one image, ``(channels, height, width)``.
+        input_shape: Shape of one input: ``(channels, height, width)`` of an image, ``(channels, length)`` of a signal.
         classes: Name of each label, ``num_classes`` of them.
     """
 
@@ -31,7 +31,7 @@ def tensor_split(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, c
     """Returns the split of two sets in memory, standardised and with int64 labels.
 
     Args:
-        train: Images of shape (N, C, H, W), float32, and labels of shape (N,).
+        train: Images of shape (N, C, H, W) or signals of shape (N, C, L), float32, and labels of shape (N,).
         test: The same of the test set.
         classes: Name of each label.
     """
@@ -52,8 +52,8 @@ def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     The test set is not looked at. A channel that is constant in ``train`` is shifted and left unscaled.
 
     Args:
-        train: Images of shape (N, C, H, W), float32.
-        test: Images of shape (M, C, H, W), float32.
+        train: Images of shape (N, C, H, W) or signals of shape (N, C, L), float32.
+        test: The same, M of them.
 
     Returns:
         The two sets, standardised, as new tensors.
@@ -64,7 +64,8 @@ def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
         >>> train.flatten().tolist(), test.flatten().tolist()
         ([-1.0, 1.0], [3.0])
     """
-    std, mean = torch.std_mean(train, dim=(0, 2, 3), correction=0, keepdim=True)
+    but_channels = (0, *range(2, train.ndim))
+    std, mean = torch.std_mean(train, dim=but_channels, correction=0, keepdim=True)
     std = torch.where(std > 0, std, 1)
     return (train - mean) / std, (test - mean) / std
 

@@ -28,8 +28,12 @@ class Recipe:
     """
 
     experiment: str | None = _option(None, "A Python file with model(), train_set() and test_set().")
-    data: str = _option("digits", "digits | idx:FOLDER (MNIST format, gzip or not) | folder:FOLDER (class folders).")
-    model: str = _option("cnn", "cnn | resnet18 | wrn-28-10 | pyramidnet-110 | timm/NAME | torchvision/NAME.")
+    data: str = _option(
+        "digits", "digits | mnist1d | idx:FOLDER (MNIST format, gzip or not) | folder:FOLDER (class folders)."
+    )
+    model: str = _option(
+        "cnn", "cnn | cnn1d (for mnist1d) | resnet18 | wrn-28-10 | pyramidnet-110 | timm/NAME | torchvision/NAME."
+    )
     epochs: int = _option(60, "Epochs of training.")
     batch_size: int = _option(128, "Samples in a batch.")
     optimizer: str = _option("sgd", "sgd | adamw; the learning rate falls along a cosine to 0.")

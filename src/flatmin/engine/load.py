@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from .._checks import nearest
-from ..data import Split, load_digits, load_folder, load_idx
+from ..data import Split, load_digits, load_folder, load_idx, load_mnist1d
 from ..errors import ExperimentError, InvalidArgumentError
-from ..models import create_model
+from ..models import create_model, input_dimensions
 from .config import Recipe
 from .problem import Problem, base_optimizer, check_size, class_numbers, seed_all, with_noise
 
@@ -33,6 +33,7 @@ def load_problem(recipe: Recipe, seed: int) -> Problem:
     if recipe.experiment is not None:
         return _from_experiment(Path(recipe.experiment), recipe, seed)
     split = _load_data(recipe, seed)
+    _check_fit(recipe, split.input_shape)
     check_size(recipe.data, split.train)
     channels = split.input_shape[0]
     train = with_noise(split.train, recipe, split.num_classes, seed)
@@ -55,14 +56,32 @@ def _load_data(recipe: Recipe, seed: int) -> Split:
     kind, _, folder = recipe.data.partition(":")
     if recipe.data == "digits":
         return load_digits(seed)
+    if recipe.data == "mnist1d":
+        return load_mnist1d()
     if kind == "idx" and folder:
         return load_idx(folder)
     if kind == "folder" and folder:
         return load_folder(folder, image_size=recipe.image_size, seed=seed)
     raise InvalidArgumentError(
-        f"unknown data {recipe.data!r}{nearest(kind, ('digits', 'idx', 'folder'))}; "
-        "there are digits, idx:FOLDER and folder:FOLDER, and experiment files for all else"
+        f"unknown data {recipe.data!r}{nearest(kind, ('digits', 'mnist1d', 'idx', 'folder'))}; "
+        "there are digits, mnist1d, idx:FOLDER and folder:FOLDER, and experiment files for all else"
     )
+
+
+def _check_fit(recipe: Recipe, shape: tuple[int, ...]) -> None:
+    """Raises unless the network and the augmentation are for inputs of this shape, channels first."""
+    kinds = {1: "signals", 2: "images"}
+    has, wants = len(shape) - 1, input_dimensions(recipe.model)
+    if has != wants:
+        raise InvalidArgumentError(
+            f"model {recipe.model!r} takes {kinds[wants]}, and the data {recipe.data!r} are {kinds[has]} of shape "
+            f"{shape}; take model {'cnn1d' if has == 1 else 'cnn'}"
+        )
+    for name in ("crop", "flip"):
+        if has == 1 and getattr(recipe, name):
+            raise InvalidArgumentError(
+                f"{name} is for images, and the data {recipe.data!r} are signals of shape {shape}; leave it out"
+            )
 
 
 def _from_experiment(path: Path, recipe: Recipe, seed: int) -> Problem:

@@ -130,7 +130,7 @@ def command_line() -> str:
 def environment() -> dict[str, Any]:
     """Versions and hardware, without anything that names the machine."""
     versions = {"python": platform.python_version()}
-    for package in ("flatmin", "torch", "numpy", "scipy", "scikit-learn", "torchvision", "timm"):
+    for package in ("flatmin", "torch", "numpy", "scipy", "scikit-learn", "torchvision", "timm", "mnist1d"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -233,7 +233,7 @@ class History(nn.Module, ABC):
         if described is None:
             return  # torch itself says what is missing
         try:
-            theirs = json.loads(bytes(described.tolist()))
+            theirs = dict(json.loads(bytes(described.tolist())))
         except (ValueError, AttributeError, TypeError) as error:
             raise InvalidArgumentError(f"{prefix}_extra_state does not describe a history: {error}") from error
         ours = self.describe()
@@ -252,6 +252,10 @@ class History(nn.Module, ABC):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Does nothing: what is described was compared before anything was loaded."""
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        self.check_state(state_dict, prefix)  # before anything is loaded
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _choose(self, first: Tensor, last: Tensor) -> Tensor:
         """Of a sample that comes twice, the last output is remembered, and the first goes into a mean."""

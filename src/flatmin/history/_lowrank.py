@@ -12,7 +12,7 @@ nor free: it has the present's direction and the past's length.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from ._base import OUT_OF_RANGE, RANGE, History, from_bytes, within_range
 
 NO_BOOK = -1
 TINY = 1e-12
+SUMS = ("product", "total", "count")  # over an epoch's outputs on this rank
 
 
 Result = TypeVar("Result")
@@ -35,7 +36,10 @@ def full_precision(method: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(method)
     def wrapper(self: "LowRankHistory", *arguments: Any) -> Result:
-        with torch.autocast(self.device.type, enabled=False):
+        device = self.bases.device.type  # the rows may be elsewhere
+        if not torch.amp.is_autocast_available(device):
+            return method(self, *arguments)
+        with torch.autocast(device, enabled=False):
             return method(self, *arguments)
 
     return wrapper
@@ -67,7 +71,8 @@ class LowRankHistory(History):
     """Keeps ``rank`` coordinates of a row in 8 bits each, its scale and the length of the rest: ``rank + 4`` bytes.
 
     In the first epoch there is no basis yet, so its outputs are not remembered; the bases of ``lag + 1`` epochs are
-    kept, ``4 C * rank`` bytes each. Where an epoch begins, all ranks add up what they saw.
+    kept, ``4 C * rank`` bytes each; ``.half()`` leaves them in float32. Where an epoch begins, all ranks add up what
+    they saw, and so does ``state_dict``.
 
     Args:
         num_samples: Number of samples ``N`` in the data set.
@@ -91,6 +96,7 @@ class LowRankHistory(History):
     bases: Tensor
     means: Tensor
     book_epochs: Tensor
+    under_way: Tensor
     product: Tensor
     total: Tensor
     count: Tensor
@@ -118,13 +124,15 @@ class LowRankHistory(History):
         self.register_buffer("bases", torch.zeros(lag + 1, num_classes, rank))
         self.register_buffer("means", torch.zeros(lag + 1, num_classes))
         self.register_buffer("book_epochs", torch.full((lag + 1,), NO_BOOK))
+        self.register_buffer("under_way", torch.tensor(NO_BOOK))
         self.register_buffer("product", torch.zeros(num_classes, rank))
         self.register_buffer("total", torch.zeros(num_classes))
         self.register_buffer("count", torch.zeros(()))
         # The same directions to begin with on every rank, wherever the global random state is.
         start = torch.randn(num_classes, rank, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         self.bases[0] = torch.linalg.qr(start)[0].to(self.bases.device)
-        self._books = [NO_BOOK] * (lag + 1)  # the epochs of the bases, as the host knows them
+        # The epochs of the bases and the one under way, as the host knows them.
+        self._books = [NO_BOOK] * (lag + 1)
         self._epoch: int | None = None
 
     @full_precision
@@ -132,7 +140,7 @@ class LowRankHistory(History):
         """See `History.encode`; also learns from these outputs where the next epoch's basis lies."""
         self._turn(epoch)
         book = epoch % (self.lag + 1)
-        basis, mean = self.bases[book].float(), self.means[book].float()
+        basis, mean = self.bases[book], self.means[book]
         whole = logits.isfinite().all(dim=1)
         centred = _centred(logits.where(whole[:, None], 0), mean)
         coordinates, rest = project(centred, basis)
@@ -153,11 +161,11 @@ class LowRankHistory(History):
         """See `History.decode`: what lies outside the basis has the present's direction and the past's length."""
         present = (epoch + self.lag) if self._epoch is None else self._epoch
         book, now = epoch % (self.lag + 1), present % (self.lag + 1)
-        basis, mean = self.bases[book].float(), self.means[book].float()
+        basis, mean = self.bases[book], self.means[book]
         codes, scales = torch.split(rows, [self.rank, 4], dim=1)
         step, length = from_bytes(scales, torch.float16).to(basis).unbind(dim=1)
         coordinates = from_bytes(codes, torch.int8).to(basis) * step[:, None]
-        _, rest = project(_centred(logits, self.means[now].float()), basis)
+        _, rest = project(_centred(logits, self.means[now]), basis)
         rest = rest * (length / rest.norm(dim=1).clamp(min=TINY))[:, None]
         past: Tensor = mean + coordinates @ basis.T + rest
         # A class out of range, masked out by the user, has no share now and had none then.
@@ -175,7 +183,7 @@ class LowRankHistory(History):
     def set_extra_state(self, state: Tensor) -> None:
         """Learns which epochs the loaded bases are of."""
         self._books = self.book_epochs.tolist()
-        self._epoch = max(self._books) if max(self._books) != NO_BOOK else None
+        self._epoch = None if self.under_way == NO_BOOK else int(self.under_way)
 
     @full_precision
     def _turn(self, epoch: int) -> None:
@@ -183,6 +191,7 @@ class LowRankHistory(History):
         if epoch == self._epoch:
             return
         before, self._epoch = self._epoch, epoch
+        self.under_way.fill_(epoch)
         new = epoch % (self.lag + 1)
         if self._books[new] == epoch:  # gone back to: its rows are in this basis
             return
@@ -191,19 +200,36 @@ class LowRankHistory(History):
             self._books[new] = NO_BOOK
         else:
             old = before % (self.lag + 1)
-            product, total, count = (
-                self.store.ranks.add(each.clone()) for each in (self.product, self.total, self.count)
-            )
+            product, total, count = (self.store.ranks.add(getattr(self, name).clone()) for name in SUMS)
             count.clamp_(min=1)
             shift = total / count  # of the epoch's mean, from the mean it was centred by
             self.bases[new] = next_basis(product, shift, self.bases[old], count)
             self.means[new] = self.means[old] + shift
-            # The rows of the epoch that ends get its own mean where their basis does not reach.
-            self.means[old] += project(shift[None], self.bases[old])[1][0]
+            if old != new:  # the rows of the epoch that ends get its own mean where their basis does not reach
+                self.means[old] += project(shift[None], self.bases[old])[1][0]
             self._books[new] = epoch
-            for each in (self.product, self.total, self.count):
-                each.zero_()
+            for name in SUMS:
+                getattr(self, name).zero_()
         self.book_epochs[new] = self._books[new]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LowRankHistory":
+        # Sums over an epoch exceed 16 bits: what is a number here moves as bits, to other devices and no other dtype.
+        def move(tensor: Tensor) -> Tensor:
+            return fn(tensor.view(torch.int32)).view(tensor.dtype) if tensor.is_floating_point() else fn(tensor)
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.store.ranks.size > 1:
+            for name in SUMS:  # what all ranks have seen
+                destination[prefix + name] = self.store.ranks.add(getattr(self, name).clone())
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        size = self.store.ranks.size
+        names = [prefix + name for name in SUMS if prefix + name in state_dict] if size > 1 else []
+        state_dict = {**state_dict, **{name: state_dict[name] / size for name in names}}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def _centred(logits: Tensor, mean: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """How the processes of one training exchange indices and rows."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ class Ranks:
     def __init__(self) -> None:
         self._hosts: dist.ProcessGroup | None = None
         self._room = 0  # indices that fit into a message
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hosts": None}  # a group can neither be copied nor pickled; a copy makes its own
 
     @property
     def size(self) -> int:

@@ -142,6 +142,10 @@ class Store(nn.Module):
         # Rows that are kept on the host stay there when the module is moved.
         return self if self.on_host else super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()  # a copy, or a pickle, cannot wait for what is under way to this one
+        return self.__dict__.copy()
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.flush()
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -29,5 +29,5 @@ def head(features: int, num_classes: int) -> nn.Sequential:
 def init_convolutions(model: nn.Module) -> None:
     """Draws the convolutions as He et al. 2015 do, from a normal distribution of variance 2 / fan-out."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -9,6 +9,7 @@ from torch import nn
 from .._checks import check_choice, nearest
 from ..errors import InvalidArgumentError, MissingDependencyError, require
 from ._cnn import SmallCNN
+from ._cnn1d import SmallCNN1d
 from ._layers import check_sizes
 from ._pyramidnet import pyramidnet
 from ._resnet import resnet18
@@ -23,7 +24,7 @@ def create_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
 
     Args:
         name: One of :func:`model_names`, ``"timm/NAME"`` or ``"torchvision/NAME"``.
-        in_channels: Channels of the images; 3 for torchvision.
+        in_channels: Channels of the images or signals; 3 for torchvision.
         num_classes: Number of logits.
 
     Raises:
@@ -39,8 +40,31 @@ def create_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
     library, _, architecture = name.partition("/")
     if architecture and library in _LIBRARIES:
         return _LIBRARIES[library](architecture, in_channels, num_classes)
-    check_choice("model", name, [*model_names(), *(f"{library}/NAME" for library in _LIBRARIES)])
+    _check_own(name)
     return _BUILDERS[name](in_channels, num_classes)
+
+
+def input_dimensions(name: str) -> int:
+    """Returns the number of dimensions that an input of a network has besides its channels.
+
+    Args:
+        name: As `create_model` takes it. Those of timm and torchvision are for images, and not looked up.
+
+    Returns:
+        2 for images, 1 for signals.
+
+    Raises:
+        InvalidArgumentError: If there is no network of that name.
+
+    Example:
+        >>> input_dimensions("resnet18"), input_dimensions("cnn1d")
+        (2, 1)
+    """
+    library, _, architecture = name.partition("/")
+    if architecture and library in _LIBRARIES:
+        return 2
+    _check_own(name)
+    return 1 if name in _FOR_SIGNALS else 2
 
 
 def model_names() -> list[str]:
@@ -48,9 +72,13 @@ def model_names() -> list[str]:
 
     Example:
         >>> model_names()
-        ['cnn', 'pyramidnet-110', 'resnet18', 'wrn-28-10']
+        ['cnn', 'cnn1d', 'pyramidnet-110', 'resnet18', 'wrn-28-10']
     """
     return sorted(_BUILDERS)
+
+
+def _check_own(name: str) -> None:
+    check_choice("model", name, [*model_names(), *(f"{library}/NAME" for library in _LIBRARIES)])
 
 
 def _from_timm(architecture: str, in_channels: int, num_classes: int) -> nn.Module:
@@ -92,10 +120,12 @@ def _unknown(library: str, architecture: str, known: list[str]) -> InvalidArgume
 
 _BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
     "cnn": SmallCNN,
+    "cnn1d": SmallCNN1d,
     "pyramidnet-110": pyramidnet,
     "resnet18": resnet18,
     "wrn-28-10": wide_resnet,
 }
+_FOR_SIGNALS = frozenset({"cnn1d"})  # all others are for images
 _LIBRARIES: dict[str, Callable[[str, int, int], nn.Module]] = {
     "timm": _from_timm,
     "torchvision": _from_torchvision,
