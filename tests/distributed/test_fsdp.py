@@ -1,4 +1,4 @@
-"""MESA and SAM with parameters sharded by FSDP2, against one process."""
+"""SAF, MESA and SAM with parameters sharded by FSDP2, against one process."""
 
 import pytest
 import torch
@@ -168,3 +168,35 @@ def shared() -> torch.Tensor:
 
 def test_a_sharded_average_can_be_shared():
     assert all(loss > 0 for loss in run_ranks(shared, 2))
+
+
+def saf(sharded: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Each step is an epoch in which every sample comes once, on whichever rank its turn falls."""
+    model = problem.network()
+    if sharded:
+        shard(model)
+    history = flatmin.history.DenseHistory(problem.B, problem.C, lag=1, dtype=torch.float64, sharing="shard")
+    ours = flatmin.SAF(problem.B, problem.C, coefficient=5.0, start_epoch=0, history=history)
+    optimizer = problem.sgd(model)
+    losses = []
+    for step in range(STEPS):
+        ours.set_epoch(step)
+        order = torch.randperm(problem.B, generator=torch.Generator().manual_seed(step))
+        index = order.chunk(problem.world())[problem.rank()]
+        x, y = torch.sin(torch.outer(index + 1.0, torch.arange(1.0, 5))).double(), index % problem.C
+        optimizer.zero_grad()
+        logits = model(x)
+        penalty = ours(logits, index)
+        (nn.functional.cross_entropy(logits, y) + penalty).backward()
+        optimizer.step()
+        losses.append(penalty.detach())
+    return problem.weights(model), losses
+
+
+def test_saf_is_that_of_one_process():
+    weights, losses = saf(False)
+    assert all(loss > 1e-3 for loss in losses[1:])
+    results = run_ranks(saf, 2, True)
+    for rank_weights, _ in results:
+        problem.assert_close(rank_weights, weights)
+    problem.assert_close([(a + b) / 2 for a, b in zip(results[0][1], results[1][1], strict=True)], losses)
