@@ -6,6 +6,10 @@ whether SAF's step ever makes the host wait.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead-cpu.json
     python benchmarks/overhead.py --device cuda --out benchmarks/results/overhead-cuda.json
+
+What a hyperparameter costs is measured as ``flatmin compare`` compares it, a row for each value:
+
+    python benchmarks/overhead.py --models resnet18 --methods base,mesa --set mesa.fraction=1,0.5,0.25,0.125 --out ...
 """
 
 import argparse
@@ -19,8 +23,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from flatmin._options import parse_settings
 from flatmin.engine.config import Recipe, Run
-from flatmin.engine.methods import METHODS, resolve_settings
+from flatmin.engine.methods import METHODS
+from flatmin.engine.outcome import Row, make_rows
 from flatmin.engine.problem import Problem, base_optimizer
 from flatmin.engine.record import command_line, environment, write_json
 from flatmin.engine.timing import measure_steps, synchronize
@@ -43,7 +49,7 @@ class Case:
     channels_last: bool = False
 
 
-CPU = [Case("cnn", (1, 8, 8), 10, 128), Case("resnet18", (3, 32, 32), 10, 32)]
+CPU = [Case("cnn", (1, 8, 8), 10, 128), Case("resnet18", (3, 32, 32), 100, 32)]
 CUDA = [
     *(Case("resnet18", (3, 32, 32), 10, 128, precision) for precision in ("float32", "bfloat16")),
     *(
@@ -63,7 +69,7 @@ def find_model(case: Case) -> nn.Module:
         return create_model(f"timm/{case.model}", case.image[0], case.classes)
 
 
-def build(case: Case, device: str, method: str) -> tuple[Trainer, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def build(case: Case, device: str, row: Row) -> tuple[Trainer, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Returns a trainer of one method on synthetic images, and the batch whose steps are measured."""
     generator = torch.Generator().manual_seed(0)
     size = case.batch * BATCHES_IN_DATASET
@@ -80,21 +86,21 @@ def build(case: Case, device: str, method: str) -> tuple[Trainer, tuple[torch.Te
     problem = Problem(
         dataset, dataset, case.classes, make_model, None, lambda parameters: base_optimizer(recipe, parameters)
     )
-    trainer = Trainer(Run(recipe, method, resolve_settings(METHODS[method], {}, epochs=recipe.epochs)), problem)
+    trainer = Trainer(Run(recipe, row.method, row.settings), problem)
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     return trainer, (index, x.to(trainer.device, memory_format=layout), y.to(trainer.device))
 
 
-def measure(case: Case, device: str, methods: list[str], seconds: float) -> dict[str, Any]:
-    """Measures all methods on one case."""
-    built = [build(case, device, method) for method in methods]
+def measure(case: Case, device: str, rows: list[Row], seconds: float) -> dict[str, Any]:
+    """Measures all rows on one case."""
+    built = [build(case, device, row) for row in rows]
     trainers, batch = [trainer for trainer, _ in built], built[0][1]
     times = measure_steps(trainers, batch, seconds=seconds)
-    rows = []
-    for method, trainer, each in zip(methods, trainers, times, strict=True):
+    measured = []
+    for given, trainer, each in zip(rows, trainers, times, strict=True):
         ratios = sorted(ours / base for ours, base in zip(each.seconds, times[0].seconds, strict=True))
         row: dict[str, Any] = {
-            "method": method,
+            "method": given.label,
             "ratio": each.ratio(times[0]),
             "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
             "share_of_base_speed": 1 / each.ratio(times[0]),
@@ -105,9 +111,12 @@ def measure(case: Case, device: str, methods: list[str], seconds: float) -> dict
         if trainer.device.type == "cuda":
             row["peak_bytes"] = _peak(trainer, batch)
             row["host_waits_in_step"] = _host_waits(trainer, batch)
-        rows.append(row)
-        print(f"{case.model} {case.precision} {method}: {row['ratio']:.3f} x, {row['milliseconds']:.2f} ms", flush=True)
-    return {**case.__dict__, "rounds": len(times[0].seconds), "rows": rows}
+        measured.append(row)
+        print(
+            f"{case.model} {case.precision} {given.label}: {row['ratio']:.3f} x, {row['milliseconds']:.2f} ms",
+            flush=True,
+        )
+    return {**case.__dict__, "rounds": len(times[0].seconds), "rows": measured}
 
 
 def _peak(trainer: Trainer, batch: Any) -> int:
@@ -156,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--methods", default=",".join(METHODS), help="methods, base first")
+    parser.add_argument("--set", action="append", default=[], metavar="METHOD.NAME=VALUE[,VALUE...]")
     parser.add_argument("--models", default="", help="only these models, with commas")
     parser.add_argument("--seconds", type=float, default=120.0, help="how long to measure each case")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
@@ -163,10 +173,10 @@ def main() -> None:
     cases = copy.copy(CUDA if arguments.device.startswith("cuda") else CPU)
     if arguments.models:
         cases = [case for case in cases if case.model in arguments.models.split(",")]
-    methods = arguments.methods.split(",")
+    rows = make_rows(arguments.methods.split(","), parse_settings(arguments.set), epochs=Recipe.epochs)
     results = []
     for case in cases:
-        results.append(measure(case, arguments.device, methods, arguments.seconds))
+        results.append(measure(case, arguments.device, rows, arguments.seconds))
         # after each case, so that one that fails costs none of the others
         write_json(arguments.out, {"command": f"python benchmarks/{command_line()}", **environment(), "cases": results})
     for result in results:

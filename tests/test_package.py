@@ -25,7 +25,7 @@ ALLOWED = {
     "losses": {"errors", "_checks", "history"},
     "engine": {"errors", "_checks", "history", "optim", "data", "models", "losses"},
     "_options": {"errors", "engine"},
-    "_terminal": {"engine"},
+    "_terminal": {"engine", "errors"},
     "cli": {"", "_options", "_terminal", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine"},
     "__init__": {"data", "errors", "history", "losses", "models", "optim"},
     "__main__": {"cli"},

@@ -1,6 +1,12 @@
 """What the command shows: progress, the table of a comparison, warnings."""
 
+import io
+import logging
 import math
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +17,39 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .engine.outcome import Outcome, verdict
+from .errors import FlatminWarning
 
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Notices(logging.Handler):
+    """Shows what the library has to say of its own choices."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err_console.print(record.getMessage(), markup=False)
+
+
+@contextmanager
+def speaking(*, quiet: bool) -> Iterator[None]:
+    """Shows warnings and notices as lines of the command's own; nothing at all if ``quiet``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show ± must not cost a result
+    logger, notices = logging.getLogger("flatmin"), _Notices()
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if quiet else "always", FlatminWarning)
+        warnings.showwarning = show_warning
+        out_console.quiet = quiet
+        logger.addHandler(notices)
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(notices)
+            logger.setLevel(level)
+            out_console.quiet = False
 
 
 class Display:

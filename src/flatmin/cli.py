@@ -1,11 +1,9 @@
 """The command: ``flatmin train`` and ``flatmin compare``."""
 
 import dataclasses
-import io
 import os
 import shlex
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +15,7 @@ import typer
 
 from . import __version__
 from ._options import check_resumed, given_options, parse_settings, with_options
-from ._terminal import Display, err_console, out_console, print_outcome, show_warning
+from ._terminal import Display, err_console, out_console, print_outcome, speaking
 from .engine import ranks
 from .engine.compare import Comparison
 from .engine.config import Recipe, Run
@@ -205,15 +203,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     # A plain kill ends a run as Ctrl-C does: what was done is kept and said.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show ± must not cost a result
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", FlatminWarning)
-        warnings.showwarning = show_warning
-        if ranks.rank() > 0:  # one says for all what is going on
-            out_console.quiet = True
-            warnings.simplefilter("ignore", FlatminWarning)
+    with speaking(quiet=ranks.rank() > 0):  # one says for all what is going on
         try:
             code = command.main(args=arguments, prog_name="flatmin", standalone_mode=False)
             return code if isinstance(code, int) else 0

@@ -225,3 +225,10 @@ class TestProcess:
         assert int(said[1]) == done
         assert load_checkpoint(Path("run/checkpoints/last"))["epoch"] in (done, done + 1)
         assert config("run")["recipe"]["epochs"] == 100000
+
+
+def test_a_history_that_is_chosen_says_which_and_why(flatmin, experiment):
+    found = flatmin("train", experiment(), "--history", "auto", "--epochs", 1, "--batch-size", 16, "--out", "run")
+    assert found.code == 0
+    assert [line for line in found.err.splitlines() if "history 'dense': " in line and "of main memory" in line] != []
+    assert config("run")["settings"]["history"] == "auto"

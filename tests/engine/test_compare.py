@@ -348,3 +348,8 @@ class TestComparison:
         with pytest.raises(compare._Stopped):
             compare._train_one(make_run("base", experiment=experiment), tmp_path / "other")
         assert not (tmp_path / "other").exists()
+
+
+def test_a_setting_that_is_a_word_makes_a_row_too():
+    rows = make_rows(["base", "saf"], {"saf": {"history": ["int8", "mean"]}}, epochs=9)
+    assert [row.label for row in rows] == ["base", "saf history=int8", "saf history=mean"]

@@ -123,12 +123,16 @@ def make_rows(methods: Sequence[str], settings: Mapping[str, Mapping[str, Sequen
         tried = settings.get(name, {})
         for values in itertools.product(*tried.values()):
             given = dict(zip(tried, values, strict=True))
-            label = " ".join([name, *(f"{key}={value:.15g}" for key, value in given.items())])
+            label = " ".join([name, *(f"{key}={_say(value)}" for key, value in given.items())])
             rows.append(Row(label, name, resolve_settings(get_method(name), given, epochs=epochs)))
     labels = [row.label for row in rows]
     if len(set(labels)) != len(labels):
         raise InvalidArgumentError(f"a setting is given twice: the rows are {', '.join(labels)}")
     return rows
+
+
+def _say(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.15g}"
 
 
 def verdict(outcome: Outcome) -> str:
