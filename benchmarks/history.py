@@ -85,8 +85,8 @@ class Outputs:
         generator = torch.Generator().manual_seed(0)
         factors = torch.randn(shape.pool, DIRECTIONS, generator=generator)
         directions = torch.randn(DIRECTIONS, shape.num_classes, generator=generator) / DIRECTIONS**0.5
-        self.pool = factors @ directions
-        for rows in self.pool.split(256):
+        self.pool: Tensor = factors @ directions
+        for rows in torch.split(self.pool, 256):
             rows += NOISE * torch.randn(rows.shape, generator=generator)
         self.whole = shape.whole
 
@@ -95,7 +95,7 @@ class Outputs:
         return (index + 977 * epoch) % len(self.pool)
 
     def __call__(self, index: Tensor, epoch: int) -> Tensor:
-        rows = self.pool[self.number(index, epoch)]
+        rows: Tensor = self.pool[self.number(index, epoch)]
         if self.whole:  # one of a sample's own, so that hardly two samples agree
             rows += self.pool[(index // len(self.pool) * 31 + 7 * index) % len(self.pool)]
         return rows
@@ -164,7 +164,7 @@ def measure(shape: Shape, form: str, path: str | None = None) -> dict[str, Any]:
     history = make_history(form, n, classes, lag=LAG, temperature=TEMPERATURE, path=path)
     write, reader = Clock(), Reader(history, outputs)
     some = list(batches(n, shape.batch))[: shape.batches]
-    store = {}
+    store: dict[str, Clock] = {}
     for epoch in range(LAG + 1):
         for index in batches(n, shape.batch) if shape.whole else some:
             logits = outputs(index, epoch)
@@ -218,7 +218,7 @@ def _many(shape: Shape) -> int:
 def _write_all(history: History, outputs: Outputs, epoch: int, clock: Clock, shape: Shape) -> None:
     """Writes every sample's row of an epoch, as encoded from the pool, and reads it again."""
     with torch.no_grad():
-        encoded = [history.encode(rows, epoch) for rows in outputs.pool.split(shape.batch)]
+        encoded = [history.encode(rows, epoch) for rows in torch.split(outputs.pool, shape.batch)]
     rows, whole = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     if not whole.all():  # of the epoch without a basis: nothing to keep
         return
