@@ -1,6 +1,7 @@
 """``flatmin train`` from the command line to the files it leaves."""
 
 import gzip
+import importlib.metadata
 import json
 import os
 import re
@@ -181,6 +182,14 @@ class TestData:
         assert (found.code, found.err) == (0, "")
         assert metrics("run")[-1]["test_accuracy"] == 1
         assert load_checkpoint(Path("run/checkpoints/last"))["model"]["0.weight"].shape[1] == 3
+
+    def test_signals(self, flatmin):
+        pytest.importorskip("mnist1d")
+        options = "--data mnist1d --model cnn1d --label-noise 0.2 --method saf --epochs 3 --lag 1 --start-epoch 1"
+        found = flatmin("train", *options.split(), "--out", "run")
+        assert found.code == 0, found.err
+        assert metrics("run")[-1]["test_accuracy"] > 0.3
+        assert config("run")["versions"]["mnist1d"] == importlib.metadata.version("mnist1d")
 
 
 class TestProcess:
