@@ -217,6 +217,16 @@ def test_low_rank_goes_on_after_an_epoch_left_out_and_one_gone_back_to() -> None
     assert (centred(past) - centred(wanted)).norm() / centred(wanted).norm() < 0.05
 
 
+@pytest.mark.parametrize("epoch", [2, 3, 4, 5])
+def test_low_rank_centres_by_the_mean_of_the_epoch_before_however_long_ago_that_was(epoch: int) -> None:
+    lag, index = 2, torch.arange(N)
+    history = LowRankHistory(N, C, rank=8, lag=lag)
+    for each in (0, 1, epoch):  # in epoch 4 = 1 + lag + 1, the basis takes the place of the one it is made from
+        put(history, index, each, outputs(each) + 5 * outputs(90, 1))
+    before = outputs(1) + 5 * outputs(90, 1)
+    torch.testing.assert_close(history.means[epoch % (lag + 1)], centred(before).mean(dim=0), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("name", ["dense", "half", "int8"])
 def test_mean_is_temporal_ensembling(momentum: float, name: str) -> None:
