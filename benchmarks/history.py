@@ -4,13 +4,15 @@ For ImageNet-1k every sample's outputs go through the history in every epoch, in
 is only looked at (the low-rank form has no basis yet), then `lag` that are remembered, so that every byte of every slot
 is written, then `lag` that read them. Outputs are sums of two rows of a pool of random ones, most of whose variance is
 in some sixty directions. For ImageNet-21k an epoch would be 310 billion logits; there a few batches go the whole way,
-and every row of every slot is written and read in the store, as encoded from a pool. Each case has its own process.
+and every row of every slot is written and read in the store, as encoded from a pool. Each case has its own process, and
+replaces its older result in the file.
 
     python benchmarks/history.py --out benchmarks/results/history.json
     python benchmarks/history.py --datasets imagenet-1k --forms half --path /scratch --out half.json
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import time
@@ -113,9 +115,23 @@ def resident() -> dict[str, int]:
     return {name: 1024 * int(status[key].split()[0]) for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
 
 
-def cosine(left: Tensor, right: Tensor) -> Tensor:
-    """Of each row, less its mean, which no softmax feels."""
-    return torch.cosine_similarity(left - left.mean(1, keepdim=True), right - right.mean(1, keepdim=True), dim=1)
+class Cosines:
+    """Of rows, less their mean, which no softmax feels: numbers alone, since tensors kept would scatter the heap."""
+
+    def __init__(self) -> None:
+        self.total, self.least, self.count = 0.0, 1.0, 0
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Compares the rows of two tensors."""
+        left, right = (each - each.mean(1, keepdim=True) for each in (left, right))
+        cosines = torch.cosine_similarity(left, right, dim=1)
+        self.total += float(cosines.sum())
+        self.least = min(self.least, float(cosines.min()))
+        self.count += len(cosines)
+
+    def summary(self) -> dict[str, float]:
+        """As it goes into the result."""
+        return {"mean": self.total / self.count, "least": self.least}
 
 
 class Reader:
@@ -124,7 +140,7 @@ class Reader:
     def __init__(self, history: History, outputs: Outputs) -> None:
         self.history, self.outputs = history, outputs
         self.clock, self.count = Clock(), 0
-        self.tags_exact, self.cosines, self.control = True, [torch.empty(0)], [torch.empty(0)]
+        self.tags_exact, self.cosines, self.control = True, Cosines(), Cosines()
 
     def __call__(self, index: Tensor, epoch: int) -> None:
         present, then = self.outputs(index, epoch), epoch - LAG
@@ -139,17 +155,16 @@ class Reader:
             outcomes = past.shape[1] if past.shape[1] == present.shape[1] else past.shape[1] - 1
             for logits, cosines in ((self.outputs(index, then), self.cosines), (present, self.control)):
                 other, _ = self.history.compare(logits, rows, then)
-                cosines.append(cosine(past[:, :outcomes], other[:, :outcomes]))
+                cosines.add(past[:, :outcomes], other[:, :outcomes])
         self.count += 1
 
     def summary(self) -> dict[str, Any]:
         """As it goes into the result."""
-        read, control = torch.cat(self.cosines), torch.cat(self.control)
         return {
             "epoch_tags_exact": self.tags_exact,
-            "rows_compared": len(read),
-            "cosine_with_written": {"mean": float(read.mean()), "least": float(read.min())},
-            "cosine_with_present": {"mean": float(control.mean()), "least": float(control.min())},
+            "rows_compared": self.cosines.count,
+            "cosine_with_written": self.cosines.summary(),
+            "cosine_with_present": self.control.summary(),
         }
 
 
@@ -270,6 +285,10 @@ def table(cases: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _key(case: dict[str, Any]) -> tuple[Any, ...]:
+    return case["name"], case["form"], case["on_disk"]
+
+
 def main() -> None:
     """Measures and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -280,17 +299,17 @@ def main() -> None:
     parser.add_argument("--path", help="a folder for a scratch file in which the rows are kept")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
     arguments = parser.parse_args()
-    cases: list[dict[str, Any]] = []
+    cases: list[dict[str, Any]] = json.loads(arguments.out.read_text())["cases"] if arguments.out.exists() else []
     for shape in SHAPES:
         usual = "lowrank,topk,int6" if shape.whole else "lowrank,topk"
         forms = (arguments.forms or usual).split(",")
         for form in forms if shape.name in arguments.datasets.split(",") else []:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                cases.append(process.submit(measure, shape, form, arguments.path).result())
+                case = process.submit(measure, shape, form, arguments.path).result()
+            case = {"command": f"python benchmarks/{command_line()}", **case}
+            cases = [each for each in cases if _key(each) != _key(case)] + [case]
             # after each case, so that one that fails costs none of the others
-            write_json(
-                arguments.out, {"command": f"python benchmarks/{command_line()}", **environment(), "cases": cases}
-            )
+            write_json(arguments.out, {**environment(), "cases": cases})
     print(table(cases))
     wrong = [said for case in cases if (said := check(case))]
     if wrong:
