@@ -1,6 +1,7 @@
 """A run on several processes: it equals the run on one, only the first rank writes, and an error ends all."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -141,6 +142,36 @@ def test_each_sample_of_an_epoch_is_seen_by_one_rank(world: int, tmp_path: Path)
     every = sorted(index for batches in seen for batch in batches for index in batch)
     # On four ranks the last six samples would leave one rank with a single one, which batch norm cannot be trained on.
     assert len(set(every)) == len(every) == (150 if world == 2 else 144)
+
+
+class Pairs(torch.utils.data.Dataset):
+    """No TensorDataset, so that samples are loaded one by one."""
+
+    def __len__(self) -> int:
+        return 513
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((6,), float(index)), index % 3
+
+
+def evaluated(experiment: str) -> tuple[float, float, int]:
+    run = make_run(experiment, "base")
+    problem = dataclasses.replace(load_problem(run.recipe, 0), test=Pairs())
+    trainer = Trainer(run, problem)
+    seen: list[int] = []
+    trainer.model.register_forward_hook(lambda *given: seen.append(len(given[2])))
+    return (*trainer.evaluate(), sum(seen))
+
+
+def test_evaluation_sees_every_sample_once_though_a_rank_may_have_none_of_the_last_batch(tmp_path: Path) -> None:
+    experiment = write_experiment(tmp_path)
+    alone = evaluated(experiment)
+    assert alone[2] == 513
+    for world in (2, 3):
+        seen = run_ranks(evaluated, world, experiment)
+        assert sum(count for _, _, count in seen) == 513
+        for loss, accuracy, _ in seen:
+            assert (loss, accuracy) == pytest.approx(alone[:2], rel=1e-5)
 
 
 def too_many(experiment: str) -> str:

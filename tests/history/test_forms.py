@@ -23,7 +23,7 @@ def form(name: str, classes: int = C, *, lag: int = 1, samples: int = N) -> Hist
         return TopKHistory(samples, classes, k=5, lag=lag)
     if name == "lowrank":
         return LowRankHistory(samples, classes, rank=8, lag=lag)
-    return make_history(name, samples, classes, lag=lag, temperature=5.0)
+    return make_history(name, samples, classes, lag=None if name == "mean" else lag, temperature=5.0)
 
 
 def outputs(seed: int, count: int = N, classes: int = C, rank: int | None = None) -> Tensor:
@@ -231,7 +231,7 @@ def test_low_rank_centres_by_the_mean_of_the_epoch_before_however_long_ago_that_
 @pytest.mark.parametrize("name", ["dense", "half", "int8"])
 def test_mean_is_temporal_ensembling(momentum: float, name: str) -> None:
     """Against Laine & Aila's own form, Z <- momentum Z + (1 - momentum) z, divided by 1 - momentum^t."""
-    history = make_history(name, N, C, lag=3, temperature=5.0, momentum=momentum)
+    history = make_history(name, N, C, lag=None, temperature=5.0, momentum=momentum)
     assert history.store.rows.shape[0] == 1
     index, total = torch.arange(N), torch.zeros(N, C, dtype=torch.float64)
     for epoch in range(6):
@@ -247,7 +247,7 @@ def test_mean_is_temporal_ensembling(momentum: float, name: str) -> None:
 
 
 def test_a_sample_goes_into_the_mean_once_an_epoch() -> None:
-    histories = [make_history("mean", N, C, lag=3, temperature=5.0) for _ in range(2)]
+    histories = [make_history("mean", N, C, lag=None, temperature=5.0) for _ in range(2)]
     for epoch in range(3):
         logits = outputs(epoch, 2)
         for history in histories:
@@ -259,7 +259,7 @@ def test_a_sample_goes_into_the_mean_once_an_epoch() -> None:
 
 
 def test_an_output_that_is_not_finite_leaves_the_mean_as_it_was() -> None:
-    history, index = make_history("mean", N, C, lag=3, temperature=5.0), torch.arange(2)
+    history, index = make_history("mean", N, C, lag=None, temperature=5.0), torch.arange(2)
     put(history, index, 0, outputs(0, 2))
     before = history.store.rows.clone()
     put(history, index, 1, torch.full((2, C), torch.nan))
@@ -365,6 +365,9 @@ def test_compact_forms_meet_their_goals() -> None:
             {"history": "topk", "momentum": 0.9, "num_classes": 1000},
             "momentum=0.9 and history='topk' exclude each other",
         ),
+        ({"history": "mean", "lag": 7}, "lag=7 and momentum=0.9 exclude each other"),
+        ({"history": "int6", "momentum": 0.9}, "momentum=0.9 and bits=6 exclude each other.*take 8"),
+        ({"history": "auto", "path": "/tmp"}, "path='/tmp' and history='auto' exclude each other"),
         ({"history": "mean", "momentum": 1.0}, "momentum must be a finite number >= 0 and < 1, got 1.0"),
         ({"history": 3}, "history must be a name or"),
         ({"history": DenseHistory(7, 10)}, "num_samples=9 and the history given was made for num_samples=7"),
@@ -382,6 +385,10 @@ def test_what_does_not_fit_is_explained(arguments: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: QuantizedHistory(9, 10, bits=8.0), "bits must be 8, 6 or 4, got 8.0"),
+        (lambda: LowRankHistory(9, "100"), "num_classes must be an integer"),
+        (lambda: TopKHistory(9, None), "num_classes must be an integer"),
+        (lambda: DenseHistory(9, 10, dtype=torch.bfloat16, momentum=0.9), "momentum=0.9 and dtype=torch.bfloat16"),
         (lambda: QuantizedHistory(9, 10, bits=5), "bits must be 8, 6 or 4, got 5"),
         (lambda: DenseHistory(9, 10, dtype=torch.int32), "dtype must be one of .*float16.*, got torch.int32"),
         (lambda: TopKHistory(9, 10, k=10), "k=10 and num_classes=10"),
@@ -404,3 +411,56 @@ def test_a_given_history_is_used_as_it_is() -> None:
     assert saf.history is history
     assert saf.lag == 2
     assert flatmin.SAF(9, 10, history=history).lag == 2
+
+
+@pytest.mark.parametrize("name", ["half", "int8"])
+def test_a_mean_follows_outputs_that_drift_slowly(name: str) -> None:
+    """Rounding must not hold it: a change of the mean is a tenth of that of the outputs."""
+    start, drift = outputs(0), outputs(1)
+    exact, rounded = (make_history(each, N, C, lag=None, temperature=5.0, momentum=0.9) for each in ("dense", name))
+    index = torch.arange(N)
+    for epoch in range(60):
+        for history in (exact, rounded):
+            put(history, index, epoch, start + drift * min(epoch / 30, 1))
+    means = [centred(get(history, index, 60, start)[1]) for history in (exact, rounded)]
+    assert (means[1] - means[0]).norm() / means[0].norm() < 0.06
+    assert (means[0] - centred(start)).norm() / means[0].norm() > 0.5
+
+
+def test_a_class_that_was_out_of_range_once_comes_back_into_a_mean() -> None:
+    history, index = make_history("int8", 1, 4, lag=None, temperature=5.0, momentum=0.5), torch.arange(1)
+    put(history, index, 0, torch.tensor([[0.0, 1.0, 2.0, -200.0]]))
+    for epoch in range(1, 16):
+        put(history, index, epoch, torch.tensor([[0.0, 1.0, 2.0, 2.0]]))
+    _, past, _ = get(history, index, 16, torch.zeros(1, 4))
+    torch.testing.assert_close(centred(past), centred(torch.tensor([[0.0, 1.0, 2.0, 2.0]])), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["int8", "int6", "int4"])
+def test_rows_of_a_small_range_are_as_exact_as_others(name: str) -> None:
+    history, index = form(name), torch.arange(N)
+    logits = 1e-3 * outputs(0)
+    put(history, index, 0, logits)
+    _, past, _ = get(history, index, 1, logits)
+    span = logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)
+    assert ((centred(past) - centred(logits)) / span).abs().max() < 1.2 / (2 ** int(name[3:]) - 1)
+
+
+def test_nothing_is_recalled_before_there_was_anything() -> None:
+    history, index = DenseHistory(N, C, lag=3), torch.arange(N)
+    for epoch in range(3):
+        assert not get(history, index, epoch, outputs(0))[2].any()
+        put(history, index, epoch, outputs(epoch))
+    assert get(history, index, 3, outputs(0))[2].all()
+
+
+@pytest.mark.parametrize("value", [1.0, torch.nan])
+def test_an_epoch_that_shows_next_to_nothing_does_not_turn_the_basis(value: float) -> None:
+    history, index = LowRankHistory(N, C, rank=8, lag=1), torch.arange(N)
+    for epoch in range(5):
+        put(history, index, epoch, outputs(epoch, rank=8))
+    put(history, index[:2], 5, value * outputs(5, 2, rank=8))
+    put(history, index, 6, outputs(6, rank=8))
+    _, past, counts = get(history, index, 7, outputs(9))
+    assert counts.all()
+    assert (centred(past) - centred(outputs(6, rank=8))).norm() / centred(outputs(6, rank=8)).norm() < 0.05

@@ -282,10 +282,10 @@ def test_wrapped_models_are_unwrapped(name, process_group):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_loss_is_float32_or_float64_and_finite(dtype):
     model, x = nn.Linear(4, C).to(dtype), torch.full((2, 4), 300, dtype=dtype)
-    mesa = flatmin.MESA(model, start_epoch=0)
+    mesa = flatmin.MESA(model, start_epoch=0, decay=0.9)
     logits = model(x)
     loss = mesa(logits.flip(1), x)
-    assert loss.dtype == flatmin.MESA(model)(logits, x).dtype == torch.promote_types(dtype, torch.float32)
+    assert loss.dtype == flatmin.MESA(model, decay=0.9)(logits, x).dtype == torch.promote_types(dtype, torch.float32)
     assert loss.isfinite()
     assert loss > 0
 

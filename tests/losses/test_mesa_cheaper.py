@@ -4,6 +4,7 @@ import collections
 import copy
 import gc
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -343,3 +344,16 @@ def count(nbytes: int, *alive: object) -> int:
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.nbytes == nbytes]
     return len({t.untyped_storage().data_ptr() for t in tensors})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decay", "warned"),
+    [(torch.bfloat16, 0.9998, True), (torch.bfloat16, 0.9, False), (torch.float32, 0.9998, False)],
+)
+def test_an_average_that_could_not_move_is_warned_of(dtype, decay, warned):
+    model = nn.Linear(2, 2).to(dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        flatmin.MESA(model, decay=decay)
+    assert ["does not move" in str(warning.message) for warning in caught] == [True] * warned
+    assert all(warning.filename == __file__ for warning in caught)

@@ -59,16 +59,16 @@ class Keeper:
         Raises:
             DataError: If the checkpoint does not fit the run.
         """
-        state, own = start.state, self.gather()
+        state = start.state
         try:
-            if difference := describe_difference(state["data"], own["data"]):
+            if difference := describe_difference(state["data"], self.trainer.problem.sizes()):
                 raise DataError(f"the data is not what it was: {difference}")
             self.trainer.load_state_dict(state)
         except Exception as error:  # whatever torch says of a state that is not its own
             what = str(error) if isinstance(error, FlatminError) else f"{type(error).__name__}: {error}"
             raise DataError(f"{start.checkpoint}: the checkpoint does not fit this run: {what:.400}") from error
-        then, now = ({name: each.get(name) for name in ("torch", "device")} for each in (state, own))
-        if difference := describe_difference(then, now):
+        now = self.trainer.place()
+        if difference := describe_difference({name: state.get(name) for name in now}, now):
             warnings.warn(
                 f"since the checkpoint was made, {difference}; the run will not come out to the bit as it would have",
                 FlatminWarning,

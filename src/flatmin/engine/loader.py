@@ -33,7 +33,9 @@ class RankBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for length, batch in zip(self.lengths, self.batches, strict=False):
-            yield batch[ranks.share(length)]
+            own = batch[ranks.share(length)]
+            if own:  # in evaluation a rank may have none of the last
+                yield own
 
     def weight(self, step: int) -> float:
         """What the mean over this rank's share counts, so that the mean over the ranks is that over the batch."""

@@ -92,6 +92,8 @@ def _sam(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
 def _saf(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
     names = ("coefficient", "temperature", "lag", "start_epoch", "history")
     options = {name: settings[name] for name in names}
+    if settings["mean_momentum"] is not None or settings["history"] == "mean":
+        options["lag"] = None  # there is but one slot
     saf = SAF(given.num_samples, given.num_classes, momentum=settings["mean_momentum"], **options)
     saf.to(next(given.model.parameters()).device)
     return Assembled(given.optimizer, saf, lambda logits, index, inputs: saf(logits, index), saf.history.nbytes)

@@ -187,6 +187,10 @@ class Trainer:
         loss_mean, accuracy = (ranks.total(totals) / len(self.problem.test)).tolist()  # type: ignore[arg-type]
         return loss_mean, accuracy
 
+    def place(self) -> dict[str, str]:
+        """What must be the same for a run that is continued to come out to the bit."""
+        return {"torch": str(torch.__version__), "device": self.device.type}
+
     def state_dict(self) -> dict[str, Any]:
         """Returns all that changes in training, as nested dictionaries and lists of tensors and plain values.
 
@@ -194,8 +198,7 @@ class Trainer:
         those in use, and no copies.
         """
         return {
-            "torch": str(torch.__version__),
-            "device": self.device.type,
+            **self.place(),
             "epoch": self.epoch,
             "progress": self.progress.state_dict(),
             "model": self.model.state_dict(),
@@ -203,7 +206,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
             # The state of a gradient scaler, once there is one, belongs here.
-            "ranks": ranks.from_all({"totals": self.progress.totals, "random": self._random_states()}),
+            "ranks": ranks.from_all({"totals": self.progress.totals.cpu(), "random": self._random_states()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -227,7 +230,10 @@ class Trainer:
         self.epoch = check_integer("epoch", state["epoch"], least=0)
         self.progress = Progress.from_state(state["progress"], part["totals"].to(self.device, copy=True))
         if self.progress.steps >= len(self.loader):
-            raise DataError(f"progress.steps is {self.progress.steps}, and an epoch has {len(self.loader)} steps")
+            raise DataError(
+                f"progress.steps is {self.progress.steps}, and an epoch has {len(self.loader)} steps on {ranks.size()} "
+                f"processes; the checkpoint is of {len(state['ranks'])}"
+            )
         self._random = part["random"]
         self._set_random_states(self._random)
 

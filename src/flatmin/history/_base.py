@@ -1,6 +1,5 @@
 """What every history of past outputs shares: which samples count, lags and running means, state."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_integer, check_number
-from ..errors import InvalidArgumentError
 from ._ranks import occurrences
+from ._rows import OUT_OF_RANGE, RANGE
+from ._state import check_described, described
 from ._store import NEVER, Store
 
 
@@ -55,6 +55,7 @@ class History(nn.Module, ABC):
     Args:
         num_samples: Number of samples ``N`` in the data set.
         num_classes: Number of classes ``C``.
+        row_bytes: Bytes of a row, as `encode` makes it.
         lag: After how many epochs an output is read again; also the number of slots.
         momentum: In [0, 1). Then there is one slot, with the running mean of a sample's outputs, in place of ``lag``:
             ``mean_e = mean_(e-1) + (1 - momentum) / (1 - momentum^(e+1)) * (logits_e - mean_(e-1))``, temporal
@@ -144,16 +145,23 @@ class History(nn.Module, ABC):
         Args:
             index: This rank's sample numbers, int64, shape (B,).
             epoch: The current epoch, from 0.
+
+        Returns:
+            What `recall` and `record` take, once each at most and in this order.
+
+        Raises:
+            InvalidArgumentError: If the ranks are not those the history was made for, or are in different epochs.
         """
         everyone = self.store.meet(index, epoch)
         if everyone is None:
-            index = index.to(self.device, torch.int64, non_blocking=True)
+            # From an accelerator to the host it has to be waited for.
+            index = index.to(self.device, torch.int64, non_blocking=self.device.type != "cpu")
             first, last = occurrences(index)
             return Batch(
                 index, epoch, first == torch.arange(len(index), device=index.device), self._choose(first, last)
             )
         first, last = occurrences(torch.cat(everyone))
-        places = torch.arange(len(first))
+        places = torch.arange(len(first), device=first.device)
         sizes = [len(each) for each in everyone]
         kept = [mask.nonzero().flatten() for mask in torch.split(self._choose(first, last) == places, sizes)]
         mine = torch.split(first == places, sizes)[self.store.ranks.rank]
@@ -173,7 +181,7 @@ class History(nn.Module, ABC):
         """
         rows, epochs = self._read(batch, logits.device)
         then = batch.epoch - self.lag
-        there = (epochs == then) if self.momentum is None else (epochs != NEVER) & (epochs != batch.epoch)
+        there = (epochs != NEVER) & ((epochs == then) if self.momentum is None else (epochs != batch.epoch))
         now, past = self.compare(logits, rows, then)
         return now, past, there & batch.first.to(logits.device, non_blocking=True)
 
@@ -192,6 +200,7 @@ class History(nn.Module, ABC):
         if self.momentum is not None:
             rows, epochs = self._read(batch, logits.device)
             mean = self.decode(rows, batch.epoch, logits)
+            mean = mean.masked_fill(mean == -OUT_OF_RANGE, -RANGE)  # or it would stay there for good
             share = (1 - self.momentum) / (1 - self.momentum ** (batch.epoch + 1))
             logits = torch.where((epochs == NEVER)[:, None], logits, mean + share * (logits - mean))
         fresh, whole = self.encode(logits, batch.epoch)
@@ -214,9 +223,10 @@ class History(nn.Module, ABC):
         return self.store.rows.device
 
     @property
-    def on_host(self) -> bool:
-        """Whether the rows stay in main memory, or on a disk, wherever the module is moved."""
-        return self.store.on_host
+    def devices(self) -> set[torch.device]:
+        """Where everything is that ``.to()`` moves: not the rows that stay in main memory or on a disk."""
+        moved = {buffer.device for buffer in self.buffers(recurse=False)}
+        return moved if self.store.on_host else moved | {self.device}
 
     def extra_repr(self) -> str:
         """Shows what it keeps when printed."""
@@ -229,26 +239,11 @@ class History(nn.Module, ABC):
             state: A ``state_dict``.
             prefix: What its names of this history begin with, such as ``"history."``.
         """
-        described = state.get(f"{prefix}_extra_state")
-        if described is None:
-            return  # torch itself says what is missing
-        try:
-            theirs = dict(json.loads(bytes(described.tolist())))
-        except (ValueError, AttributeError, TypeError) as error:
-            raise InvalidArgumentError(f"{prefix}_extra_state does not describe a history: {error}") from error
-        ours = self.describe()
-        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-        if names:
-            said = [", ".join(f"{name}={each.get(name)}" for name in names) for each in (theirs, ours)]
-            grown = "; has the data set grown or shrunk?" if "num_samples" in names else ""
-            raise InvalidArgumentError(
-                f"the state is of a history with {said[0]} and this one has {said[1]}{grown}; nothing was loaded, "
-                "make SAF as it was when the state was saved"
-            )
+        check_described(self.describe(), state.get(f"{prefix}_extra_state"))
 
     def get_extra_state(self) -> Tensor:
         """Carries `describe` in ``state_dict``: the bytes of its JSON as a tensor, which any format can store."""
-        return torch.tensor(list(json.dumps(self.describe()).encode()), dtype=torch.uint8)
+        return described(self.describe())
 
     def set_extra_state(self, state: Tensor) -> None:
         """Does nothing: what is described was compared before anything was loaded."""
@@ -267,20 +262,3 @@ class History(nn.Module, ABC):
             everyone = None if batch.ranks is None else [index for index, _ in batch.ranks]
             batch.recalled = self.store.read(batch.index, batch.epoch % self.lag, device, everyone)
         return batch.recalled
-
-
-# Logits that lie further below the largest of their row are taken to lie there: at the paper's temperature, 5, their
-# share is e^-20. It keeps a class masked out by -1e9 from taking the precision of all others.
-RANGE = 100.0
-OUT_OF_RANGE = 1e6  # where a form puts them when it gives them back: without any share
-
-
-def within_range(logits: Tensor) -> Tensor:
-    """Logits, float32, shape (B, C), with the row's largest at 0 and none below ``-RANGE``."""
-    return (logits - logits.amax(dim=1, keepdim=True)).clamp(min=-RANGE)
-
-
-def from_bytes(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Reads bytes, uint8, shape (B, n), as numbers, shape (B, n / itemsize)."""
-    # contiguous() would leave a single row as it is, at an offset at which torch reads no larger numbers.
-    return rows.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .._checks import check_integer
 from ..errors import InvalidArgumentError
-from ._base import History, from_bytes
+from ._base import History
+from ._rows import from_bytes
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,6 +60,11 @@ class DenseHistory(History):
     ) -> None:
         if dtype not in DTYPES:
             raise InvalidArgumentError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+        if momentum is not None and dtype == torch.bfloat16:
+            raise InvalidArgumentError(
+                f"momentum={momentum} and dtype=torch.bfloat16 exclude each other: a mean moves by less than its "
+                "precision, and would stand still; take torch.float16"
+            )
         self.dtype = dtype
         super().__init__(
             num_samples,

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import InvalidArgumentError, OutputError
 
 
-def zeros(shape: Sequence[int], *, what: str) -> Tensor:
-    """Returns zeros, uint8, if this machine has the memory at all.
+def zeros(shape: Sequence[int], *, what: str, device: str | None = None) -> Tensor:
+    """Returns zeros, uint8, if this machine has the memory at all; on torch's default device where none is given.
 
     Raises:
         InvalidArgumentError: If it has not; the message names ``what`` and smaller forms.
@@ -22,7 +22,7 @@ def zeros(shape: Sequence[int], *, what: str) -> Tensor:
     try:
         if there is not None and size > there:  # zeros are only taken when written to, and the process killed then
             raise MemoryError
-        return torch.zeros(tuple(shape), dtype=torch.uint8)
+        return torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
     except (RuntimeError, MemoryError) as error:
         has = "" if there is None else f" and this machine has {there / 1e9:.1f}"
         raise InvalidArgumentError(
@@ -39,7 +39,7 @@ def scratch_file(folder: Path, shape: Sequence[int]) -> Tensor:
     """
     size = math.prod(shape)
     if size == 0:  # a rank with nothing to keep
-        return torch.zeros(tuple(shape), dtype=torch.uint8)
+        return torch.zeros(tuple(shape), dtype=torch.uint8, device="cpu")
     try:
         descriptor, name = tempfile.mkstemp(prefix="flatmin-history-", dir=folder)
         try:

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from .._checks import check_integer
 from ..errors import InvalidArgumentError
-from ._base import OUT_OF_RANGE, RANGE, History, from_bytes, within_range
+from ._base import History
+from ._rows import OUT_OF_RANGE, RANGE, from_bytes, nonzero, within_range
 
 
 def quantize(logits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -24,8 +25,7 @@ def quantize(logits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     below = within_range(logits)
     step = (-below.amin(dim=1, keepdim=True) / (2**bits - 1)).half()
-    divisor = step.float().clamp(min=torch.finfo(torch.float16).tiny)  # a row may be flat
-    codes = (-below / divisor).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    codes = (-below / nonzero(step.float())).round().clamp(0, 2**bits - 1).to(torch.uint8)
     return pack(codes, bits), step.squeeze(1)
 
 
@@ -102,8 +102,13 @@ class QuantizedHistory(History):
         location: str = "device",
         sharing: str = "auto",
     ) -> None:
-        if bits not in (8, 6, 4):
+        if bits not in (8, 6, 4) or not isinstance(bits, int):
             raise InvalidArgumentError(f"bits must be 8, 6 or 4, got {bits!r}")
+        if momentum is not None and bits < 8:
+            raise InvalidArgumentError(
+                f"momentum={momentum} and bits={bits} exclude each other: a mean moves by less than a step of so few "
+                "bits, and would stand still; take 8"
+            )
         self.bits = bits
         codes = -(-check_integer("num_classes", num_classes, least=2) * bits // 8)
         super().__init__(

@@ -42,7 +42,7 @@ class Ranks:
         """
         while True:
             # The first message tells lengths alone; afterwards one is enough, unless a batch is longer than all before.
-            message = torch.zeros(2 + self._room, dtype=torch.int64)
+            message = torch.zeros(2 + self._room, dtype=torch.int64, device="cpu")
             message[:2] = torch.tensor([epoch, len(index)])
             if len(index) <= self._room:
                 message[2 : 2 + len(index)] = index
@@ -99,12 +99,19 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def from_first(self, value: str) -> str:
+        """Returns what the first rank has; called by all ranks."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def assemble(self, part: Tensor, length: int) -> Tensor:
         """Puts together, on every host, what the ranks keep: ``part`` is ``whole[:, rank::size]``."""
-        whole = torch.empty(part.shape[0], length, *part.shape[2:], dtype=part.dtype)
+        whole = torch.empty(part.shape[0], length, *part.shape[2:], dtype=part.dtype, device="cpu")
         for rank in range(self.size):
             shape = whole[:, rank :: self.size].shape
-            sent = part.cpu().contiguous() if rank == self.rank else torch.empty(shape, dtype=part.dtype)
+            sent = part.cpu().contiguous() if rank == self.rank else torch.empty(shape, dtype=part.dtype, device="cpu")
             dist.broadcast(sent, rank, group=self._host_group())
             whole[:, rank :: self.size] = sent
         return whole

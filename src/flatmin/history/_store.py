@@ -20,8 +20,8 @@ TAG_BYTES = 4  # a row's epoch, int32
 class Store(nn.Module):
     """Keeps, for each sample, ``slots`` rows of bytes, each with the epoch it was written in.
 
-    No method waits for an accelerator: what has to come from one, or from other ranks, is under way when `write`
-    returns, and arrives before anything is read again.
+    What has to come from a GPU, or from other ranks, is under way when `write` returns, and arrives before anything is
+    read again. No method waits for an accelerator, but where several ranks keep their rows on the host.
 
     Args:
         slots: Number of rows a sample has.
@@ -50,7 +50,9 @@ class Store(nn.Module):
         self.part = (self.ranks.rank, self.ranks.size) if self.sharded else (0, 1)
         shape = (slots, len(range(self.part[0], num_samples, self.part[1])), row_bytes)
         what = f"a history of {num_samples} samples"
-        self.register_buffer("rows", zeros(shape, what=what) if path is None else scratch_file(Path(path), shape))
+        host = "cpu" if self.on_host else None
+        rows = zeros(shape, what=what, device=host) if path is None else scratch_file(Path(path), shape)
+        self.register_buffer("rows", rows)
         self.register_buffer("epochs", torch.full(shape[:2], NEVER, dtype=torch.int32, device=self.rows.device))
         self._pending: list[Callable[[], None]] = []
 
@@ -113,7 +115,8 @@ class Store(nn.Module):
         else:
             me, size = self.part
             owner = everyone[me] % size
-            parcels = [packed[(owner == rank).nonzero().flatten().to(packed.device)] for rank in range(size)]
+            order = owner.argsort(stable=True).to(packed.device, non_blocking=True)
+            parcels = torch.split(packed[order], torch.bincount(owner, minlength=size).tolist())
             mine = [each[each % size == me] // size for each in everyone]
             arrive = self.ranks.travel(parcels, [len(each) for each in mine])
             places = torch.cat(mine)
@@ -130,13 +133,14 @@ class Store(nn.Module):
 
     def _keep(self, index: Tensor, slot: int, rows: Tensor, epochs: Tensor) -> None:
         """Writes what `_load` would read; later, where it first has to come from an accelerator."""
-        if rows.is_cuda and not self.rows.is_cuda:
+        device = self.rows.device
+        if rows.is_cuda and device.type == "cpu":
             arrive = _fetch(rows, epochs)
             self._pending.append(lambda: self._keep(index, slot, *arrive()))
             return
-        index = index.to(self.rows.device, non_blocking=True)
-        self.rows[slot].index_copy_(0, index, rows)
-        self.epochs[slot].index_copy_(0, index, epochs)
+        index = index.to(device, non_blocking=True)
+        self.rows[slot].index_copy_(0, index, rows.to(device))
+        self.epochs[slot].index_copy_(0, index, epochs.to(device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Store":
         # Rows that are kept on the host stay there when the module is moved.
@@ -149,16 +153,20 @@ class Store(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.flush()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.sharded:  # whole, so that it can be loaded on any number of ranks
+        if self.part[1] > 1:  # whole, so that it can be loaded on any number of ranks
             for name in ("rows", "epochs"):
                 destination[prefix + name] = self.ranks.assemble(getattr(self, name), self.num_samples)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
         self.flush()
+        # Copied into what is here, a file perhaps, also with assign=True.
+        local_metadata = {**local_metadata, "assign_to_params_buffers": False}
         me, size = self.part
         names = [prefix + name for name in ("rows", "epochs") if prefix + name in state_dict]
         state_dict = {**state_dict, **{name: state_dict[name][:, me::size] for name in names}}
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
 def _pack(rows: Tensor, epochs: Tensor) -> Tensor:
@@ -184,7 +192,7 @@ def _fetch(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     for copy, each in zip(copies, tensors, strict=True):
         copy.copy_(each, non_blocking=True)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
+    copied.record(torch.cuda.current_stream(tensors[0].device))
 
     def arrive() -> tuple[Tensor, ...]:
         copied.synchronize()

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .._checks import check_integer, check_number
 from ..errors import InvalidArgumentError
-from ._base import History, from_bytes
+from ._base import History
+from ._rows import from_bytes
 
 MOST_CLASSES = 2**16  # that two bytes can number
 
@@ -54,7 +55,7 @@ class TopKHistory(History):
     ) -> None:
         self.k = check_integer("k", k, least=1)
         self.temperature = check_number("temperature", temperature, above=0)
-        if not k < num_classes <= MOST_CLASSES:
+        if not self.k < check_integer("num_classes", num_classes, least=2) <= MOST_CLASSES:
             raise InvalidArgumentError(
                 f"k={k} and num_classes={num_classes}: k must be less than the number of classes, and they at most "
                 f"{MOST_CLASSES}; for few classes take history='int8', for more 'lowrank'"

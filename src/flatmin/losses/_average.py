@@ -1,6 +1,7 @@
 """The averaged network that MESA compares with: how it is copied or checked, moved, run, and kept alike everywhere."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .._checks import check_integer, check_number
-from ..errors import InvalidArgumentError
+from ..errors import FlatminWarning, InvalidArgumentError
 
 
 def ema_decay(epochs: float, steps_per_epoch: int) -> float:
@@ -43,8 +44,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return _layers(model)[-1]
 
 
-def copied(model: nn.Module) -> AveragedModel:
-    """A copy of ``model`` to be averaged into, frozen and in evaluation mode."""
+def copied(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of ``model`` to be averaged into with ``decay``, frozen and in evaluation mode."""
     try:
         average = AveragedModel(unwrapped(model), use_buffers=True)
     except Exception as error:
@@ -52,6 +53,15 @@ def copied(model: nn.Module) -> AveragedModel:
             f"model cannot be copied ({error}): make MESA first and then call fully_shard(model) and "
             "fully_shard(mesa.average.module), or give a copy as average=..."
         ) from error
+    for name, parameter in average.module.named_parameters():
+        if parameter.is_floating_point() and torch.finfo(parameter.dtype).eps > 1 - decay:
+            warnings.warn(
+                f"{name} is {parameter.dtype}, in which an average of decay {decay:.6g} does not move: keep the "
+                "weights in float32 and compute in lower precision with torch.autocast",
+                FlatminWarning,
+                stacklevel=3,  # copied, MESA, its caller
+            )
+            break
     average.requires_grad_(False).eval()
     average.n_averaged.fill_(1)  # the weights it starts from
     return average

@@ -107,7 +107,7 @@ class MESA(nn.Module):
         self.decay: float | None
         if average is None:
             self.decay = check_number("decay", DECAY if decay is None else decay, above=0, below=1)
-            self.average = copied(model)
+            self.average = copied(model, self.decay)
         else:
             if decay is not None:
                 raise InvalidArgumentError(f"decay must be left out where average is given, got {decay!r}")

@@ -44,7 +44,7 @@ class SAF(nn.Module):
         start_epoch: First epoch, from 0, in which the loss is not 0. The paper's "after 5 epochs" is 5.
         history: "dense" (float32), "half", "int8", "int6", "int4", "topk", "lowrank"; "mean": the running mean of a
             sample's outputs in place of one ``lag`` epochs ago; "auto": by size; or a `flatmin.history.History`.
-        momentum: Of that mean, in [0, 1); .9 with "mean". Also makes "half", "int8", "int6" and "int4" keep a mean.
+        momentum: Of that mean, in [0, 1); .9 with "mean". Also makes "half" and "int8" keep a mean.
         path: A folder for a scratch file in which the history lives if it exceeds memory; see `History`.
 
     Raises:
@@ -92,7 +92,7 @@ class SAF(nn.Module):
                 history,
                 self.num_samples,
                 self.num_classes,
-                lag=3 if lag is None else check_integer("lag", lag, least=1),
+                lag=None if lag is None else check_integer("lag", lag, least=1),
                 temperature=self.temperature,
                 momentum=momentum,
                 path=path,
@@ -135,7 +135,7 @@ class SAF(nn.Module):
         zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         if not self.training:
             return zero
-        self._count(len(index))
+        self._count(len(index) * self.history.store.ranks.size)
         batch = self.history.open(index, self._epoch)
         loss = zero
         # Where nothing can contribute, the host knows it, and nothing is computed.
@@ -189,9 +189,9 @@ class SAF(nn.Module):
                 f"index must be int64 and of shape ({len(logits)},), one sample number for each row of logits, "
                 f"got {_describe(index)}; flatmin.with_indices(loader) yields it"
             )
-        if logits.device != self.history.device and not self.history.on_host:
+        for elsewhere in self.history.devices - {logits.device}:
             raise InvalidArgumentError(
-                f"logits are on {logits.device} and the history is on {self.history.device}; "
+                f"logits are on {logits.device} and the history is on {elsewhere}; "
                 f"move it once, after creating it: saf.to('{logits.device}')"
             )
         if index.device.type == "cpu" and len(index) > 0:

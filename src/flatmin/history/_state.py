@@ -1,0 +1,41 @@
+"""What a history says of itself in its state, so that no other takes it over."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgumentError
+
+
+def described(description: Mapping[str, Any]) -> Tensor:
+    """The bytes of a description's JSON, as a tensor, which any format can store."""
+    return torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8)
+
+
+def check_described(ours: Mapping[str, Any], state: Any) -> None:
+    """Compares a description with what `described` made of another.
+
+    Args:
+        ours: Of the history that is to take over a state.
+        state: From the state; None if there is none, of which torch itself complains.
+
+    Raises:
+        InvalidArgumentError: If they differ; the message says in what.
+    """
+    if state is None:
+        return
+    try:
+        theirs = dict(json.loads(bytes(state.tolist())))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InvalidArgumentError(f"the state's _extra_state does not describe a history: {error}") from error
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if names:
+        said = [", ".join(f"{name}={each.get(name)}" for name in names) for each in (theirs, ours)]
+        grown = "; has the data set grown or shrunk?" if "num_samples" in names else ""
+        raise InvalidArgumentError(
+            f"the state is of a history with {said[0]} and this one has {said[1]}{grown}; nothing was loaded, "
+            "make SAF as it was when the state was saved"
+        )
