@@ -319,6 +319,25 @@ class TestDoesNotFit:
         with pytest.warns(FlatminWarning, match=r"torch was '1.0' and is .*not come out to the bit"):
             resume(run, folder)
 
+    @pytest.mark.parametrize(
+        "numbers",
+        [
+            [torch.zeros(624, dtype=torch.int64), 10**9, 0, 0.0],
+            [torch.zeros(624, dtype=torch.int64), -1, 0, 0.0],
+            [torch.zeros(624, dtype=torch.int64), 624, 2, 0.0],
+            [torch.zeros(623, dtype=torch.int64), 3, 0, 0.0],
+            [torch.full((624,), 2**32), 3, 0, 0.0],
+            [torch.zeros(624), 3, 0, 0.0],
+        ],
+    )
+    def test_a_random_state_with_which_numpy_would_crash(self, folder, ended, numbers):
+        run = ended()
+        state = load_checkpoint(folder / "checkpoints/last")
+        state["ranks"][0]["random"]["numpy"] = numbers
+        save_checkpoint(folder / "checkpoints/last", state)
+        with pytest.raises(DataError, match="numpy's random state is none"):
+            resume(run, folder)
+
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize(("method", "optimizer"), [("saf", "sgd"), ("mesa", "adamw")])
     def test_a_state_with_anything_out_of_place_is_refused_or_harmless(self, folder, ended, method, optimizer):
