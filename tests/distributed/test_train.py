@@ -18,6 +18,7 @@ from flatmin.engine.methods import METHODS, resolve_settings
 from flatmin.engine.ranks import joined, rank, size
 from flatmin.engine.train import resume, train
 from flatmin.engine.trainer import Trainer
+from flatmin.errors import FlatminWarning
 from tests.distributed._spawn import run_ranks
 
 EXPERIMENT = """
@@ -119,10 +120,28 @@ def test_another_number_of_ranks_keeps_the_history(tmp_path: Path) -> None:
     rows = load_checkpoint(tmp_path / "run" / "checkpoints" / "last")["trajectory"]["history.store.rows"]
     assert rows.shape[1] == 150
     assert rows.any()
-    resume(run, tmp_path / "run")  # on one
+    with pytest.warns(FlatminWarning, match="processes was 2 and is 1"):
+        resume(run, tmp_path / "run")  # on one
     ours, theirs = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def resume_warned(run: Run, folder: Path) -> None:
+    with pytest.warns(FlatminWarning, match="processes was 1 and is 2"):
+        resume(run, folder)
+
+
+def test_an_epoch_that_has_no_more_steps_on_this_number_of_ranks_is_closed(tmp_path: Path) -> None:
+    """The last three of 150 samples are a fourth step of their own on one rank, and none on two."""
+    run = make_run(write_experiment(tmp_path), "base", batch_size=49)
+    (tmp_path / "run").mkdir()
+    train_here(run, tmp_path / "run", 7)
+    progress = load_checkpoint(tmp_path / "run" / "checkpoints" / "last")["progress"]
+    assert (progress["steps"], progress["samples"]) == (3, 147)
+    run_ranks(resume_warned, 2, run, tmp_path / "run")
+    assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == list(range(EPOCHS))
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last")["scheduler"]["last_epoch"] == EPOCHS
 
 
 def shares(experiment: str) -> list[list[int]]:
