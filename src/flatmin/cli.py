@@ -81,9 +81,10 @@ def train(
         return
     run = Run(recipe, method, resolve_settings(get_method(method), settings, epochs=recipe.epochs), seed)
     with ranks.joined(recipe.device):
-        # The folder is the first rank's, who alone writes; the others have nothing to do with it.
+        # The folder is the first rank's, who alone makes it and writes into it.
         own = run_folder(out, f"{method}-seed{seed}") if ranks.rank() == 0 else nullcontext(Path())
-        with own as folder:
+        with own as made:
+            folder = Path(ranks.from_first(str(made)))  # of which the others only speak
             _warn_if_idle(method, run.settings, recipe.epochs)
             with _interruptible(run, folder):
                 last = train_run(run, folder, on_epoch=_show(recipe.epochs), checkpoint_minutes=checkpoint_minutes)

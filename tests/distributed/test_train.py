@@ -15,9 +15,10 @@ from flatmin.engine.checkpoint import load_checkpoint
 from flatmin.engine.config import Recipe, Run
 from flatmin.engine.load import load_problem
 from flatmin.engine.methods import METHODS, resolve_settings
-from flatmin.engine.ranks import rank, size
+from flatmin.engine.ranks import joined, rank, size
 from flatmin.engine.train import resume, train
 from flatmin.engine.trainer import Trainer
+from flatmin.errors import FlatminWarning
 from tests.distributed._spawn import run_ranks
 
 EXPERIMENT = """
@@ -119,10 +120,28 @@ def test_another_number_of_ranks_keeps_the_history(tmp_path: Path) -> None:
     rows = load_checkpoint(tmp_path / "run" / "checkpoints" / "last")["trajectory"]["history.store.rows"]
     assert rows.shape[1] == 150
     assert rows.any()
-    resume(run, tmp_path / "run")  # on one
+    with pytest.warns(FlatminWarning, match="processes was 2 and is 1"):
+        resume(run, tmp_path / "run")  # on one
     ours, theirs = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def resume_warned(run: Run, folder: Path) -> None:
+    with pytest.warns(FlatminWarning, match="processes was 1 and is 2"):
+        resume(run, folder)
+
+
+def test_an_epoch_that_has_no_more_steps_on_this_number_of_ranks_is_closed(tmp_path: Path) -> None:
+    """The last three of 150 samples are a fourth step of their own on one rank, and none on two."""
+    run = make_run(write_experiment(tmp_path), "base", batch_size=49)
+    (tmp_path / "run").mkdir()
+    train_here(run, tmp_path / "run", 7)
+    progress = load_checkpoint(tmp_path / "run" / "checkpoints" / "last")["progress"]
+    assert (progress["steps"], progress["samples"]) == (3, 147)
+    run_ranks(resume_warned, 2, run, tmp_path / "run")
+    assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == list(range(EPOCHS))
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last")["scheduler"]["last_epoch"] == EPOCHS
 
 
 def shares(experiment: str) -> list[list[int]]:
@@ -137,7 +156,7 @@ def shares(experiment: str) -> list[list[int]]:
 def test_each_sample_of_an_epoch_is_seen_by_one_rank(world: int, tmp_path: Path) -> None:
     seen = run_ranks(shares, world, write_experiment(tmp_path))
     for batches in zip(*seen, strict=True):
-        assert min(map(len, batches)) >= 2 or world == 4
+        assert min(map(len, batches)) >= 2
         assert max(map(len, batches)) - min(map(len, batches)) <= 1
     every = sorted(index for batches in seen for batch in batches for index in batch)
     # On four ranks the last six samples would leave one rank with a single one, which batch norm cannot be trained on.
@@ -239,6 +258,28 @@ def test_an_error_on_one_rank_ends_all_with_one_message(tmp_path: Path) -> None:
     assert found.returncode != 0
     assert [line for line in found.stderr.splitlines() if line.startswith("flatmin: ")] == ["flatmin: on rank 1 only"]
     assert found.stderr.count("Traceback") == 1  # torchrun's own
+
+
+def test_ctrl_c_that_another_rank_meets_first_says_what_is_kept(tmp_path: Path) -> None:
+    path = Path(write_experiment(tmp_path))
+    path.write_text(path.read_text() + ONE_FAILS.format(error="KeyboardInterrupt").replace("== 3", "== 5"))
+    found = torchrun(tmp_path, "train", path.name, "--method", "base", "--epochs", "3", "--out", "run")
+    said = [line for line in found.stderr.splitlines() if line.startswith("flatmin: ")]
+    assert len(said) == 1
+    assert said[0].endswith(" of 3 epochs are kept in run; to go on: flatmin train --resume run")
+
+
+@pytest.mark.parametrize("local", ["0", "1"])
+def test_more_processes_than_gpus_are_found_by_all_of_them(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that found nothing would wait for the others."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": local, "LOCAL_RANK": local}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given: pytest.fail("it waits for the others"))
+    with pytest.raises(ValueError, match="started 2 processes on this machine, which has 1 GPUs"), joined("auto"):
+        pass
 
 
 def test_compare_is_not_for_torchrun(flatmin_environment: None) -> None:

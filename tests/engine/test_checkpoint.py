@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out, and a damaged one is said to be."""
 
+import errno
 import hashlib
 import json
 import os
@@ -206,6 +207,75 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert load_checkpoint(tmp_path / "last") == {"number": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+class TestSettle:
+    """What may be the only checkpoint goes only if it is sure that it was never whole."""
+
+    @pytest.fixture
+    def fresh(self, tmp_path):
+        save_checkpoint(tmp_path / "last.new", {"number": 1})
+        return tmp_path / "last.new"
+
+    @pytest.mark.parametrize(
+        "error", [OSError(errno.EIO, "Input/output error"), PermissionError(errno.EACCES, "denied"), MemoryError()]
+    )
+    def test_one_that_cannot_be_read_at_the_moment_stays(self, fresh, monkeypatch, error):
+        def broken(path):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_digest", broken)
+            with pytest.raises(DataError, match=r"last.new: .*; it may be the newest: move it away"):
+                settle(fresh.with_name("last"))
+        settle(fresh.with_name("last"))
+        assert load_checkpoint(fresh.with_name("last")) == {"number": 1}
+
+    @pytest.mark.parametrize("rest", [" ", '", "and": "more'])
+    def test_one_of_a_newer_flatmin_stays(self, fresh, rest):
+        text = (fresh / STATE).read_text().replace('"version": 1, ', f'"version": 2, "x": "{rest}", ')
+        (fresh / STATE).write_text(text)
+        with pytest.raises(DataError, match="version 2, and this flatmin reads version 1"):
+            settle(fresh.with_name("last"))
+        assert (fresh / STATE).read_text() == text
+
+    @pytest.mark.parametrize("name", [STATE, TENSORS])
+    def test_one_that_was_not_written_to_its_end_goes_and_the_old_one_comes_back(self, fresh, name):
+        save_checkpoint(fresh.with_name("last.old"), {"number": 0})
+        (fresh / name).write_bytes((fresh / name).read_bytes()[:-1])
+        settle(fresh.with_name("last"))
+        assert load_checkpoint(fresh.with_name("last")) == {"number": 0}
+        assert [path.name for path in fresh.parent.iterdir()] == ["last"]
+
+    def test_an_old_one_comes_back_unread(self, fresh):
+        fresh.rename(fresh.with_name("last.old"))
+        (fresh.with_name("last.old") / STATE).write_text("of another version")
+        settle(fresh.with_name("last"))
+        assert (fresh.with_name("last") / STATE).read_text() == "of another version"
+
+
+class TestDurable:
+    @pytest.fixture
+    def synced(self, monkeypatch):
+        paths = []
+        monkeypatch.setattr(checkpoint, "sync", paths.append)
+        return paths
+
+    def test_the_first_one_syncs_the_folder_above_its_own_too(self, tmp_path, synced):
+        last = tmp_path / "checkpoints/last"
+        fresh = last.with_name("last.new")
+        for above in ([tmp_path], []):
+            save_checkpoint(last, {})
+            assert synced == [fresh / TENSORS, fresh / STATE, fresh, last.parent, *above]
+            synced.clear()
+
+    def test_a_copy(self, tmp_path, synced):
+        save_checkpoint(tmp_path / "last", {}, durable=False)
+        assert synced == []
+        copy_checkpoint(tmp_path / "last", tmp_path / "best", durable=False)
+        assert synced == []
+        copy_checkpoint(tmp_path / "last", tmp_path / "best")
+        assert synced == [tmp_path / "best.new", tmp_path]
 
 
 class TestDamaged:

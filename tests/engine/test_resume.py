@@ -1,20 +1,27 @@
-"""A run that was ended anywhere is continued to the bit."""
+"""A run that was ended anywhere is continued, on the CPU to the bit."""
 
+import contextlib
+import errno
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from flatmin.engine import checkpoint as checkpoint_module
 from flatmin.engine import keeper as keeper_module
+from flatmin.engine import resume as resume_module
 from flatmin.engine import train as train_module
 from flatmin.engine.checkpoint import load_checkpoint, save_checkpoint
 from flatmin.engine.disk import locked
 from flatmin.engine.methods import METHODS
-from flatmin.engine.resume import find_run, read_run
+from flatmin.engine.resume import find_run, open_start, read_run
 from flatmin.engine.train import resume, train
 from flatmin.engine.trainer import Trainer
 from flatmin.errors import DataError, ExperimentError, FlatminWarning, OutputError
@@ -185,7 +192,7 @@ class TestBest:
         assert load_checkpoint(folder / "checkpoints/best")["epoch"] == 2
 
     def test_it_is_made_again_if_the_crash_came_before_it(self, folder, make_run, experiment, monkeypatch):
-        def crash(*_):
+        def crash(*_, **__):
             raise Ended
 
         run = make_run("base", epochs=2, experiment=experiment)
@@ -214,6 +221,18 @@ class TestWhere:
         assert find_run(folder) == (folder, None)
         assert find_run(folder / "checkpoints/best") == (folder, folder / "checkpoints/best")
         assert read_run(folder) == ended
+
+    def test_it_is_found_by_relative_paths_and_links(self, folder, ended, monkeypatch, tmp_path):
+        last = folder / "checkpoints/last"
+        (tmp_path / "link").symlink_to(last)
+        assert find_run(tmp_path / "link") == (folder, last)
+        monkeypatch.chdir(folder / "checkpoints")
+        assert find_run(Path("last")) == (folder, last)
+        monkeypatch.chdir(last)
+        assert find_run(Path()) == (folder, last)
+        (tmp_path / "circle").symlink_to(tmp_path / "circle")
+        with pytest.raises(DataError, match="no run there to continue"):
+            find_run(tmp_path / "circle")
 
     def test_from_a_checkpoint_that_was_asked_for(self, folder, whole, ended):
         train(ended, whole)
@@ -258,6 +277,22 @@ class TestWhere:
         assert load_checkpoint(folder / "checkpoints/last")["progress"]["steps"] == 1
         assert load_checkpoint(folder / "checkpoints/previous")["epoch"] == 1
 
+    @pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "when there is room"), (errno.EIO, "to go on")])
+    def test_when_no_other_can_be_written_it_names_the_one_it_was_started_from(
+        self, folder, ended, monkeypatch, number, said
+    ):
+        def full(*_, **__):
+            raise OSError(number, os.strerror(number))
+
+        previous = folder / "checkpoints/previous"
+        (folder / "checkpoints/last/state.json").write_text("{}")
+        monkeypatch.setattr(checkpoint_module, "_put", full)
+        monkeypatch.setattr(keeper_module, "copy_checkpoint", lambda *_, **__: None)
+        with pytest.raises(OutputError) as caught:
+            resume(ended, folder, previous, checkpoint_minutes=0)
+        assert f"; {previous}, which it was started from, is whole; {said}: flatmin train" in str(caught.value)
+        assert str(caught.value).endswith(f" --resume {previous}")
+
     def test_when_none_is_whole_it_says_so(self, folder, ended):
         for path in folder.glob("checkpoints/*/tensors.safetensors"):
             path.write_bytes(b"")
@@ -269,6 +304,16 @@ class TestWhere:
         assert find_run(folder / "checkpoints/last") == (folder, folder / "checkpoints/last")
         resume(ended, folder, folder / "checkpoints/last")
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best", "last", "previous"]
+
+    def test_only_the_first_rank_settles(self, folder, ended, monkeypatch):
+        """When another reads, the first may be writing already."""
+        (folder / "checkpoints/best.new").mkdir()
+        monkeypatch.setattr(resume_module.ranks, "rank", lambda: 1)
+        open_start(folder, None, ended)
+        assert (folder / "checkpoints/best.new").exists()
+        monkeypatch.undo()
+        open_start(folder, None, ended)
+        assert not (folder / "checkpoints/best.new").exists()
 
 
 class TestDoesNotFit:
@@ -319,28 +364,80 @@ class TestDoesNotFit:
         with pytest.warns(FlatminWarning, match=r"torch was '1.0' and is .*not come out to the bit"):
             resume(run, folder)
 
+    @pytest.mark.parametrize(
+        "numbers",
+        [
+            [torch.zeros(624, dtype=torch.int64), 10**9, 0, 0.0],
+            [torch.zeros(624, dtype=torch.int64), -1, 0, 0.0],
+            [torch.zeros(624, dtype=torch.int64), 624, 2, 0.0],
+            [torch.zeros(623, dtype=torch.int64), 3, 0, 0.0],
+            [torch.full((624,), 2**32), 3, 0, 0.0],
+            [torch.zeros(624), 3, 0, 0.0],
+        ],
+    )
+    def test_a_random_state_with_which_numpy_would_crash(self, folder, ended, numbers):
+        run = ended()
+        state = load_checkpoint(folder / "checkpoints/last")
+        state["ranks"][0]["random"]["numpy"] = numbers
+        save_checkpoint(folder / "checkpoints/last", state)
+        with pytest.raises(DataError, match="numpy's random state is none"):
+            resume(run, folder)
+
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize(("method", "optimizer"), [("saf", "sgd"), ("mesa", "adamw")])
     def test_a_state_with_anything_out_of_place_is_refused_or_harmless(self, folder, ended, method, optimizer):
-        """Every entry in turn is left out, or replaced by something of another shape, dtype or type."""
+        """Every entry in turn is left out, or replaced by something of another shape, dtype, type or value."""
         run = ended(method, optimizer=optimizer)
         checkpoint = folder / "checkpoints/last"
         state, refused = load_checkpoint(checkpoint), 0
         for change in changes(state):
             changed = load_checkpoint(checkpoint)
             change(changed)
-            save_checkpoint(folder / "changed", changed)
+            save_checkpoint(folder / "changed", changed, durable=False)
             with pytest.raises((Ended, DataError)) as caught:
-                resume(run, folder, folder / "changed", on_step=ending_after(1))
+                resume(run, folder, folder / "changed", on_step=ending_after(2))
             if caught.type is DataError:
                 assert "changed: " in str(caught.value)
                 refused += 1
             assert load_checkpoint(checkpoint)["progress"]["steps"] == state["progress"]["steps"]
-        assert refused > 100
+        assert refused > 200
+
+    def test_nor_does_one_of_a_finished_run_end_in_another_error(self, folder, make_run, experiment):
+        run = make_run("base", epochs=2, experiment=experiment)
+        train(run, folder)
+        state, refused = load_checkpoint(folder / "checkpoints/last"), 0
+        for name in ("metrics", "progress", "epoch", "run", "extra_bytes"):
+            for change in changes({name: state[name]}):
+                changed = load_checkpoint(folder / "checkpoints/last")
+                change(changed)
+                save_checkpoint(folder / "changed", changed, durable=False)
+                with contextlib.suppress(DataError):
+                    resume(run, folder, folder / "changed")
+                    continue
+                refused += 1
+        assert refused > 50
+
+    def test_the_others_are_named_whatever_they_hold(self, folder, ended):
+        run = ended()
+        state = load_checkpoint(folder / "checkpoints/previous")
+        save_checkpoint(folder / "checkpoints/best", {**state, "epoch": float("inf")})
+        (folder / "checkpoints/last/state.json").write_text("{}")
+        with pytest.raises(DataError, match="previous holds epoch 1") as caught:
+            resume(run, folder)
+        assert "best" not in str(caught.value)
+
+    @pytest.mark.parametrize(("name", "value"), [("processes", 2), ("workers", 3)])
+    def test_another_number_of_processes_or_workers_is_warned_of(self, folder, ended, name, value):
+        run = ended()
+        state = load_checkpoint(folder / "checkpoints/last")
+        state[name] = value
+        save_checkpoint(folder / "checkpoints/last", state)
+        with pytest.warns(FlatminWarning, match=f"{name} was {value} and is .*not come out to the bit"):
+            resume(run, folder)
 
 
 def changes(state, path=()):
-    """Functions that each change one entry of a nested state."""
+    """Functions that each change one entry of a nested state; of a long list, its ends."""
 
     def at(changed, path):
         for key in path:
@@ -349,15 +446,26 @@ def changes(state, path=()):
 
     number = len(path)
     if isinstance(state, dict):
-        for key, value in state.items():
-            if path[:1] == ("run",) and len(path) > 1:
-                continue
-            number += 1
-            yield lambda changed, key=key: at(changed, path).pop(key)
-            wrong = ["text", [[]], {"a": {}}, torch.ones(7, 7, 7), torch.ones(3, dtype=torch.int16)]
-            for other in (wrong[number % 5], wrong[(number + 2) % 5]):
-                yield lambda changed, key=key, other=other: at(changed, path).__setitem__(key, other)
-            yield from changes(value, (*path, key))
+        keys = list(state)
+    elif isinstance(state, list):
+        keys = sorted({0, len(state) - 1}) if state else []
+    else:
+        return
+    for key in keys:
+        value = state[key]
+        if path[:1] == ("run",) and len(path) > 1:
+            continue
+        number += 1
+        yield lambda changed, key=key: at(changed, path).pop(key)
+        wrong = ["text", [[]], {"a": {}}, torch.ones(7, 7, 7), torch.ones(3, dtype=torch.int16), b"bytes"]
+        others = [wrong[number % 6], wrong[(number + 2) % 6]]
+        if isinstance(value, (int, float)):
+            others += [0, -1, float("inf")]
+        elif isinstance(value, list):
+            others += [[0] * len(value)]
+        for other in others:
+            yield lambda changed, key=key, other=other: at(changed, path).__setitem__(key, other)
+        yield from changes(value, (*path, key))
 
 
 class TestConfiguration:
@@ -425,6 +533,17 @@ def hold(folder, held, done):
         done.wait(60)
 
 
+def hold_and_fork(folder, forked, pid):
+    def child():
+        pid.value = os.getpid()
+        forked.set()
+        time.sleep(60)
+
+    with locked(folder):
+        multiprocessing.get_context("fork").Process(target=child).start()
+        time.sleep(60)
+
+
 class TestLock:
     def test_of_two_processes_the_second_is_refused(self, folder, make_run, experiment):
         context = multiprocessing.get_context("spawn")
@@ -445,14 +564,56 @@ class TestLock:
         assert not (folder / ".lock").exists()
 
     def test_a_worker_that_was_forked_does_not_hold_it(self, folder):
-        context = multiprocessing.get_context("fork")
-        done = context.Event()
+        """It lives on when its parent is killed, who cannot give the lock back."""
+        context = multiprocessing.get_context("spawn")
+        forked, pid = context.Event(), context.Value("i", 0)
+        process = context.Process(target=hold_and_fork, args=(folder, forked, pid))
+        process.start()
+        try:
+            assert forked.wait(60)
+            process.kill()
+            process.join()
+            assert (folder / ".lock").exists()
+            with locked(folder):
+                pass
+            os.kill(pid.value, 0)  # it is still there
+        finally:
+            process.kill()
+            process.join()
+            if pid.value:
+                os.kill(pid.value, signal.SIGKILL)
+
+    def test_the_last_holder_may_remove_it_at_any_moment(self, folder, monkeypatch):
+        fcntl = pytest.importorskip("fcntl")
+        flock, path = fcntl.flock, folder / ".lock"
+
+        def late(file, operation):
+            monkeypatch.setattr(fcntl, "flock", flock)
+            flock(file, operation)
+            path.unlink()
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        monkeypatch.setattr(Path, "exists", lambda self: True)  # as a moment ago
         with locked(folder):
-            worker = context.Process(target=done.wait, args=(60,))
-            worker.start()
-        with locked(folder):
-            done.set()
-        worker.join()
+            assert path.is_file()
+            with pytest.raises(OutputError, match="another process"), locked(folder):
+                pass
+
+    def test_only_a_file_system_without_locks_goes_without(self, folder, monkeypatch):
+        fcntl = pytest.importorskip("fcntl")
+
+        def refuse(number):
+            def flock(*_):
+                raise OSError(number, os.strerror(number))
+
+            monkeypatch.setattr(fcntl, "flock", flock)
+
+        refuse(errno.ENOLCK)
+        with locked(folder), locked(folder):
+            pass
+        refuse(errno.EIO)
+        with pytest.raises(OutputError, match="cannot be locked"), locked(folder):
+            pass
 
     def test_a_folder_that_is_not_there(self, tmp_path):
         with pytest.raises(OutputError, match="nowhere: cannot be written"), locked(tmp_path / "nowhere"):

@@ -184,7 +184,14 @@ class TestContinuing:
             ours, theirs = second.trajectory.state_dict(), whole.trajectory.state_dict()
             assert same(ours, theirs)
 
-    @pytest.mark.parametrize("part", ["model", "optimizer", "scheduler", "epoch"])
+    @pytest.mark.parametrize("part", ["scheduler", "epoch"])
+    def test_parts_of_two_moments_are_refused(self, make_trainer, part):
+        whole, second = make_trainer("base", epochs=4), make_trainer("base", epochs=4)
+        whole.train_epoch()
+        with pytest.raises(DataError, match=r"scheduler.last_epoch is [01], this run's is [01]"):
+            second.load_state_dict({**whole.state_dict(), part: second.state_dict()[part]})
+
+    @pytest.mark.parametrize("part", ["model", "optimizer"])
     def test_every_part_of_the_state_matters(self, make_trainer, part):
         whole, second = make_trainer("base", epochs=4), make_trainer("base", epochs=4)
         for _ in range(2):

@@ -28,9 +28,10 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 VERSION = 1
 LARGEST_STATE = 2**26  # bytes; the state of a network with a hundred thousand tensors is about a fifth of that
 
+_VERSION = re.compile(rb'\{"format": "flatmin checkpoint", "version": (\d{1,9}), ')
 # A JSON object as it is written, byte for byte, so that no byte of it can change unnoticed.
 _DOCUMENT = re.compile(
-    rb'\{"format": "flatmin checkpoint", "version": (?P<version>\d{1,9}), "tensors": "(?P<tensors>[0-9a-f]{64})", '
+    rb'\{"format": "flatmin checkpoint", "version": \d{1,9}, "tensors": "(?P<tensors>[0-9a-f]{64})", '
     rb'"bytes": (?P<bytes>\d{1,18}), "digest": "(?P<digest>[0-9a-f]{64})", "state": (?P<state>.*)\}\n',
     re.DOTALL,
 )
@@ -67,18 +68,23 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, previous: Path | Non
         if durable:
             for path in (fresh / TENSORS, fresh / STATE, fresh):
                 sync(path)
-        _put(fresh, folder, previous)
+        _put(fresh, folder, previous, durable=durable)
     except BaseException as error:
-        settle(folder)
-        if previous is not None:
-            settle(previous)
+        for path in (folder, previous or folder):
+            with suppress(DataError, OSError):  # the first error is the one to tell
+                settle(path)
         if isinstance(error, (OSError, full_disk)):
             raise OutputError(f"{folder}: the checkpoint could not be written: {error}") from error
         raise
 
 
-def copy_checkpoint(source: Path, folder: Path) -> None:
+def copy_checkpoint(source: Path, folder: Path, *, durable: bool = True) -> None:
     """Makes ``folder`` the same checkpoint as ``source``; their files are shared where the file system can.
+
+    Args:
+        source: What to copy.
+        folder: Where to; a checkpoint that is there is replaced.
+        durable: As in `save_checkpoint`.
 
     Raises:
         OutputError: If it cannot be written.
@@ -92,23 +98,41 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
                 os.link(source / name, fresh / name)
             except OSError:
                 shutil.copyfile(source / name, fresh / name)
-                sync(fresh / name)
-        _put(fresh, folder, None)
+                if durable:
+                    sync(fresh / name)
+        if durable:
+            sync(fresh)
+        _put(fresh, folder, None, durable=durable)
     except BaseException as error:
-        settle(folder)
+        with suppress(DataError, OSError):
+            settle(folder)
         if isinstance(error, OSError):
             raise OutputError(f"{folder}: the checkpoint could not be written: {error}") from error
         raise
 
 
+class _IncompleteError(ValueError):
+    """A file was not written to its end, or is not what was written."""
+
+
 def settle(folder: Path) -> None:
-    """Ends what a crash interrupted: a checkpoint between two names gets its own, and what is left over goes."""
-    names = [_beside(folder, "new"), _beside(folder, "old")]
-    for path in names:
-        if path.exists() and not folder.exists():
-            with suppress(DataError, OSError):
-                load_checkpoint(path)
-                path.rename(folder)
+    """Ends what a crash interrupted: a checkpoint between two names gets its own, and what is left over goes.
+
+    Raises:
+        DataError: If what may be the only checkpoint cannot be read, and not because the crash came before it was
+            whole; it stays where it is.
+    """
+    fresh, stale = _beside(folder, "new"), _beside(folder, "old")
+    if fresh.exists() and not folder.exists():
+        try:
+            load_checkpoint(fresh)
+            fresh.rename(folder)
+        except DataError as error:
+            if not isinstance(error.__cause__, (FileNotFoundError, _IncompleteError)):
+                raise DataError(f"{error}; it may be the newest: move it away to go on without it") from error
+    if stale.exists() and not folder.exists():  # it was whole when it was renamed
+        stale.rename(folder)
+    for path in (fresh, stale):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -145,16 +169,20 @@ def _beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(f"{folder.name}.{suffix}")
 
 
-def _put(fresh: Path, folder: Path, previous: Path | None) -> None:
+def _put(fresh: Path, folder: Path, previous: Path | None, *, durable: bool) -> None:
     """Renames ``fresh`` to ``folder``; what was there goes to ``previous``, or goes."""
     stale = _beside(previous or folder, "old")
-    if folder.exists():
+    first = not folder.exists()
+    if not first:
         shutil.rmtree(stale, ignore_errors=True)
         if previous is not None and previous.exists():
             previous.rename(stale)
         folder.rename(previous or stale)
     fresh.rename(folder)
-    sync(folder.parent)
+    if durable:
+        sync(folder.parent)
+        if first:  # its parent may be as new
+            sync(folder.parent.parent)
     shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -177,22 +205,24 @@ def _read(path: Path) -> dict[str, bytes]:
     size = _size(path)
     if size > LARGEST_STATE:
         raise ValueError(f"it has {size} bytes, and no checkpoint has more than {LARGEST_STATE}")
-    content = _DOCUMENT.fullmatch(path.read_bytes())
+    written = path.read_bytes()
+    version = _VERSION.match(written)
+    if version is not None and int(version[1]) != VERSION:
+        raise ValueError(f"it has version {int(version[1])}, and this flatmin reads version {VERSION}")
+    content = _DOCUMENT.fullmatch(written)
     if content is None:
-        raise ValueError("it is cut short, changed, or was not written by flatmin")
-    if int(content["version"]) != VERSION:
-        raise ValueError(f"it has version {int(content['version'])}, and this flatmin reads version {VERSION}")
+        raise _IncompleteError("it is cut short, changed, or was not written by flatmin")
     if hashlib.sha256(content["state"]).hexdigest() != content["digest"].decode():
-        raise ValueError("its content is not what was written: the digest differs")
+        raise _IncompleteError("its content is not what was written: the digest differs")
     return content.groupdict()
 
 
 def _check_tensors(path: Path, content: dict[str, bytes]) -> None:
     size, written = _size(path), int(content["bytes"])
     if size != written:
-        raise ValueError(f"it has {size} bytes, and {written} were written")
+        raise _IncompleteError(f"it has {size} bytes, and {written} were written")
     if _digest(path) != content["tensors"].decode():
-        raise ValueError("its content is not what was written: the digest differs")
+        raise _IncompleteError("its content is not what was written: the digest differs")
 
 
 def _strip(value: Any, name: str, tensors: dict[str, Tensor], storages: set[int]) -> Any:

@@ -35,7 +35,9 @@ class Recipe:
         "cnn", "cnn | cnn1d (for mnist1d) | resnet18 | wrn-28-10 | pyramidnet-110 | timm/NAME | torchvision/NAME."
     )
     epochs: int = _option(60, "Epochs of training.")
-    batch_size: int = _option(128, "Samples in a batch.")
+    batch_size: int = _option(
+        128, "Samples in a batch, on all processes; a last one with less than two for each process is left out."
+    )
     optimizer: str = _option("sgd", "sgd | adamw; the learning rate falls along a cosine to 0.")
     lr: float | None = _option(None, "Learning rate at the start.  [default: 0.1 for sgd, 0.001 for adamw]")
     momentum: float = _option(0.9, "Momentum of sgd; the first beta of adamw.")

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import OutputError
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)  # of a file system without them
 
 
 def sync(path: Path) -> None:
@@ -83,17 +84,21 @@ def _lock(folder: Path) -> Any:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.close()  # its last holder has removed it between our opening and locking it
-                continue
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         except BlockingIOError:
             file.close()
             raise OutputError(
                 f"{folder}: another process is writing this run at the moment; wait until it ends, or end it"
             ) from None
-        except OSError:  # a file system without locks
+        except FileNotFoundError:
             pass
-        return file
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return file
+            file.close()
+            raise OutputError(f"{folder}: cannot be locked ({error.strerror})") from error
+        file.close()  # its last holder has removed it between our opening and locking it
 
 
 _held: set[Any] = set()

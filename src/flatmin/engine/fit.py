@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from .._checks import check_number
 from ..errors import DataError
 
 
@@ -47,6 +48,9 @@ def check_optimizer(found: Any, optimizer: Optimizer, *, exact: bool) -> None:
         return
     own = optimizer.state_dict()
     check_fit("optimizer.param_groups", found["param_groups"], own["param_groups"], exact=exact)
+    for number, (group, own_group) in enumerate(zip(found["param_groups"], own["param_groups"], strict=True)):
+        constants = {key: value for key, value in own_group.items() if key != "lr"}
+        check_values(f"optimizer.param_groups.{number}", group, constants)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     needed = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, AdamW) else set()
     for number, entries in found["state"].items():
@@ -56,12 +60,25 @@ def check_optimizer(found: Any, optimizer: Optimizer, *, exact: bool) -> None:
         if missing := needed - entries.keys():
             raise DataError(f"{name} lacks {', '.join(sorted(missing))}")
         for key, value in entries.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0:
+            if key == "step":
+                check_number(f"{name}.step", value, least=0)
+            elif value is not None or key in needed:
                 check_fit(f"{name}.{key}", value, parameters[number].detach())
-            elif not (
-                value is None or isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
-            ):
-                raise DataError(f"{name}.{key} is {_describe(value)}")
+
+
+def check_values(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Checks that the numbers in ``found``, alone and in lists, are those in ``wanted``, where both have them.
+
+    Raises:
+        DataError: If one differs; it names the entry.
+    """
+    for key, value in wanted.items():
+        if isinstance(value, (list, tuple)):
+            differs = list(found.get(key, value)) != list(value)
+        else:
+            differs = isinstance(value, (int, float)) and type(value) is not bool and found.get(key, value) != value
+        if differs:
+            raise DataError(f"{name}.{key} is {found[key]!r:.60}, this run's is {value!r:.60}")
 
 
 def _describe(value: Any) -> str:

@@ -1,5 +1,6 @@
 """What a run leaves on disk as it goes: the one place that gathers its state, and the one that writes."""
 
+import errno
 import shlex
 import time
 import warnings
@@ -40,6 +41,7 @@ class Keeper:
         self.minutes = minutes
         self.durable = durable
         self.metrics: list[dict[str, float]] = []
+        self._start = folder / LAST
         self._last_is_good = True
         self._saved = time.monotonic()
 
@@ -64,11 +66,12 @@ class Keeper:
             if difference := describe_difference(state["data"], self.trainer.problem.sizes()):
                 raise DataError(f"the data is not what it was: {difference}")
             self.trainer.load_state_dict(state)
+            now = self.trainer.place()
+            difference = describe_difference({name: state.get(name) for name in now}, now)
         except Exception as error:  # whatever torch says of a state that is not its own
             what = str(error) if isinstance(error, FlatminError) else f"{type(error).__name__}: {error}"
             raise DataError(f"{start.checkpoint}: the checkpoint does not fit this run: {what:.400}") from error
-        now = self.trainer.place()
-        if difference := describe_difference({name: state.get(name) for name in now}, now):
+        if difference:
             warnings.warn(
                 f"since the checkpoint was made, {difference}; the run will not come out to the bit as it would have",
                 FlatminWarning,
@@ -77,6 +80,7 @@ class Keeper:
         if ranks.rank() == 0:
             restore_files(self.folder, start)
         self.metrics = state["metrics"]
+        self._start = start.checkpoint
         self._last_is_good = start.checkpoint.resolve() == (self.folder / LAST).resolve()
 
     def step_done(self) -> None:
@@ -95,7 +99,7 @@ class Keeper:
         self.metrics.append(metrics)
         self._save()
         if ranks.rank() == 0:
-            _keep_best(self.folder, self.folder / LAST, self.metrics)
+            _keep_best(self.folder, self.folder / LAST, self.metrics, durable=self.durable)
             append_line(self.folder / METRICS, metrics)
 
     def _save(self) -> None:
@@ -108,11 +112,20 @@ class Keeper:
         try:
             save_checkpoint(self.folder / LAST, state, previous=previous, durable=self.durable)
         except OutputError as error:
-            if not (self.folder / LAST).exists():
+            if not self._start.exists():
                 raise
-            go_on = f"flatmin train --resume {shlex.quote(str(self.folder))}"
-            raise OutputError(f"{error}; the one before it is whole; when there is room: {go_on}") from error
+            whole = "the one before it" if self._last_is_good else f"{self._start}, which it was started from,"
+            go_on = shlex.quote(str(self.folder if self._last_is_good else self._start))
+            when = "when there is room" if _is_full(error.__cause__) else "to go on"
+            raise OutputError(f"{error}; {whole} is whole; {when}: flatmin train --resume {go_on}") from error
+        self._start = self.folder / LAST
         self._last_is_good = True
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether it says that there is no room; safetensors has the number in its text."""
+    numbers = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
 
 
 def restore_files(folder: Path, start: Start) -> None:
@@ -130,11 +143,11 @@ def restore_files(folder: Path, start: Start) -> None:
         _keep_best(folder, start.checkpoint, metrics)
 
 
-def _keep_best(folder: Path, checkpoint: Path, metrics: Sequence[dict[str, float]]) -> None:
+def _keep_best(folder: Path, checkpoint: Path, metrics: Sequence[dict[str, float]], *, durable: bool = True) -> None:
     """Keeps the checkpoint of the last of these epochs as the best, if it is and is not yet kept."""
     accuracies = [line["test_accuracy"] for line in metrics]
     if not accuracies or accuracies.index(max(accuracies)) != len(accuracies) - 1:
         return
     best = folder / BEST
     if not best.exists() or (best / STATE).read_bytes() != (checkpoint / STATE).read_bytes():
-        copy_checkpoint(checkpoint, best)
+        copy_checkpoint(checkpoint, best, durable=durable)

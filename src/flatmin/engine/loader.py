@@ -12,12 +12,14 @@ from . import ranks
 class RankBatches(Sampler[list[int]]):
     """Of each batch of a sampler, this rank's share; on one rank the whole.
 
-    All ranks draw the same batches, so that a run on several sees what a run on one does.
+    All ranks draw the same batches, so that a run on several sees what a run on one does, but for this: a last batch
+    that leaves a rank with fewer than ``least`` samples is left out, so that on several an epoch may lack a few
+    samples, others in each.
 
     Args:
         batches: Draws the batches of all ranks together.
         size: How many samples it draws.
-        least: Batches that leave a rank with fewer samples are left out.
+        least: See above.
 
     Attributes:
         lengths: Of the batches, on all ranks together.
@@ -57,7 +59,7 @@ def make_loader(
     """
     size = len(dataset)  # type: ignore[arg-type]
     order: Iterable[int] = range(size) if generator is None else RandomSampler(range(size), generator=generator)
-    # Batch norm cannot train on a single sample, so a last batch of one is left out.
+    # Batch norm cannot train on a single sample, so a last batch that leaves a rank with one is left out.
     batches = RankBatches(BatchSampler(order, batch_size, drop_last=False), size, least=2 if generator else 0)
     if type(dataset) is TensorDataset:  # and none of its subclasses, which may do something for each sample
         # Tensors are indexed a batch at a time, some fifty times faster than sample by sample.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import require
+from ..errors import DataError, require
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
@@ -25,14 +25,23 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Sets what `random_states` returned; a device that is not here now, or was not then, is left as it is."""
+    """Sets what `random_states` returned; a device that is not here now, or was not then, is left as it is.
+
+    Raises:
+        DataError: If numpy's is none; what torch and Python raise says the same of theirs.
+    """
     torch.set_rng_state(states["torch"])
     _set_device_states(device, states.get(device.type, []))
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
-    words, *rest = states["numpy"]
+    words, place, has_gauss, gauss = states["numpy"]
+    words = words.tolist()
+    # numpy takes any place, and crashes at the next number that it draws.
+    fits = len(words) == 624 and all(type(word) is int and 0 <= word < 2**32 for word in words)
+    if not (fits and type(place) is int and 0 <= place <= 624 and has_gauss in (0, 1) and isinstance(gauss, float)):
+        raise DataError(f"numpy's random state is none: {len(words)} words, {place!r:.40}, {has_gauss!r:.40}")
     numpy = require("numpy", install="flatmin[cli]")
-    numpy.random.set_state(("MT19937", numpy.array(words.tolist(), dtype="uint32"), *rest))
+    numpy.random.set_state(("MT19937", numpy.array(words, dtype="uint32"), place, has_gauss, gauss))
 
 
 def _device_states(device: torch.device) -> list[torch.Tensor]:

@@ -47,13 +47,13 @@ def joined(device: str) -> Iterator[None]:
         return
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if processes > gpus:  # found by all of them, before any waits for the others
             raise InvalidArgumentError(
-                f"torchrun started process {local + 1} on this machine, which has {torch.cuda.device_count()} GPUs: "
+                f"torchrun started {processes} processes on this machine, which has {gpus} GPUs: "
                 "start as many as there are, or give --device cpu"
             )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     elif device not in ("auto", "cpu"):
         raise InvalidArgumentError(f"device {device!r} cannot be shared by several processes: give auto, cpu or cuda")
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")

@@ -3,15 +3,20 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .._checks import check_integer
-from ..errors import DataError, ExperimentError, FlatminError
+from ..errors import DataError, ExperimentError, FlatminError, OutputError
+from . import ranks
 from .checkpoint import STATE, load_checkpoint, settle
 from .config import Run
 from .methods import get_method, resolve_settings
+from .progress import Progress
 from .record import BEST, CONFIG, EXPERIMENT, LAST, PREVIOUS
 
 # What may differ between the parts of a run: where it happens, and not what.
@@ -32,13 +37,16 @@ def find_run(path: Path) -> tuple[Path, Path | None]:
     Raises:
         DataError: If ``path`` is neither.
     """
-    path = Path(path)
-    if (path / CONFIG).is_file():
-        return path, None
-    folder = path.parent.parent
-    known = path in [folder / name for name in (LAST, PREVIOUS, BEST)]  # which a crash may have left under another name
-    if (known or (path / STATE).exists()) and (folder / CONFIG).is_file():
-        return folder, path
+    paths = [Path(path)]
+    with suppress(OSError, RuntimeError):  # of links that go round in circles
+        paths.append(paths[0].resolve())
+    for here in paths:
+        if (here / CONFIG).is_file():
+            return here, None
+        folder = here.parent.parent
+        known = here in [folder / name for name in (LAST, PREVIOUS, BEST)]  # or as a crash left it
+        if (known or (here / STATE).is_file()) and (folder / CONFIG).is_file():
+            return folder, here
     raise DataError(f"{path}: no run there to continue: neither {CONFIG} of a run nor a checkpoint in a run's folder")
 
 
@@ -85,8 +93,12 @@ def open_start(folder: Path, wanted: Path | None, run: Run) -> Start | None:
         DataError: If it is damaged or of another run; the message says which others there are.
     """
     every = [folder / name for name in (LAST, PREVIOUS, BEST)]
-    for path in every:
-        settle(path)
+    if ranks.rank() == 0:  # the others come after it, when it may be writing already
+        for path in every:
+            try:
+                settle(path)
+            except OSError as error:
+                raise OutputError(f"{path}: cannot be given its name: {error}") from error
     found = [path for path in every if path.exists()]
     checkpoint = wanted or next(iter(found), None)
     if checkpoint is None:
@@ -129,10 +141,12 @@ def _check(path: Path, state: Any, run: Run) -> None:
     try:
         metrics, epoch = state["metrics"], state["epoch"]
         complete = check_integer("epoch", epoch, least=0) == len(metrics) <= run.recipe.epochs and all(
-            line["epoch"] == number and isinstance(line["test_accuracy"], float) for number, line in enumerate(metrics)
+            line["epoch"] == number and isinstance(line["test_accuracy"], float) and _numbers(line.values())
+            for number, line in enumerate(metrics)
         )
         if not complete:
             raise ValueError("its metrics are not those of its epochs")
+        Progress.from_state(state["progress"], torch.zeros(2))
         difference = describe_difference(_essence(state["run"]), _essence(run.to_json()))
         check_integer("extra_bytes", state["extra_bytes"], least=0)
     except Exception as error:
@@ -140,6 +154,10 @@ def _check(path: Path, state: Any, run: Run) -> None:
         raise DataError(f"{path}: not the checkpoint of a run: {what:.200}") from error
     if difference:
         raise DataError(f"{path}: the checkpoint of another run than {CONFIG} says: {difference}")
+
+
+def _numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
 
 
 def _essence(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +172,7 @@ def _others(damaged: Path, found: list[Path]) -> str:
     for path in found:
         if path.resolve() != damaged.resolve():
             try:
-                epoch = int(load_checkpoint(path)["epoch"])
+                epoch = check_integer("epoch", load_checkpoint(path)["epoch"], least=0)
             except (DataError, KeyError, TypeError, ValueError):
                 continue
             held.append(f"{path} holds epoch {epoch}: flatmin train --resume {shlex.quote(str(path))}")

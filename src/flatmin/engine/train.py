@@ -64,7 +64,10 @@ def resume(
     on_step: Callable[[], None] | None = None,
     checkpoint_minutes: float = 10.0,
 ) -> dict[str, float]:
-    """Continues what `train` began in ``folder``, to the bit as if it had never been ended.
+    """Continues what `train` began in ``folder``, as if it had never been ended.
+
+    It comes out to the bit on the CPU, with the same number of processes and workers, if the data set keeps no random
+    state of its own.
 
     A run that had not come to a checkpoint begins at its start; one that is finished is left as it is.
 

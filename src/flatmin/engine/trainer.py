@@ -17,7 +17,7 @@ from ..errors import DataError, InvalidArgumentError
 from . import ranks
 from .config import Run
 from .device import resolve_device
-from .fit import check_fit, check_optimizer
+from .fit import check_fit, check_optimizer, check_values
 from .loader import RankBatches, make_loader
 from .methods import Ingredients, get_method
 from .problem import Problem, augmented, class_numbers, make_criterion, seed_all
@@ -187,9 +187,14 @@ class Trainer:
         loss_mean, accuracy = (ranks.total(totals) / len(self.problem.test)).tolist()  # type: ignore[arg-type]
         return loss_mean, accuracy
 
-    def place(self) -> dict[str, str]:
+    def place(self) -> dict[str, str | int]:
         """What must be the same for a run that is continued to come out to the bit."""
-        return {"torch": str(torch.__version__), "device": self.device.type}
+        return {
+            "torch": str(torch.__version__),
+            "device": self.device.type,
+            "processes": ranks.size(),
+            "workers": self.loader.num_workers,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that changes in training, as nested dictionaries and lists of tensors and plain values.
@@ -221,19 +226,20 @@ class Trainer:
             check_fit(name, state[name], own[name])
         check_optimizer(state["optimizer"], self.scheduler.optimizer, exact=same_torch)
         check_fit("scheduler", state["scheduler"], own["scheduler"], exact=same_torch)
+        epoch = check_integer("epoch", state["epoch"], least=0)
+        constants = {name: own["scheduler"][name] for name in ("T_max", "eta_min", "base_lrs")}
+        check_values("scheduler", state["scheduler"], {**constants, "last_epoch": epoch, "_step_count": epoch + 1})
         part = self._own_part(state["ranks"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.trajectory is not None:
             self.trajectory.load_state_dict(state["trajectory"])
-        self.epoch = check_integer("epoch", state["epoch"], least=0)
+        self.epoch = epoch
         self.progress = Progress.from_state(state["progress"], part["totals"].to(self.device, copy=True))
-        if self.progress.steps >= len(self.loader):
-            raise DataError(
-                f"progress.steps is {self.progress.steps}, and an epoch has {len(self.loader)} steps on {ranks.size()} "
-                f"processes; the checkpoint is of {len(state['ranks'])}"
-            )
+        # On fewer processes an epoch may have more steps, see `RankBatches`; then nothing of it is left to do here.
+        if self.progress.steps >= len(self.loader) and len(state["ranks"]) == ranks.size():
+            raise DataError(f"progress.steps is {self.progress.steps}, and an epoch has {len(self.loader)} steps")
         self._random = part["random"]
         self._set_random_states(self._random)
 
