@@ -28,6 +28,50 @@ def add_(tensors: list[Tensor], others: list[Tensor], alpha: float) -> None:
         torch._foreach_add_(ours, theirs, alpha=alpha)
 
 
+def scale_(tensors: list[Tensor], factor: float) -> None:
+    """``tensors *= factor``, in place."""
+    for (ours,) in _alike(tensors):
+        torch._foreach_mul_(ours, factor)
+
+
+def multiply_(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """``tensors *= others``, in place."""
+    for ours, theirs in _alike(tensors, others):
+        torch._foreach_mul_(ours, theirs)
+
+
+def absolute_(tensors: list[Tensor], plus: float) -> None:
+    """``tensors = |tensors| + plus``, in place."""
+    for (ours,) in _alike(tensors):
+        torch._foreach_abs_(ours)
+        torch._foreach_add_(ours, plus)
+
+
+def clones(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of each, outside of any graph."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def cosine(tensors: list[Tensor], others: list[Tensor], norm: float, other: float) -> float:
+    """Cosine of the angle between two directions over all tensors together; 0 if one of them is none.
+
+    ``1 - |a/|a| - b/|b||^2 / 2``: no tensor at a time, no cancellation where they are nearly parallel, and the rounding
+    is that of ``cosine`` itself wherever the lengths lie apart.
+
+    Args:
+        tensors: One direction.
+        others: The other.
+        norm: The norm of ``tensors``.
+        other: The norm of ``others``.
+    """
+    if norm == 0 or other == 0:
+        return 0.0
+    difference = clones(tensors)
+    scale_(difference, 1 / norm)
+    add_(difference, others, alpha=-1 / other)
+    return 1 - float(global_norm(difference)) ** 2 / 2
+
+
 def copy_(tensors: list[Tensor], others: list[Tensor]) -> None:
     """Copies ``others`` into ``tensors``, each of which is placed like the other."""
     torch._foreach_copy_([_local(tensor) for tensor in tensors], [_local(other) for other in others])
