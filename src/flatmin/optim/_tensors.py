@@ -11,7 +11,8 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
 
     DTensors count with all their shards, so that the norm is the same on all ranks.
     """
-    widest = max((torch.promote_types(t.dtype, torch.float32) for t in tensors), key=lambda kind: kind.itemsize)
+    dtypes = {tensor.dtype for tensor in tensors}
+    widest = max((torch.promote_types(dtype, torch.float32) for dtype in dtypes), key=lambda kind: kind.itemsize)
     norms: list[Tensor] = []
     for (same,) in _alike(tensors):
         some = list(torch._foreach_norm(same, 2, widest))
