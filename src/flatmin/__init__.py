@@ -11,6 +11,7 @@ from .losses import MESA as MESA
 from .losses import SAF as SAF
 from .losses import ema_decay as ema_decay
 from .optim import ASAM as ASAM
+from .optim import ESAM as ESAM
 from .optim import GSAM as GSAM
 from .optim import MSAM as MSAM
 from .optim import S2SAM as S2SAM
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ASAM",
+    "ESAM",
     "FriendlySAM",
     "GSAM",
     "LookSAM",

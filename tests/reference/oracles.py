@@ -208,3 +208,27 @@ def autograd(loss: Callable[[list[Tensor]], Tensor]) -> Gradient:
         return list(torch.autograd.grad(loss(leaves), leaves))
 
     return gradient
+
+
+def esam_gradient(
+    weights: list[Tensor],
+    gradient_of: Callable[[Sequence[int]], Gradient],
+    losses: Callable[[list[Tensor]], Sequence[float]],
+    kept: Sequence[bool],
+    *,
+    rho: float,
+    beta: float,
+    gamma: float,
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Du 2022, with the tensors drawn beforehand: the gradient, the perturbation and the samples of the second pass."""
+    before = losses(weights)
+    first = gradient_of(range(len(before)))(weights)
+    length = norm([g for g, keep in zip(first, kept, strict=True) if keep])
+    perturbation = [
+        rho / (beta * (length + 1e-7)) * g if keep else torch.zeros_like(g) for g, keep in zip(first, kept, strict=True)
+    ]
+    there = moved(weights, perturbation)
+    rises = [a - b for a, b in zip(losses(there), before, strict=True)]
+    order = sorted(range(len(rises)), key=lambda i: -rises[i])
+    samples = order[: math.ceil(gamma * len(order))]
+    return gradient_of(samples)(there), perturbation, samples

@@ -3,6 +3,7 @@
 from ._arguments import normalization_parameters as normalization_parameters
 from ._asam import ASAM as ASAM
 from ._base import SharpnessAware as SharpnessAware
+from ._esam import ESAM as ESAM
 from ._friendly import FriendlySAM as FriendlySAM
 from ._gsam import GSAM as GSAM
 from ._looksam import LookSAM as LookSAM
@@ -19,6 +20,7 @@ from ._when import Sometimes as Sometimes
 __all__ = [
     "ASAM",
     "Adaptive",
+    "ESAM",
     "Elementwise",
     "Every",
     "FriendlySAM",

@@ -68,6 +68,8 @@ class SharpnessAware(Optimizer, ABC):
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
     """
 
+    _closure = "def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); return loss"
+
     def __init__(
         self,
         base_optimizer: Optimizer,
@@ -118,12 +120,11 @@ class SharpnessAware(Optimizer, ABC):
         """
         if closure is None:
             raise InvalidArgumentError(
-                f"{type(self).__name__}.step needs a closure, because it takes the gradient at weights of its own "
-                "choice: def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); return loss"
+                f"{type(self).__name__}.step needs a closure, to take the gradient where it chooses: {self._closure}"
             )
         step = Step(
             name=type(self).__name__,
-            closure=torch.enable_grad()(closure),
+            closure=closure,
             number=self._steps,
             rho=rho_of(self.rho, self.base_optimizer),
             groups=self.param_groups,

@@ -81,7 +81,7 @@ class Step:
         """Takes the gradient at the weights, and finds out whether the step pays for a second."""
         local = self.local and self.pays and not isinstance(self.when, Adaptive)
         with local_gradients(self.model, wanted=local) as self._ranks:
-            self.loss = self.closure()
+            self._run(first=True)
         self._collect("first")
         self.first_norm = self.norm
         if self.pays and isinstance(self.when, Adaptive):
@@ -130,23 +130,29 @@ class Step:
             self._moved(parameters, directions, norm, self.rho if rho is None else rho, eps),
             frozen_statistics(self.model),
         ):
-            self.closure()
+            self._run()
         self._collect("second")
 
     def only(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> None:
         """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
         if self.rho > 0 and parameters:
             with self._moved(parameters, directions, None, sign * self.rho, 1e-12):
-                self.loss = self.closure()
+                self._run(first=True)
         else:
-            self.loss = self.closure()
+            self._run(first=True)
         self._collect("only")
+
+    def _run(self, *, first: bool = False) -> None:
+        with torch.enable_grad():
+            loss = self.closure()
+        if first:
+            self.loss = loss
 
     @contextmanager
     def _moved(
         self, parameters: list[Tensor], directions: list[Tensor], norm: float | None, rho: float, eps: float
     ) -> Iterator[None]:
-        offsets, length = self.scaling(parameters, directions, norm)
+        offsets, length = self.scaling(parameters, directions, norm) if parameters else ([], 0.0)
         weights = [parameter.clone() for parameter in parameters]
         try:
             add_(parameters, offsets, alpha=rho / (length + eps))
