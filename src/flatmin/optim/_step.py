@@ -163,11 +163,15 @@ class Step:
             copy_(parameters, weights)
 
     def _collect(self, which: str) -> None:
-        self.parameters = [p for group in self.groups for p in group["params"] if p.grad is not None]
-        self.gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.parameters, self.gradients = [], []
+        for group in self.groups:
+            for parameter in group["params"]:
+                if (gradient := parameter.grad) is not None:
+                    self.parameters.append(parameter)
+                    self.gradients.append(gradient)
         if not self.gradients:
             raise InvalidArgumentError("the closure left no gradient: it must call loss.backward()")
-        if any(gradient.layout != torch.strided for gradient in self.gradients):
+        if {gradient.layout for gradient in self.gradients} != {torch.strided}:
             raise InvalidArgumentError(f"{self.name} needs dense gradients; create the embedding with sparse=False")
         self.norm = agreed(global_norm(self.gradients), self._ranks)
         if not abs(self.norm) < float("inf"):

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = {Tensor, nn.Parameter}
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
@@ -18,7 +20,9 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
         some = list(torch._foreach_norm(same, 2, widest))
         if _mesh(same[0]) is not None:
             some = [torch.linalg.vector_norm(torch.stack(some)).full_tensor()]
-        norms += [norm.to(tensors[0].device) for norm in some]
+        norms += some
+    if len({norm.device for norm in norms}) > 1:
+        norms = [norm.to(tensors[0].device) for norm in norms]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
@@ -80,6 +84,9 @@ def copy_(tensors: list[Tensor], others: list[Tensor]) -> None:
 
 def _alike(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
     """Splits lists in parallel into parts of one dtype and one mesh, which a foreach function can take."""
+    if {type(tensor) for tensor in lists[0]} <= _PLAIN and len({tensor.dtype for tensor in lists[0]}) == 1:
+        yield list(lists)
+        return
     parts: dict[object, list[tuple[Tensor, ...]]] = {}
     for row in zip(*lists, strict=True):
         parts.setdefault((row[0].dtype, _mesh(row[0])), []).append(row)
