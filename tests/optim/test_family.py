@@ -449,6 +449,22 @@ def test_a_parameter_may_have_a_gradient_in_some_passes_only(name):
     assert all(parameter.isfinite().all() for parameter in layers.parameters())
 
 
+@every
+def test_gradients_may_be_zeroed_in_place(name):
+    """What is kept of a gradient is a copy, or belongs to nobody else."""
+    ours, theirs = Problem(), Problem()
+    optimizer, other = make(name, ours.sgd()), make(name, theirs.sgd())
+    for parameter in theirs.model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter is not theirs.model.unused else None
+    zero = other.zero_grad
+    other.zero_grad = lambda: zero(set_to_none=False)
+    for _ in range(5):
+        assert torch.equal(ours.steps(optimizer), theirs.steps(other))
+        other.zero_grad()  # between steps too
+    for n in TRAINED:
+        assert torch.equal(ours.model.get_parameter(n), theirs.model.get_parameter(n))
+
+
 @two_passes
 def test_statistics_move_in_the_first_pass_only(name):
     problem = Problem(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))

@@ -12,7 +12,7 @@ from ..errors import InvalidArgumentError
 
 
 class Memory:
-    """Tensors by name and parameter."""
+    """Tensors by name and parameter. None is ever changed in place, so that states can share them."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, dict[Tensor, Tensor]] = {}
@@ -43,7 +43,7 @@ class Memory:
 
     @classmethod
     def from_state(cls, state: Mapping[int, Mapping[str, Tensor]], groups: list[dict[str, Any]]) -> "Memory":
-        """Makes one of copies of what `state_dict` returned, on the device and with the dtype of each parameter.
+        """Makes one of what `state_dict` returned, on the device and with the dtype of each parameter.
 
         Raises:
             InvalidArgumentError: If it belongs to other parameters.
@@ -62,7 +62,7 @@ class Memory:
                         f"state_dict['flatmin'] has {name} of shape {tuple(tensor.shape)} for parameter {number} of "
                         f"shape {tuple(parameter.shape)}; load it into an optimizer of the same parameters"
                     )
-                own = tensor.detach().to(device=parameter.device, dtype=parameter.dtype, copy=True)
+                own = tensor.detach().to(device=parameter.device, dtype=parameter.dtype)
                 memory.put(name, [parameter], [own])
         return memory
 
