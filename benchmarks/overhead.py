@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 
 from flatmin._options import parse_settings
 from flatmin.engine.config import Recipe, Run
-from flatmin.engine.methods import METHODS
+from flatmin.engine.methods import COMPARED
 from flatmin.engine.outcome import Row, make_rows
 from flatmin.engine.problem import Problem, base_optimizer
 from flatmin.engine.record import command_line, environment, write_json
@@ -164,7 +164,7 @@ def main() -> None:
     """Measures and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--methods", default=",".join(METHODS), help="methods, base first")
+    parser.add_argument("--methods", default=",".join(COMPARED), help="methods, base first")
     parser.add_argument("--set", action="append", default=[], metavar="METHOD.NAME=VALUE[,VALUE...]")
     parser.add_argument("--models", default="", help="only these models, with commas")
     parser.add_argument("--seconds", type=float, default=120.0, help="how long to measure each case")

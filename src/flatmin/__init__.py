@@ -10,12 +10,26 @@ from .data import with_indices as with_indices
 from .losses import MESA as MESA
 from .losses import SAF as SAF
 from .losses import ema_decay as ema_decay
+from .optim import ASAM as ASAM
+from .optim import ESAM as ESAM
+from .optim import GSAM as GSAM
+from .optim import MSAM as MSAM
+from .optim import S2SAM as S2SAM
 from .optim import SAM as SAM
+from .optim import FriendlySAM as FriendlySAM
+from .optim import LookSAM as LookSAM
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASAM",
+    "ESAM",
+    "FriendlySAM",
+    "GSAM",
+    "LookSAM",
     "MESA",
+    "MSAM",
+    "S2SAM",
     "SAF",
     "SAM",
     "data",

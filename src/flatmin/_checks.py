@@ -27,6 +27,7 @@ def check_number(
     least: float | None = None,
     below: float | None = None,
     most: float | None = None,
+    hint: str = "",
 ) -> float:
     """Returns ``value`` as a float if it is finite and within the bounds given (``above`` and ``below`` exclude)."""
     try:
@@ -45,7 +46,8 @@ def check_number(
         and (most is None or number <= most)
     )
     if not fits:
-        raise InvalidArgumentError(f"{name} must be a finite number {' and '.join(wanted)}, got {value!r}")
+        bounds = f" {' and '.join(wanted)}" if wanted else ""
+        raise InvalidArgumentError(f"{name} must be a finite number{bounds}, got {value!r}{hint}")
     return number
 
 

@@ -20,7 +20,7 @@ from .engine import ranks
 from .engine.compare import Comparison
 from .engine.config import Recipe, Run
 from .engine.load import has_criterion
-from .engine.methods import METHODS, get_method, resolve_settings
+from .engine.methods import COMPARED, METHODS, get_method, resolve_settings
 from .engine.outcome import make_rows
 from .engine.record import LAST, METRICS, run_folder
 from .engine.resume import find_run, read_run
@@ -36,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-_ALL = ",".join(METHODS)
+_COMPARED = ",".join(COMPARED)
 _METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
 
 
@@ -152,7 +152,7 @@ def _interruptible(run: Run, folder: Path) -> Iterator[None]:
 def compare(
     recipe: Recipe,
     methods: Annotated[
-        str | None, typer.Option(help=f"Methods to compare, with commas; base must be one.  [default: {_ALL}]")
+        str | None, typer.Option(help=f"Methods to compare, with commas; base must be one.  [default: {_COMPARED}]")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -235,11 +235,11 @@ class _Interrupted(Exception):  # noqa: N818 - not an error
 
 
 def _default_methods(recipe: Recipe) -> list[str]:
-    """All methods; without label smoothing where it cannot be, on a criterion of the user's own."""
+    """Those compared by default; without label smoothing where it cannot be, on a criterion of the user's own."""
     if not has_criterion(recipe):
-        return list(METHODS)
+        return list(COMPARED)
     err_console.print(f"{recipe.experiment} has its own criterion(), so smoothing is left out", markup=False)
-    return [name for name in METHODS if name != "smoothing"]
+    return [name for name in COMPARED if name != "smoothing"]
 
 
 def _warn_if_idle(label: str, settings: Any, epochs: int) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.engine.methods import HYPERPARAMETERS, METHODS, Ingredients, get_method, resolve_settings
+from flatmin.engine.methods import COMPARED, HYPERPARAMETERS, METHODS, Ingredients, get_method, resolve_settings
 from flatmin.errors import InvalidArgumentError
 
 
@@ -18,7 +18,9 @@ def assemble(name, **given):
 
 
 def test_the_methods_of_the_issue():
-    assert list(METHODS) == ["base", "smoothing", "sam", "saf", "mesa"]
+    family = ["sam", "asam", "gsam", "looksam", "fsam", "msam", "s2sam"]
+    assert list(METHODS) == ["base", "smoothing", *family, "saf", "mesa"]
+    assert list(COMPARED) == ["base", "smoothing", "sam", "saf", "mesa"]
 
 
 def test_every_default_has_an_option_and_every_option_a_method():

@@ -94,6 +94,94 @@ def sam_gradient(weights: list[Tensor], gradient: Gradient, rho: float) -> tuple
     return gradient([w + e for w, e in zip(weights, perturbation, strict=True)]), perturbation
 
 
+def norm(tensors: list[Tensor]) -> float:
+    """The global L2 norm."""
+    return math.sqrt(sum(value * value for tensor in tensors for value in tensor.flatten().tolist()))
+
+
+def dot(left: list[Tensor], right: list[Tensor]) -> float:
+    return sum(float((a * b).sum()) for a, b in zip(left, right, strict=True))
+
+
+def moved(weights: list[Tensor], perturbation: list[Tensor]) -> list[Tensor]:
+    return [w + e for w, e in zip(weights, perturbation, strict=True)]
+
+
+def asam_gradient(weights: list[Tensor], gradient: Gradient, rho: float, eta: float) -> list[Tensor]:
+    """Kwon 2021: T = |w| + eta for weights (here: of two dimensions), 1 for others; e = rho T^2 g / (|T g| + 1e-16)."""
+    first = gradient(weights)
+    factors = [w.abs() + eta if w.ndim > 1 else torch.ones_like(w) for w in weights]
+    length = norm([t * g for t, g in zip(factors, first, strict=True)])
+    perturbation = [rho * t**2 * g / (length + 1e-16) for t, g in zip(factors, first, strict=True)]
+    return gradient(moved(weights, perturbation))
+
+
+def gsam_gradient(weights: list[Tensor], gradient: Gradient, rho: float, alpha: float) -> list[Tensor]:
+    """Zhuang 2022: g~ - alpha * g_perp, g_perp = g - (g . g~ / |g~|^2) g~."""
+    first = gradient(weights)
+    second, _ = sam_gradient(weights, gradient, rho)
+    share = dot(first, second) / norm(second) ** 2
+    return [s - alpha * (f - share * s) for f, s in zip(first, second, strict=True)]
+
+
+def gsam_rho(lr: float, rho_max: float, rho_min: float, lr_max: float, lr_min: float) -> float:
+    return rho_min + (rho_max - rho_min) * (lr - lr_min) / (lr_max - lr_min)
+
+
+def looksam_gradient(
+    weights: list[Tensor], gradient: Gradient, rho: float, alpha: float, direction: list[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Liu 2022: the gradient and g_v; with a ``direction`` g_v a step that reuses it, without one that finds it."""
+    first = gradient(weights)
+    if direction is not None:
+        factor = alpha * norm(first) / (norm(direction) + 1e-8)
+        return [g + factor * v for g, v in zip(first, direction, strict=True)], direction
+    second, _ = sam_gradient(weights, gradient, rho)
+    cosine = dot(first, second) / (norm(first) * norm(second))
+    found = [s - norm(second) * cosine * f / norm(first) for f, s in zip(first, second, strict=True)]
+    return second, found
+
+
+def friendly_gradient(
+    weights: list[Tensor], gradient: Gradient, rho: float, sigma: float, lam: float, mean: list[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Li 2024: the gradient and the new m. d = g - sigma * m, then m = lam * m + (1 - lam) * g; first both are g."""
+    first = gradient(weights)
+    directions = first if mean is None else [g - sigma * m for g, m in zip(first, mean, strict=True)]
+    mean = first if mean is None else [lam * m + (1 - lam) * g for g, m in zip(first, mean, strict=True)]
+    perturbation = [rho * d / (norm(directions) + 1e-12) for d in directions]
+    return gradient(moved(weights, perturbation)), mean
+
+
+def msam_gradient(
+    weights: list[Tensor], gradient: Gradient, rho: float, velocities: list[Tensor] | None
+) -> list[Tensor]:
+    """Becker 2024: the gradient at w - rho * v / |v|; at w before there is a momentum."""
+    if velocities is None:
+        return gradient(weights)
+    return gradient(moved(weights, [-rho * v / norm(velocities) for v in velocities]))
+
+
+def s2sam_gradient(
+    weights: list[Tensor], gradient: Gradient, rho: float, previous: list[Tensor] | None
+) -> list[Tensor]:
+    """Ji 2024: the gradient at w + rho * g' / |g'|, g' that of the step before; at w in the first."""
+    if previous is None:
+        return gradient(weights)
+    return gradient(moved(weights, [rho * g / norm(previous) for g in previous]))
+
+
+def adaptive_choices(norms: Sequence[float], steps: int, start: float, end: float, decay: float) -> list[bool]:
+    """Jiang 2023: a second pass where |g|^2 >= mu + c_t * sigma of the moving statistics that include it."""
+    mean, variance, choices = 0.0, 0.0, []
+    for t, value in enumerate(norms):
+        mean = decay * mean + (1 - decay) * value**2
+        variance = decay * variance + (1 - decay) * (value**2 - mean) ** 2
+        c = t / steps * end + (1 - t / steps) * start
+        choices.append(value**2 >= mean + c * math.sqrt(variance))
+    return choices
+
+
 def sgd(
     weights: list[Tensor],
     velocities: list[Tensor],
@@ -120,3 +208,27 @@ def autograd(loss: Callable[[list[Tensor]], Tensor]) -> Gradient:
         return list(torch.autograd.grad(loss(leaves), leaves))
 
     return gradient
+
+
+def esam_gradient(
+    weights: list[Tensor],
+    gradient_of: Callable[[Sequence[int]], Gradient],
+    losses: Callable[[list[Tensor]], Sequence[float]],
+    kept: Sequence[bool],
+    *,
+    rho: float,
+    beta: float,
+    gamma: float,
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Du 2022, with the tensors drawn beforehand: the gradient, the perturbation and the samples of the second pass."""
+    before = losses(weights)
+    first = gradient_of(range(len(before)))(weights)
+    length = norm([g for g, keep in zip(first, kept, strict=True) if keep])
+    perturbation = [
+        rho / (beta * (length + 1e-7)) * g if keep else torch.zeros_like(g) for g, keep in zip(first, kept, strict=True)
+    ]
+    there = moved(weights, perturbation)
+    rises = [a - b for a, b in zip(losses(there), before, strict=True)]
+    order = sorted(range(len(rises)), key=lambda i: -rises[i])
+    samples = order[: math.ceil(gamma * len(order))]
+    return gradient_of(samples)(there), perturbation, samples

@@ -1,28 +1,35 @@
 """The registry: each training method by name, and how it is put together."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .._checks import check_choice, nearest
 from ..errors import InvalidArgumentError
 from ..losses import MESA, SAF, ema_decay
-from ..optim import SAM, SharpnessAware
+from .method import Assembled, Ingredients, Method
+from .sam_family import FAMILY
 
 # MESA's average looks back over this share of the run where nothing else is said: 12 of 60 epochs. The paper's .9998 is
 # 5,000 steps, or 18 % of its 90 epochs of ImageNet.
 EMA_SHARE = 0.2
+
+# Those that are compared where no others are named: each of the paper, and what costs nothing.
+COMPARED = ("base", "smoothing", "sam", "saf", "mesa")
 
 HYPERPARAMETERS: dict[str, tuple[type, str]] = {
     "smoothing": (
         float,
         "Label smoothing of the criterion (every method; 0.1 for the method smoothing, else 0).",
     ),
-    "rho": (float, "sam: length of the perturbation."),
-    "norm": (str, "sam: on several processes, along whose gradient to perturb: rank (each its own) | global."),
+    "rho": (float, "The SAM family: length of the perturbation; gsam: at the highest learning rate."),
+    "rho_min": (float, "gsam: rho at a learning rate of 0."),
+    "subset": (str, "The SAM family: which parameters are perturbed: all | norm (normalisation layers only)."),
+    "norm": (str, "sam, asam: on several processes, along whose gradient to perturb: rank (each its own) | global."),
+    "eta": (float, "asam: added to each weight's size."),
+    "alpha": (float, "gsam: weight of the part that is removed; looksam: of the part that is reused."),
+    "k": (int, "looksam: steps from one second pass to the next."),
+    "sigma": (float, "fsam: share of the gradients' moving mean that is taken off."),
+    "lam": (float, "fsam: momentum of that mean."),
     "coefficient": (float, "saf, mesa: weight of the trajectory loss."),
     "temperature": (float, "saf, mesa: temperature of the trajectory loss."),
     "start_epoch": (int, "saf, mesa: first epoch, from 0, with the trajectory loss."),
@@ -36,57 +43,8 @@ HYPERPARAMETERS: dict[str, tuple[type, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Ingredients:
-    """What a method is put together from."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    num_samples: int
-    num_classes: int
-    steps_per_epoch: int
-
-
-@dataclass(frozen=True)
-class Assembled:
-    """A method, ready for the loop: what makes the step, and what is added to the criterion.
-
-    Attributes:
-        optimizer: Called as ``optimizer.step(closure)``.
-        trajectory: The module with ``set_epoch`` and state, or None.
-        penalty: Called as ``penalty(logits, index, inputs)`` in the closure, or None.
-        extra_bytes: What the method keeps in memory beyond the base optimizer, in bytes.
-    """
-
-    optimizer: Optimizer
-    trajectory: SAF | MESA | None = None
-    penalty: Callable[[Tensor, Tensor, Any], Tensor] | None = None
-    extra_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to train: its name, its hyperparameters with their defaults, and how to put it together.
-
-    Attributes:
-        closure_calls: How often a step calls the closure.
-    """
-
-    name: str
-    summary: str
-    defaults: Mapping[str, float | str | None]
-    assemble: Callable[[Ingredients, Mapping[str, Any]], Assembled]
-    closure_calls: int = 1
-
-
 def _base(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
     return Assembled(given.optimizer)
-
-
-def _sam(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    optimizer: SharpnessAware = SAM(given.optimizer, rho=settings["rho"], norm=settings["norm"])
-    weights = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
-    return Assembled(optimizer, extra_bytes=weights)
 
 
 def _saf(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
@@ -115,7 +73,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("base", "the plain optimizer", {"smoothing": 0.0}, _base),
         Method("smoothing", "the plain optimizer with label smoothing", {"smoothing": 0.1}, _base),
-        Method("sam", "two passes a step", {"rho": 0.05, "norm": "rank", "smoothing": 0.0}, _sam, closure_calls=2),
+        *FAMILY,
         Method(
             "saf",
             "against the network's outputs some epochs ago",

@@ -6,37 +6,35 @@
     w = base step from w with the gradient at w + e
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._checks import check_number
 from ._base import SharpnessAware
-from ._tensors import add_
-
-
-def sam_scale(norm: float, rho: float) -> float:
-    """The factor that turns a gradient of norm ``norm`` into a perturbation of norm ``rho``."""
-    return rho / (norm + 1e-12)
+from ._scaling import Rho, Scaling
+from ._step import Step
+from ._when import When
 
 
 class SAM(SharpnessAware):
     """Steps with the gradient taken ``rho`` up the slope: two passes a step, and one copy of the weights.
 
-    Everything else (what is shared with the base optimizer, batch-norm statistics, gradients that are not finite) is
-    said in `SharpnessAware`.
+    Everything else (what is shared with the base optimizer, batch-norm statistics, gradients that are not finite, each
+    argument at length) is said in `SharpnessAware`.
 
     Args:
         base_optimizer: The optimizer, an instance, that makes the step.
-        rho: Length of the perturbation over all parameters together, > 0.
-        model: The network; seldom needed, see `SharpnessAware`.
-        norm: Whose gradient makes the perturbation where several processes train together, ``"rank"`` or ``"global"``;
-            see `SharpnessAware`.
+        rho: Length of the perturbation over all parameters together, > 0, or a function of the base optimizer to it.
+        parameters: Those to perturb; all by default.
+        scaling: What makes the perturbation of the gradient; one norm over all by default.
+        when: Which steps pay for the second pass; all by default.
+        model: The network; seldom needed.
+        norm: Whose gradient makes the perturbation where several processes train together, ``"rank"`` or ``"global"``.
 
     Raises:
-        InvalidArgumentError: (a ValueError) if ``rho`` is not positive, ``norm`` is neither of the two, or
-            ``base_optimizer`` is not fit.
+        InvalidArgumentError: (a ValueError) if an argument cannot be used.
 
     Example:
         >>> import torch, flatmin
@@ -57,12 +55,18 @@ class SAM(SharpnessAware):
         self,
         base_optimizer: Optimizer,
         *,
-        rho: float = 0.05,
+        rho: Rho = 0.05,
+        parameters: Iterable[Tensor] | None = None,
+        scaling: Scaling | None = None,
+        when: When | None = None,
         model: nn.Module | None = None,
         norm: Literal["rank", "global"] = "rank",
     ) -> None:
-        self.rho = check_number("rho", rho, above=0)
-        super().__init__(base_optimizer, model=model, norm=norm)
+        super().__init__(
+            base_optimizer, rho=rho, parameters=parameters, scaling=scaling, when=when, model=model, norm=norm
+        )
 
-    def _perturb(self, parameters: list[Tensor], gradients: list[Tensor], norm: float) -> None:
-        add_(parameters, gradients, alpha=sam_scale(norm, self.rho))
+    def _gradient(self, step: Step) -> None:
+        step.first()
+        if step.pays:
+            step.second()

@@ -1,0 +1,129 @@
+"""ESAM: SAM that perturbs a part of the tensors, and takes the second gradient of a part of the samples.
+
+*Efficient Sharpness-aware Minimization for Improved Training of Neural Networks*, Du et al., ICLR 2022,
+arXiv 2110.03141::
+
+    each tensor is kept with probability beta;   e = rho / beta * g_kept / (|g_kept| + 1e-7),   0 for the others
+    s_i = l_i(w + e) - l_i(w)                    without gradient
+    w = base step from w with the gradient at w + e, of the mean over the gamma * B samples of largest s_i
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .._checks import check_integer, check_number
+from ..errors import InvalidArgumentError
+from ._base import SharpnessAware
+from ._scaling import Rho, Scaling
+from ._step import Step
+from ._when import When
+
+EVERY_SAMPLE = slice(None)
+
+
+def most_risen(before: Tensor, after: Tensor, gamma: float) -> Tensor:
+    """Numbers of the ``gamma * B`` samples, rounded up, whose loss has risen most."""
+    return (after - before).topk(math.ceil(gamma * len(before))).indices
+
+
+class ESAM(SharpnessAware):
+    """SAM on random tensors and on the samples that suffer most: one pass, a forward, and ``gamma`` of a pass a step.
+
+    The optimizer has to choose samples, which no closure of torch's lets it do. In its place `step` takes a function
+    that gets ``keep``, which indexes the batch, and returns the loss of each sample kept, unreduced; it does neither
+    ``zero_grad`` nor ``backward``. It is called with the whole batch, again without gradient at the perturbed weights,
+    and there with the samples chosen; once in steps that do not pay. Batches cannot be accumulated. Memory: one copy of
+    the tensors kept.
+
+    Args:
+        base_optimizer: The optimizer, an instance, that makes the step.
+        rho: Length of the perturbation were all tensors kept, > 0, or a function of the base optimizer to it. .05 to
+            .2 in the paper.
+        beta: Probability with which a tensor is perturbed, in (0, 1]. A step that keeps none is the base optimizer's.
+        gamma: Share of the samples in the second pass, in (0, 1]; at 1 there is no forward to choose them.
+        parameters: Those that may be perturbed; all by default.
+        scaling: What makes the perturbation of the gradient; one norm over all that are kept by default.
+        when: Which steps pay for the second pass; all by default.
+        seed: Draws the tensors, from it and the step's number alone: the same on all ranks and after a resume.
+        model: The network; seldom needed, see `SharpnessAware`.
+        norm: Whose gradient makes the perturbation where several processes train together, see `SharpnessAware`.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if an argument cannot be used.
+
+    Example:
+        >>> import torch, flatmin
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = flatmin.ESAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, beta=0.6, gamma=0.5)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> def losses(keep):
+        ...     return torch.nn.functional.cross_entropy(model(x[keep]), y[keep], reduction="none")
+        >>> first = optimizer.step(losses)
+        >>> bool(optimizer.step(losses) < first)
+        True
+    """
+
+    _closure = "def losses(keep): return criterion(model(x[keep]), y[keep], reduction='none')"
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        *,
+        rho: Rho = 0.05,
+        beta: float = 0.6,
+        gamma: float = 0.5,
+        parameters: Iterable[Tensor] | None = None,
+        scaling: Scaling | None = None,
+        when: When | None = None,
+        seed: int = 0,
+        model: nn.Module | None = None,
+        norm: Literal["rank", "global"] = "rank",
+    ) -> None:
+        self.beta = check_number("beta", beta, above=0, most=1)
+        self.gamma = check_number("gamma", gamma, above=0, most=1)
+        self.seed = check_integer("seed", seed, least=0)
+        super().__init__(
+            base_optimizer, rho=rho, parameters=parameters, scaling=scaling, when=when, model=model, norm=norm
+        )
+
+    def _gradient(self, step: Step) -> None:
+        losses, before = step.closure, list[Tensor]()
+        draw = random.Random(f"{self.seed}:{step.number}")
+        kept = {parameter for parameter in step.candidates() if draw.random() < self.beta}
+        step.pays = step.pays and len(kept) > 0
+
+        def whole() -> Tensor:
+            before.append(self._backward(losses, EVERY_SAMPLE))
+            return before[0].mean()
+
+        def share() -> None:
+            keep: Any = EVERY_SAMPLE
+            if self.gamma < 1:
+                with torch.no_grad():
+                    keep = most_risen(before[0], losses(EVERY_SAMPLE), self.gamma)
+            self._backward(losses, keep)
+
+        step.closure = whole
+        step.first()
+        if step.pays:
+            pairs = [pair for pair in zip(*step.perturbed(), strict=True) if pair[0] in kept]
+            step.closure = share
+            step.second([p for p, _ in pairs], [g for _, g in pairs], rho=step.rho / self.beta, eps=1e-7)
+
+    def _backward(self, losses: Callable[..., Any], keep: Any) -> Tensor:
+        """Leaves the gradient of the mean loss of the samples kept, and returns their losses."""
+        self.zero_grad()
+        found = losses(keep)
+        if not isinstance(found, Tensor) or found.ndim != 1:
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise InvalidArgumentError(
+                f"the closure of ESAM must return one loss a sample, of shape (samples,), got {what}; {self._closure}"
+            )
+        found.mean().backward()  # type: ignore[no-untyped-call]
+        return found.detach()

@@ -1,0 +1,91 @@
+"""LookSAM: what SAM adds to the gradient changes slowly, so that it need not be found anew each step.
+
+*Towards Efficient and Scalable Sharpness-Aware Minimization*, Liu et al., CVPR 2022, arXiv 2203.02714::
+
+    every k-th step:   g~ = gradient at w + e, e as in SAM
+                       g_v = g~ - (g~ . g / |g|^2) g          one projection over all parameters
+                       w = base step from w with g~
+    the others:        w = base step from w with g + alpha * |g| / (|g_v| + 1e-8) * g_v
+"""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .._checks import check_number
+from ._base import SharpnessAware
+from ._scaling import Rho, Scaling
+from ._step import Step, aligned
+from ._tensors import add_, clones, cosine, global_norm, scale_
+from ._when import Every, When
+
+
+def orthogonal_(first: list[Tensor], second: list[Tensor]) -> None:
+    """Makes of ``first``, in place, the part of ``second`` that is orthogonal to it."""
+    norm, other = float(global_norm(first)), float(global_norm(second))
+    if norm > 0:
+        scale_(first, -cosine(first, second, norm, other) * other / norm)
+    add_(first, second, alpha=1)
+
+
+def reuse_(gradients: list[Tensor], directions: list[Tensor], alpha: float, norm: float) -> None:
+    """Adds to ``gradients``, in place, ``directions`` brought to ``alpha`` times the length ``norm``."""
+    add_(gradients, directions, alpha=alpha * norm / (float(global_norm(directions)) + 1e-8))
+
+
+class LookSAM(SharpnessAware):
+    """SAM every ``k`` steps; in the others one pass, to whose gradient is added what the last second pass brought.
+
+    The closure is called ``(k + 1) / k`` times a step on average. Memory: one buffer of the weights' size, and in the
+    steps with a second pass one copy of the weights and one of the first gradient. The first gradient goes into what is
+    kept, so that under ``DistributedDataParallel`` it is always that of the whole batch. The projection is one over all
+    parameters, as in the paper's algebra; pytorch-optimizer projects each tensor by itself.
+
+    Args:
+        base_optimizer: The optimizer, an instance, that makes the step.
+        rho: Length of the perturbation, > 0, or a function of the base optimizer to it. SAM's.
+        k: Steps from one second pass to the next; the paper's for ViT is 5.
+        alpha: Weight of what is reused, >= 0, .2 to .7 in the paper.
+        parameters: Those to perturb; all by default. The projection is over all in any case.
+        scaling: What makes the perturbation of the gradient; one norm over all by default.
+        when: Which steps pay for the second pass, in place of every ``k``-th.
+        model: The network; seldom needed, see `SharpnessAware`.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if an argument cannot be used.
+
+    Example:
+        >>> import torch, flatmin
+        >>> base = torch.optim.AdamW(torch.nn.Linear(4, 3).parameters())
+        >>> optimizer = flatmin.LookSAM(base, rho=0.05, k=5, alpha=0.7)
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        *,
+        rho: Rho = 0.05,
+        k: int = 5,
+        alpha: float = 0.7,
+        parameters: Iterable[Tensor] | None = None,
+        scaling: Scaling | None = None,
+        when: When | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.alpha = check_number("alpha", alpha, least=0)
+        when = Every(k) if when is None else when
+        super().__init__(base_optimizer, rho=rho, parameters=parameters, scaling=scaling, when=when, model=model)
+
+    def _gradient(self, step: Step) -> None:
+        step.first()
+        if step.pays:
+            parameters, first = step.parameters, clones(step.gradients)
+            step.second()
+            directions = aligned(step.parameters, parameters, first)
+            orthogonal_(directions, step.gradients)
+            self._memory.put("direction", step.parameters, directions)
+        elif step.rho > 0:
+            known, directions = self._memory.known("direction", step.parameters)
+            if known:
+                reuse_(aligned(known, step.parameters, step.gradients), directions, self.alpha, step.norm)

@@ -1,0 +1,55 @@
+"""S2-SAM: SAM at the price of the base optimizer, perturbed along the gradient of the step before.
+
+*A Single-Step, Sharpness-Aware Minimization is All You Need to Achieve Efficient and Accurate Sparse Training*,
+Ji et al., NeurIPS 2024::
+
+    e = rho * g' / (|g'| + 1e-12)     g' the gradient with which the step before was made
+    w = base step from w with the gradient at w + e
+"""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._base import SharpnessAware
+from ._scaling import Rho, Scaling
+from ._step import Step
+from ._tensors import clones
+
+
+class S2SAM(SharpnessAware):
+    """Steps with the gradient taken ``rho`` up the slope of the step before: one pass a step.
+
+    The opposite sign to `MSAM`. The first step is the base optimizer's. Memory: one copy of the weights during the
+    pass, and the gradient of the step before, of the perturbed parameters.
+
+    Args:
+        base_optimizer: The optimizer, an instance, that makes the step.
+        rho: Length of the perturbation, > 0, or a function of the base optimizer to it.
+        parameters: Those to perturb; all by default.
+        scaling: What makes the perturbation of the gradient; one norm over all by default.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if an argument cannot be used.
+
+    Example:
+        >>> import torch, flatmin
+        >>> base = torch.optim.SGD(torch.nn.Linear(4, 3).parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = flatmin.S2SAM(base, rho=0.05)
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        *,
+        rho: Rho = 0.05,
+        parameters: Iterable[Tensor] | None = None,
+        scaling: Scaling | None = None,
+    ) -> None:
+        super().__init__(base_optimizer, rho=rho, parameters=parameters, scaling=scaling)
+
+    def _gradient(self, step: Step) -> None:
+        step.only(*self._memory.known("gradient", step.candidates()))
+        parameters, gradients = step.perturbed()
+        self._memory.put("gradient", parameters, clones(gradients))
