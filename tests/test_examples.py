@@ -49,7 +49,7 @@ def test_the_methods_of_the_loop_differ(own_loop, monkeypatch):
     for name in ("SAF", "MESA"):
         kind = getattr(own_loop.flatmin, name)
         monkeypatch.setattr(kind, "forward", noting(kind.forward, calls, name))
-    monkeypatch.setattr(own_loop.flatmin.SAM, "_perturb", noting(own_loop.flatmin.SAM._perturb, calls, "SAM"))
+    monkeypatch.setattr(own_loop.flatmin.SAM, "_gradient", noting(own_loop.flatmin.SAM._gradient, calls, "SAM"))
     for method in ("saf", "mesa", "sam"):
         own_loop.main(method, epochs=1)
     assert calls == ["SAF"] * 8 + ["MESA"] * 8 + ["SAM"] * 8

@@ -1,6 +1,7 @@
 """A run on disk: complete, repeatable, and kept as far as it came."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +159,15 @@ def test_nothing_is_written_for_a_run_that_cannot_begin(folder, make_run):
     with pytest.raises(ExperimentError):
         train(make_run("base", experiment="nowhere.py"), folder)
     assert not any(folder.iterdir())
+
+
+def test_the_copy_of_an_experiment_file_is_what_was_run(folder, make_run, experiment):
+    """Also of one that changes while its data is read."""
+    path = Path(experiment)
+    content = path.read_text()
+    change = f"import pathlib\npathlib.Path({str(path)!r}).write_text('# changed')\n\n"
+    path.write_text(content.replace("def train_set(", change + "def train_set("))
+    before = path.read_bytes()
+    train(make_run("base", epochs=1, experiment=experiment), folder)
+    assert path.read_bytes() != before
+    assert (folder / "experiment.py").read_bytes() == before

@@ -21,8 +21,8 @@ def load_mnist1d() -> Split:
     and overlaid with noise. The authors' package generates the set with its default arguments, its own seed
     among them: there is one split, and no seed to draw another. It takes about a second, once per process.
 
-    Nothing is downloaded or written, and the random states of Python, numpy and torch stay as they are. The
-    package itself imports matplotlib.
+    Nothing is downloaded, and the random states of Python, numpy and torch stay as they are. The package itself
+    imports matplotlib, which may write its font cache the first time.
 
     Returns:
         The split: `TensorDataset`s of float32 signals (N, 1, 40), one channel of length 40, standardised by

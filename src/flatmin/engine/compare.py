@@ -24,7 +24,7 @@ from .outcome import LEAST_SEEDS, Outcome, Row
 from .problem import class_numbers
 from .record import command_line, environment, write_json
 from .timing import measure_steps
-from .train import train, write_config
+from .train import read_experiment, train, write_config
 from .trainer import Trainer
 
 
@@ -78,7 +78,7 @@ class Comparison:
             "minutes": self.minutes,
             "jobs": self.jobs,
         }
-        write_config(self.folder, config, outcome.recipe.experiment)
+        write_config(self.folder, config, read_experiment(outcome.recipe))
         try:
             self._measure()
             self._train_all(started + 0.95 * 60 * self.minutes)

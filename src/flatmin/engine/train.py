@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError
+from ..errors import ExperimentError
 from . import ranks
-from .config import Run
+from .config import Recipe, Run
 from .disk import locked, write_whole
 from .keeper import Keeper, restore_files
 from .load import load_problem
@@ -48,9 +48,10 @@ def train(
         FlatminError: If something that the run names cannot be used, or the folder cannot be written.
     """
     with _alone(folder):
+        experiment = read_experiment(run.recipe)  # as it is now, when it is run; reading the data may take long
         trainer = Trainer(run, load_problem(run.recipe, run.seed))
         if ranks.rank() == 0:
-            write_config(folder, run.to_json(), run.recipe.experiment)
+            write_config(folder, run.to_json(), experiment)
         keeper = Keeper(folder, run, trainer, minutes=checkpoint_minutes, durable=durable)
         return _train(keeper, on_epoch, on_step)
 
@@ -117,12 +118,22 @@ def _alone(folder: Path) -> AbstractContextManager[None]:
     return locked(folder) if ranks.rank() == 0 else nullcontext()
 
 
-def write_config(folder: Path, values: dict[str, Any], experiment: str | None) -> None:
-    """Writes ``config.json``: ``values``, the command, versions and hardware; copies the experiment file beside it."""
+def read_experiment(recipe: Recipe) -> bytes | None:
+    """Returns the content of the recipe's experiment file, if it has one.
+
+    Raises:
+        ExperimentError: If there is no such file.
+    """
+    if recipe.experiment is None:
+        return None
+    try:
+        return Path(recipe.experiment).read_bytes()
+    except OSError as error:
+        raise ExperimentError(f"{recipe.experiment}: no such experiment file ({error.strerror})") from error
+
+
+def write_config(folder: Path, values: dict[str, Any], experiment: bytes | None) -> None:
+    """Writes ``config.json``: ``values``, the command, versions and hardware; the experiment file beside it."""
     if experiment is not None:
-        try:
-            content = Path(experiment).read_bytes()
-        except OSError as error:
-            raise OutputError(f"{folder}: the experiment file could not be copied there: {error}") from error
-        write_whole(folder / EXPERIMENT, content)
+        write_whole(folder / EXPERIMENT, experiment)
     write_json(folder / CONFIG, {"command": command_line(), **values, **environment()})
