@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from flatmin._options import parse_settings
+from flatmin.cli._options import parse_settings
 from flatmin.engine.config import Recipe, Run
 from flatmin.engine.methods import COMPARED
 from flatmin.engine.outcome import Row, make_rows

@@ -24,19 +24,11 @@ ALLOWED = {
     "models": {"errors", "_checks"},
     "losses": {"errors", "_checks", "history"},
     "engine": {"errors", "_checks", "history", "optim", "data", "models", "losses"},
-    "_options": {"errors", "engine"},
-    "_terminal": {"engine", "errors"},
-    "cli": {"", "_options", "_terminal", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine"},
+    "cli": {"", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine"},
     "__init__": {"data", "errors", "history", "losses", "models", "optim"},
     "__main__": {"cli"},
 }
-LAZY = {
-    "engine",
-    "_options",
-    "_terminal",
-    "cli",
-    "__main__",
-}  # may import the extras' packages; all else torch and the standard library
+LAZY = {"engine", "cli", "__main__"}  # may import the extras' packages; all else torch and the standard library
 
 
 @pytest.mark.parametrize("name", PUBLIC)

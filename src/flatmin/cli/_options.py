@@ -9,9 +9,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from .engine.config import Recipe, Run
-from .engine.methods import HYPERPARAMETERS, get_method, resolve_settings
-from .errors import InvalidArgumentError
+from ..engine.config import Recipe, Run
+from ..engine.methods import HYPERPARAMETERS, get_method, resolve_settings
+from ..errors import InvalidArgumentError
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

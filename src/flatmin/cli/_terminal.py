@@ -16,8 +16,8 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .engine.outcome import Outcome, verdict
-from .errors import FlatminWarning
+from ..engine.outcome import Outcome, verdict
+from ..errors import FlatminWarning
 
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -1,0 +1,74 @@
+"""``flatmin compare``."""
+
+from typing import Annotated
+
+import typer
+
+from ..engine import ranks
+from ..engine.compare import Comparison
+from ..engine.config import Recipe
+from ..engine.load import has_criterion
+from ..engine.methods import COMPARED
+from ..engine.outcome import make_rows
+from ..engine.record import run_folder
+from ..errors import InvalidArgumentError
+from ._options import parse_settings, with_options
+from ._shared import Interrupted, app, warn_if_idle
+from ._terminal import Display, err_console, print_outcome
+
+_COMPARED = ",".join(COMPARED)
+
+
+@app.command()
+@with_options
+def compare(
+    recipe: Recipe,
+    methods: Annotated[
+        str | None, typer.Option(help=f"Methods to compare, with commas; base must be one.  [default: {_COMPARED}]")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="METHOD.NAME=VALUE[,VALUE...]",
+            help="A hyperparameter of one method; several values make a row each. May be repeated.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds.  [default: as many as fit in --minutes, at least 5]", min=1)
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Time for all, where --seeds is not given.", min=0.1)] = 3.0,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time.  [default: one a core; one on an accelerator]", min=1)
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder of the comparison.  [default: a new one under runs/]")] = None,
+) -> None:
+    """Compare methods on the same splits, initial weights and batches, seed by seed.
+
+    Prints the test accuracy after the last epoch, its paired difference to the base optimizer, both with a 95 %
+    confidence interval, and what each method costs. EXPERIMENT, a Python file that defines model(), train_set() and
+    test_set(), takes the place of --data and --model: does it help on my problem, and what does it cost?
+    """
+    if ranks.launched() > 1:
+        raise InvalidArgumentError("compare starts processes of its own: run it without torchrun, with --jobs")
+    names = _default_methods(recipe) if methods is None else [name.strip() for name in methods.split(",")]
+    rows = make_rows(names, parse_settings(set_ or []), epochs=recipe.epochs)
+    with run_folder(out, "compare") as folder:
+        for row in rows:
+            warn_if_idle(row.label, row.settings, recipe.epochs)
+        with Display() as display:
+            outcome = Comparison(
+                recipe, rows, folder, seeds=seeds, minutes=minutes, jobs=jobs, on_progress=display.tell
+            ).run()
+        print_outcome(outcome, folder / "results.json")
+        if outcome.interrupted:
+            kept = f"kept in {folder}" if any(folder.rglob("metrics.jsonl")) else "no epoch was done"
+            raise Interrupted(f"{len(outcome.seeds)} seeds are finished, {kept}")
+
+
+def _default_methods(recipe: Recipe) -> list[str]:
+    """Those compared by default; without label smoothing where it cannot be, on a criterion of the user's own."""
+    if not has_criterion(recipe):
+        return list(COMPARED)
+    err_console.print(f"{recipe.experiment} has its own criterion(), so smoothing is left out", markup=False)
+    return [name for name in COMPARED if name != "smoothing"]
