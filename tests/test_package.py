@@ -13,7 +13,7 @@ import pytest
 import flatmin
 
 ROOT = Path(flatmin.__file__).parent
-PUBLIC = ["flatmin", *(f"flatmin.{name}" for name in ("data", "history", "losses", "models", "optim"))]
+PUBLIC = ["flatmin", *(f"flatmin.{name}" for name in ("averages", "data", "history", "losses", "models", "optim"))]
 # Who may import what of flatmin, by the first folder or file under src/flatmin.
 ALLOWED = {
     "errors": set(),
@@ -22,10 +22,11 @@ ALLOWED = {
     "optim": {"errors", "_checks"},
     "data": {"errors", "_checks"},
     "models": {"errors", "_checks"},
-    "losses": {"errors", "_checks", "history"},
-    "engine": {"errors", "_checks", "history", "optim", "data", "models", "losses"},
-    "cli": {"", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine"},
-    "__init__": {"data", "errors", "history", "losses", "models", "optim"},
+    "averages": {"errors", "_checks"},
+    "losses": {"errors", "_checks", "averages", "history"},
+    "engine": {"averages", "errors", "_checks", "history", "optim", "data", "models", "losses"},
+    "cli": {"", "averages", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine"},
+    "__init__": {"averages", "data", "errors", "history", "losses", "models", "optim"},
     "__main__": {"cli"},
 }
 LAZY = {"engine", "cli", "__main__"}  # may import the extras' packages; all else torch and the standard library

@@ -13,6 +13,7 @@ from flatmin.engine import compare
 from flatmin.engine.compare import Comparison
 from flatmin.engine.config import Recipe
 from flatmin.engine.outcome import Outcome, Row, make_rows, verdict
+from flatmin.engine.timing import Cost
 from flatmin.engine.trainer import Trainer
 from flatmin.errors import DataError, InvalidArgumentError
 
@@ -255,13 +256,14 @@ class TestComparison:
         assert results["rows"][0]["accuracy"] == {"mean": 50, "half": None}
 
     def test_steps_are_timed_for_every_row_against_the_base(self, run_comparison, monkeypatch):
-        def times(trainers, batch, **_):
-            return [compare_times(seconds) for seconds in (0.1, 0.15, 0.21)]
+        def costs(rows, build, batch, **_):
+            times = [compare_times(seconds) for seconds in (0.1, 0.15, 0.21)]
+            return [Cost(each) for each in times], [build(row) for row in rows]
 
         def compare_times(seconds):
             return SimpleNamespace(ratio=lambda base: seconds / 0.1, median=lambda: seconds)
 
-        monkeypatch.setattr(compare, "measure_steps", times)
+        monkeypatch.setattr(compare, "measure_rows", costs)
         found, results, _ = run_comparison(("mesa", "base", "sam"), seeds=1)
         assert found.step_ratio == pytest.approx({"base": 1.0, "mesa": 1.5, "sam": 2.1})
         assert [row["step_seconds"] for row in results["rows"]] == [0.1, 0.15, 0.21]

@@ -13,13 +13,13 @@ def assemble(name, **given):
     model = nn.Linear(4, 3)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     method = get_method(name)
-    ingredients = Ingredients(model, base, num_samples=20, num_classes=3, steps_per_epoch=5)
+    ingredients = Ingredients(model, base, num_samples=20, num_classes=3, steps_per_epoch=5, epochs=10)
     return model, base, method.assemble(ingredients, resolve_settings(method, given, epochs=10))
 
 
 def test_the_methods_of_the_issue():
-    family = ["sam", "asam", "gsam", "looksam", "fsam", "msam", "s2sam"]
-    assert list(METHODS) == ["base", "smoothing", *family, "saf", "mesa"]
+    family = ["sam", "samon", "latesam", "aesam", "asam", "esam", "gsam", "looksam", "fsam", "msam", "s2sam"]
+    assert list(METHODS) == ["base", "smoothing", *family, "saf", "mesa", "ols", "ema", "sema", "lawa"]
     assert list(COMPARED) == ["base", "smoothing", "sam", "saf", "mesa"]
 
 

@@ -106,8 +106,8 @@ def test_the_trajectory_loss_is_at_work_in_every_timed_step(make_trainer, method
     step = trainer.step
 
     def noting(*batch):
-        total, vanilla = step(*batch)
-        penalties.append(float(total - vanilla))
+        found = step(*batch)
+        penalties.append(float(found.loss - found.vanilla))
 
     trainer.step = noting
     (times,) = measure_steps([trainer], first_batch(trainer), seconds=0)

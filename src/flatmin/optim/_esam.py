@@ -113,8 +113,10 @@ class ESAM(SharpnessAware):
         step.first()
         if step.pays:
             pairs = [pair for pair in zip(*step.perturbed(), strict=True) if pair[0] in kept]
+            parameters, directions = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            del pairs  # or the first gradients would be held during the second pass
             step.closure = share
-            step.second([p for p, _ in pairs], [g for _, g in pairs], rho=step.rho / self.beta, eps=1e-7)
+            step.second(parameters, directions, rho=step.rho / self.beta, eps=1e-7)
 
     def _backward(self, losses: Callable[..., Any], keep: Any) -> Tensor:
         """Leaves the gradient of the mean loss of the samples kept, and returns their losses."""
