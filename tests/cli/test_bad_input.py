@@ -7,7 +7,7 @@ import pytest
 
 WRONG_VALUES = {
     "--method saff": "unknown method 'saff', did you mean saf?",
-    "--method xyz": "there are base, smoothing, sam, asam, gsam, looksam, fsam, msam, s2sam, saf, mesa",
+    "--method xyz": "there are base, smoothing, sam, samon, latesam, aesam, asam, esam, gsam",
     "--model resnet19": "did you mean resnet18?",
     "--model wrn28-10": "did you mean wrn-28-10?",
     "--model cnn1d": "model 'cnn1d' takes signals, and the data 'digits' are images",

@@ -77,11 +77,16 @@ def compare(
                 rows, selection = select_rows(
                     recipe, rows, folder / "selection", seeds=select, jobs=jobs, on_progress=display.tell
                 )
-            comparison = Comparison(
-                recipe, rows, folder, seeds=seeds, minutes=minutes, jobs=jobs, on_progress=display.tell
-            )
-            comparison.outcome.selection = selection
-            outcome = comparison.run()
+            outcome = Comparison(
+                recipe,
+                rows,
+                folder,
+                seeds=seeds,
+                selection=selection,
+                minutes=minutes,
+                jobs=jobs,
+                on_progress=display.tell,
+            ).run()
         print_outcome(outcome, folder / "results.json")
         if outcome.interrupted:
             kept = f"kept in {folder}" if any(folder.rglob("metrics.jsonl")) else "no epoch was done"

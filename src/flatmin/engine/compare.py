@@ -38,6 +38,7 @@ class Comparison:
         seeds: How many seeds; None for as many as fit in ``minutes``, at least 5.
         first_seed: The first of them.
         timed: Whether to measure the steps.
+        selection: How the rows were chosen among candidates, if they were; see `select`. It goes into the results.
         minutes: Time for all, where ``seeds`` is None.
         jobs: Processes; None for one a core on the CPU and one on an accelerator.
         on_progress: Called from time to time with epochs done, epochs planned and a word on what is going on.
@@ -55,11 +56,12 @@ class Comparison:
         seeds: int | None = None,
         first_seed: int = 0,
         timed: bool = True,
+        selection: dict[str, Any] | None = None,
         minutes: float = 3.0,
         jobs: int | None = None,
         on_progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
-        self.outcome = Outcome(recipe, rows)
+        self.outcome = Outcome(recipe, rows, selection=selection)
         self.folder = folder
         self.seeds = seeds
         self.first_seed = first_seed
