@@ -90,6 +90,8 @@ class Comparison:
         try:
             if self.timed:
                 self._measure()
+            else:
+                self._try()
             self._train_all(started + 0.95 * 60 * self.minutes)
         except KeyboardInterrupt:
             outcome.interrupted = True
@@ -130,6 +132,12 @@ class Comparison:
         if device.type == "cuda":  # what was measured here leaves room for the process that trains
             del base, trainers, trainer
             torch.cuda.empty_cache()
+
+    def _try(self) -> None:
+        """Builds every row once, so that what is wrong with it shows now."""
+        problem = load_problem(self.outcome.recipe, seed=self.first_seed)
+        for row in self.outcome.rows:
+            Trainer(Run(self.outcome.recipe, row.method, row.settings), problem)
 
     def _train_all(self, deadline: float) -> None:
         """Trains seed by seed, all rows of one before the next; adds seeds while there is time for another."""

@@ -45,6 +45,7 @@ class Recipe:
     crop: bool = _option(False, "Shift training images at random, by up to an eighth of their size.")
     flip: bool = _option(False, "Mirror training images at random.")
     label_noise: float = _option(0.0, "Share of the training labels to replace by a wrong class.")
+    train_samples: int = _option(0, "Train on so many samples, drawn by the seed; 0 for all there are.")
     validation: float = _option(
         0.0, "Share of the training set to hold out and test on, in place of the test set: to choose settings."
     )
@@ -59,6 +60,7 @@ class Recipe:
                 raise InvalidArgumentError(f"{name} and an experiment file exclude each other: the file has its own")
         check_integer("epochs", self.epochs, least=1)
         check_integer("batch_size", self.batch_size, least=2, hint="; batch norm needs two samples")
+        check_integer("train_samples", self.train_samples, least=0)
         check_integer("image_size", self.image_size, least=4)
         check_integer("workers", self.workers, least=0)
         check_number("momentum", self.momentum, least=0, below=1)

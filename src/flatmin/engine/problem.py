@@ -16,7 +16,9 @@ from ..data import add_label_noise, random_crop, random_flip
 from ..errors import DataError, InvalidArgumentError, require
 from .config import Recipe
 
-HOLD_OUT = 104_729  # what is held out is drawn with the seed and this
+# What is held out, and what is left out, is drawn with the seed and these: streams of their own, or those held out
+# would be the very ones that the seed has given wrong labels.
+HOLD_OUT, LEAVE_OUT = 104_729, 1_299_709
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,21 @@ def with_noise(train: "Dataset[Any]", recipe: Recipe, num_classes: int, seed: in
     return train
 
 
+def reduced(problem: Problem, samples: int, seed: int) -> Problem:
+    """Returns the problem with so many of its training samples.
+
+    Raises:
+        InvalidArgumentError: If there are fewer.
+    """
+    size = len(problem.train)  # type: ignore[arg-type]
+    if samples > size:
+        raise InvalidArgumentError(f"train_samples={samples} are more than there are, {size}; 0 takes all")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed + LEAVE_OUT))
+    train = _part(problem.train, order[:samples])
+    check_size(f"train_samples={samples}", train)
+    return replace(problem, train=train)
+
+
 def held_out(problem: Problem, share: float, seed: int) -> Problem:
     """Returns the problem with a share of its training set, as it is, wrong labels and all, in place of the test set.
 
@@ -117,7 +134,6 @@ def held_out(problem: Problem, share: float, seed: int) -> Problem:
     held = round(share * size)
     if held < 1:
         raise InvalidArgumentError(f"validation={share} of {size} training samples is none; hold out a larger share")
-    # Another stream than that of the label noise, or those held out would be those with wrong labels.
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed + HOLD_OUT))
     train = _part(problem.train, order[held:])
     check_size(f"what validation={share} leaves", train)

@@ -42,8 +42,10 @@ def parse_when(text: str | None, steps: int) -> When:
     Raises:
         InvalidArgumentError: If it is none of them, or its number is out of its bounds.
     """
-    if text is None or text == "always":
+    if text is None:
         return None
+    if text == "always":
+        return Every(1)
     kind, _, number = text.partition(":")
     try:
         if kind == "every":
