@@ -1,10 +1,10 @@
-"""The comparison of all methods: a table and a plot of accuracy against cost, from what was measured.
+r"""The comparison of all methods: a table and a plot of accuracy against cost, from what was measured.
 
 Accuracies come from ``flatmin compare`` (the commands stand in benchmarks/README.md), costs of a step from
 ``benchmarks/overhead.py`` on an idle machine. Where a method pays for a second pass in some steps only, its cost is the
 mean by the closure calls that were counted in training.
 
-    python benchmarks/rivals.py --costs benchmarks/results/overhead-cpu.json --out benchmarks/results/rivals \\
+    python benchmarks/rivals.py --costs benchmarks/results/overhead-cpu.json --out benchmarks/results/rivals \
         benchmarks/results/rivals-*.json
 """
 
