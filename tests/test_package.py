@@ -13,7 +13,10 @@ import pytest
 import flatmin
 
 ROOT = Path(flatmin.__file__).parent
-PUBLIC = ["flatmin", *(f"flatmin.{name}" for name in ("averages", "data", "history", "losses", "models", "optim"))]
+PUBLIC = [
+    "flatmin",
+    *(f"flatmin.{name}" for name in ("averages", "data", "history", "losses", "models", "optim", "sharpness")),
+]
 # Who may import what of flatmin, by the first folder or file under src/flatmin.
 ALLOWED = {
     "errors": set(),
@@ -23,10 +26,11 @@ ALLOWED = {
     "data": {"errors", "_checks"},
     "models": {"errors", "_checks"},
     "averages": {"errors", "_checks"},
+    "sharpness": {"errors", "_checks"},
     "losses": {"errors", "_checks", "averages", "history"},
-    "engine": {"averages", "errors", "_checks", "history", "optim", "data", "models", "losses"},
-    "cli": {"", "averages", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine"},
-    "__init__": {"averages", "data", "errors", "history", "losses", "models", "optim"},
+    "engine": {"averages", "errors", "_checks", "history", "optim", "data", "models", "sharpness", "losses"},
+    "cli": {"", "averages", "errors", "_checks", "history", "optim", "data", "models", "sharpness", "losses", "engine"},
+    "__init__": {"averages", "data", "errors", "history", "losses", "models", "optim", "sharpness"},
     "__main__": {"cli"},
 }
 LAZY = {"engine", "cli", "__main__"}  # may import the extras' packages; all else torch and the standard library

@@ -7,6 +7,7 @@ from . import history as history
 from . import losses as losses
 from . import models as models
 from . import optim as optim
+from . import sharpness as sharpness
 from .averages import EMA as EMA
 from .averages import LAWA as LAWA
 from .averages import SwitchEMA as SwitchEMA
@@ -49,5 +50,6 @@ __all__ = [
     "losses",
     "models",
     "optim",
+    "sharpness",
     "with_indices",
 ]
