@@ -9,7 +9,7 @@ from .._checks import check_choice, check_integer, check_number
 from ..errors import InvalidArgumentError
 
 OPTIMIZERS = ("sgd", "adamw")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -50,7 +50,7 @@ class Recipe:
         0.0, "Share of the training set to hold out and test on, in place of the test set: to choose settings."
     )
     image_size: int = _option(32, "Side in pixels to which folder: images are scaled and cropped.")
-    precision: str = _option("float32", "float32 | bfloat16 (autocast).")
+    precision: str = _option("float32", "float32 | bfloat16 | float16 (autocast; with a gradient scaler).")
     device: str = _option("auto", "auto | cpu | cuda | cuda:1 | mps.")
     workers: int = _option(0, "Processes that load data, for folder: and experiment files.")
 
