@@ -1,7 +1,7 @@
 """Time of a step of each optimizer, as ratios to the base optimizer's and to pytorch-optimizer's class of that name.
 
 The steps of all are interleaved in one process, in an order drawn anew each round. The base stands there twice: the
-ratio of one to the other says what the measurement is worth. The peer's GSAM, whose step has another form, is not in it.
+ratio of one to the other says what the measurement is worth. The peer's GSAM has another form, and no row.
 
     python benchmarks/peers.py --out benchmarks/results/peers-cpu.json
 """
