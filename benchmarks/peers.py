@@ -1,7 +1,9 @@
 """Time of a step of each optimizer, as ratios to the base optimizer's and to pytorch-optimizer's class of that name.
 
 The steps of all are interleaved in one process, in an order drawn anew each round. The base stands there twice: the
-ratio of one to the other says what the measurement is worth. The peer's GSAM has another form, and no row.
+ratio of one to the other says what the measurement is worth. Both sides are as they come, around the same SGD. The
+forward and backward passes of a step are counted, and stated with its time: by a closure the peer's LookSAM makes two
+in every step, flatmin's 1.2. ESAM's second is of half of the batch, beside a forward pass that is not counted.
 
     python benchmarks/peers.py --out benchmarks/results/peers-cpu.json
 """
@@ -34,11 +36,29 @@ OURS: dict[str, Callable[[torch.optim.Optimizer], flatmin.optim.SharpnessAware]]
     "MSAM": flatmin.MSAM,
     "S2SAM": flatmin.S2SAM,
 }
-THEIRS: dict[str, Callable[[Any], Any]] = {
-    "SAM": lambda p: peer.SAM(p, torch.optim.SGD, rho=0.05, **SGD),
-    "ASAM": lambda p: peer.SAM(p, torch.optim.SGD, rho=0.5, adaptive=True, **SGD),
-    "LookSAM": lambda p: peer.LookSAM(p, torch.optim.SGD, rho=0.05, k=5, **SGD),
-    "FriendlySAM": lambda p: peer.FriendlySAM(p, torch.optim.SGD, rho=0.2, **SGD),
+PERIOD = 5  # LookSAM's, in steps
+
+
+class Constant:
+    """The schedule that the peer's GSAM asks for its rho."""
+
+    def step(self) -> float:
+        """The rho of flatmin's by default."""
+        return 0.04
+
+
+def their_gsam(model: nn.Module) -> Any:
+    """The peer's GSAM, which is given an instance and makes its own passes."""
+    base = torch.optim.SGD(model.parameters(), **SGD)
+    return peer.GSAM(model.parameters(), base, model, Constant(), alpha=0.01)
+
+
+THEIRS: dict[str, Callable[[nn.Module], Any]] = {
+    "SAM": lambda m: peer.SAM(m.parameters(), torch.optim.SGD, rho=0.05, **SGD),
+    "ASAM": lambda m: peer.SAM(m.parameters(), torch.optim.SGD, rho=0.5, adaptive=True, **SGD),
+    "GSAM": their_gsam,
+    "LookSAM": lambda m: peer.LookSAM(m.parameters(), torch.optim.SGD, rho=0.05, k=PERIOD, **SGD),
+    "FriendlySAM": lambda m: peer.FriendlySAM(m.parameters(), torch.optim.SGD, rho=0.2, **SGD),
 }
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet18": (lambda: create_model("resnet18", 3, 10), (32, 3, 32, 32)),
@@ -51,7 +71,7 @@ def make_step(kind: str, name: str, model: nn.Module, x: Tensor, y: Tensor) -> C
     base = torch.optim.SGD(model.parameters(), **SGD)
     optimizer: Any = base
     if kind != "base":
-        optimizer = OURS[name](base) if kind == "flatmin" else THEIRS[name](model.parameters())
+        optimizer = OURS[name](base) if kind == "flatmin" else THEIRS[name](model)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -62,9 +82,21 @@ def make_step(kind: str, name: str, model: nn.Module, x: Tensor, y: Tensor) -> C
     def losses(keep: Any) -> Tensor:
         return F.cross_entropy(model(x[keep]), y[keep], reduction="none")
 
+    if kind == "peer" and name == "GSAM":
+        return lambda: (optimizer.set_closure(F.cross_entropy, x, y), optimizer.step())
     if kind == "peer":
         return lambda: (closure(), optimizer.step(closure))
     return lambda: optimizer.step(losses if name == "ESAM" else closure)
+
+
+def passes(step: Callable[[], object], model: nn.Module) -> float:
+    """Forward passes with a gradient in a step, over one period."""
+    seen: list[bool] = []
+    handle = model.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    for _ in range(PERIOD):
+        step()
+    handle.remove()
+    return sum(seen) / PERIOD
 
 
 def measure(case: str, seconds: float) -> dict[str, Any]:
@@ -72,12 +104,14 @@ def measure(case: str, seconds: float) -> dict[str, Any]:
     build, shape = CASES[case]
     x, y = torch.randn(*shape), torch.randint(10, (shape[0],))
     rows = [("base", "base"), ("base", "control"), *(("flatmin", n) for n in OURS), *(("peer", n) for n in THEIRS)]
-    steps = {row: make_step(*row, build(), x, y) for row in rows}
+    models = {row: build() for row in rows}
+    steps = {row: make_step(*row, models[row], x, y) for row in rows}
+    counts = {row: passes(steps[row], models[row]) for row in rows}
     times: dict[tuple[str, str], list[float]] = {row: [] for row in rows}
     order, end, done = random.Random(0), 0.0, -2
     while done < 10 or time.perf_counter() < end:
         for row in order.sample(rows, len(rows)):
-            count = 5 if row[1] == "LookSAM" else 1  # a whole period
+            count = PERIOD if row[1] == "LookSAM" else 1  # a whole period
             start = time.perf_counter()
             for _ in range(count):
                 steps[row]()
@@ -90,7 +124,10 @@ def measure(case: str, seconds: float) -> dict[str, Any]:
         return {"ratio": statistics.median(ratios), "quartiles": statistics.quantiles(ratios, n=4)[::2]}
 
     base = rows[0]
-    measured = [{"of": kind, "method": name, "to_base": ratio((kind, name), base)} for kind, name in rows[1:]]
+    measured = [
+        {"of": kind, "method": name, "passes": counts[kind, name], "to_base": ratio((kind, name), base)}
+        for kind, name in rows[1:]
+    ]
     against = [{"method": name, "flatmin_to_peer": ratio(("flatmin", name), ("peer", name))} for name in THEIRS]
     for line in against:
         print(case, line["method"], f"{line['flatmin_to_peer']['ratio']:.3f} of the peer's time", flush=True)  # type: ignore[index]

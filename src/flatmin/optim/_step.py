@@ -190,12 +190,8 @@ class Step:
                 copy_(parameters, weights)
 
     def _collect(self, which: str) -> None:
-        self.parameters, self.gradients = [], []
-        for group in self.groups:
-            for parameter in group["params"]:
-                if (gradient := parameter.grad) is not None:
-                    self.parameters.append(parameter)
-                    self.gradients.append(gradient)
+        found = [(parameter, gradient) for parameter in self._every() if (gradient := parameter.grad) is not None]
+        self.parameters, self.gradients = [pair[0] for pair in found], [pair[1] for pair in found]
         if not self.gradients:
             raise InvalidArgumentError("the closure left no gradient: it must call loss.backward()")
         if {gradient.layout for gradient in self.gradients} != {torch.strided}:
