@@ -33,7 +33,7 @@ $(VENV)/bin/python:
 # torch first and pinned: a range would admit a newer build of several gigabytes.
 $(VENV)/cli.done: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[cli]'
+	$(PIP) --editable '.[cli,report]'
 	touch $@
 
 $(VENV)/dev.done: $(VENV)/cli.done

@@ -13,7 +13,7 @@ import pytest
 import flatmin
 
 ROOT = Path(flatmin.__file__).parent
-PUBLIC = ["flatmin", *(f"flatmin.{name}" for name in ("data", "history", "losses", "models", "optim"))]
+PUBLIC = ["flatmin", *(f"flatmin.{name}" for name in ("data", "history", "losses", "models", "optim", "report"))]
 # Who may import what of flatmin, by the first folder or file under src/flatmin.
 ALLOWED = {
     "errors": set(),
@@ -24,11 +24,17 @@ ALLOWED = {
     "models": {"errors", "_checks"},
     "losses": {"errors", "_checks", "history"},
     "engine": {"errors", "_checks", "history", "optim", "data", "models", "losses"},
-    "cli": {"", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine"},
+    "report": {"errors", "_checks"},
+    "cli": {"", "errors", "_checks", "history", "optim", "data", "models", "losses", "engine", "report"},
     "__init__": {"data", "errors", "history", "losses", "models", "optim"},
     "__main__": {"cli"},
 }
-LAZY = {"engine", "cli", "__main__"}  # may import the extras' packages; all else torch and the standard library
+LAZY = {
+    "engine",
+    "report",
+    "cli",
+    "__main__",
+}  # may import the extras' packages; all else torch and the standard library
 
 
 @pytest.mark.parametrize("name", PUBLIC)

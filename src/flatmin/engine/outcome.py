@@ -88,6 +88,7 @@ class Outcome:
             "base": self.rows[0].label,
             "seeds": seeds,
             "interrupted": self.interrupted,
+            "verdict": verdict(self),
             "rows": self.table(),
             "metrics": {label: {str(seed): by_seed[seed] for seed in seeds} for label, by_seed in self.metrics.items()},
             "partial": {
