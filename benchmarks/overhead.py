@@ -1,8 +1,8 @@
 """What each method costs: time of a training step as a ratio to the plain optimizer's, and memory.
 
 The steps of all methods are interleaved in one process. On the CPU it measures ResNet-18 on 32x32 images and the small
-CNN of the demo; on a CUDA device also ResNet-50 at 224x224 (Table 1 of the paper), with images/s, peak memory and
-whether SAF's step ever makes the host wait.
+networks of the comparisons; on a CUDA device also ResNet-50 at 224x224 (Table 1 of the paper), with images/s, peak
+memory and whether SAF's step ever makes the host wait.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead-cpu.json
     python benchmarks/overhead.py --device cuda --out benchmarks/results/overhead-cuda.json
@@ -29,7 +29,7 @@ from flatmin.engine.methods import COMPARED
 from flatmin.engine.outcome import Row, make_rows
 from flatmin.engine.problem import Problem, base_optimizer
 from flatmin.engine.record import command_line, environment, write_json
-from flatmin.engine.timing import measure_steps, synchronize
+from flatmin.engine.timing import measure_rows, synchronize
 from flatmin.engine.trainer import Trainer
 from flatmin.errors import MissingDependencyError
 from flatmin.models import create_model, model_names
@@ -42,14 +42,18 @@ class Case:
     """A network, the images it sees, and how: one block of rows of the result."""
 
     model: str
-    image: tuple[int, int, int]
+    image: tuple[int, ...]
     classes: int
     batch: int
     precision: str = "float32"
     channels_last: bool = False
 
 
-CPU = [Case("cnn", (1, 8, 8), 10, 128), Case("resnet18", (3, 32, 32), 100, 32)]
+CPU = [
+    Case("cnn", (1, 8, 8), 10, 128),
+    Case("cnn1d", (1, 40), 10, 128),
+    Case("resnet18", (3, 32, 32), 100, 32),
+]
 CUDA = [
     *(Case("resnet18", (3, 32, 32), 10, 128, precision) for precision in ("float32", "bfloat16")),
     *(
@@ -69,41 +73,49 @@ def find_model(case: Case) -> nn.Module:
         return create_model(f"timm/{case.model}", case.image[0], case.classes)
 
 
-def build(case: Case, device: str, row: Row) -> tuple[Trainer, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Returns a trainer of one method on synthetic images, and the batch whose steps are measured."""
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def make_batch(case: Case, device: str) -> Batch:
+    """Returns the synthetic batch whose steps are measured: indices, images, classes."""
     generator = torch.Generator().manual_seed(0)
-    size = case.batch * BATCHES_IN_DATASET
     x = torch.randn(case.batch, *case.image, generator=generator)
     y = torch.randint(case.classes, (case.batch,), generator=generator)
-    index = torch.randperm(size, generator=generator)[: case.batch]
+    index = torch.randperm(case.batch * BATCHES_IN_DATASET, generator=generator)[: case.batch]
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    return index, x.to(device, memory_format=layout), y.to(device)
+
+
+def build(case: Case, device: str, row: Row) -> Trainer:
+    """Returns a trainer of one method on a data set of which only the length counts."""
+    size = case.batch * BATCHES_IN_DATASET
     recipe = Recipe(model=case.model, batch_size=case.batch, precision=case.precision, device=device, lr=1e-3)
 
     def make_model() -> nn.Module:
         model = find_model(case)
         return model.to(memory_format=torch.channels_last) if case.channels_last else model  # type: ignore[call-overload]
 
-    dataset = TensorDataset(torch.empty(size, 1), torch.zeros(size, dtype=torch.int64))  # only its length counts
+    dataset = TensorDataset(torch.empty(size, 1), torch.zeros(size, dtype=torch.int64))
     problem = Problem(
         dataset, dataset, case.classes, make_model, None, lambda parameters: base_optimizer(recipe, parameters)
     )
-    trainer = Trainer(Run(recipe, row.method, row.settings), problem)
-    layout = torch.channels_last if case.channels_last else torch.contiguous_format
-    return trainer, (index, x.to(trainer.device, memory_format=layout), y.to(trainer.device))
+    return Trainer(Run(recipe, row.method, row.settings), problem)
 
 
 def measure(case: Case, device: str, rows: list[Row], seconds: float) -> dict[str, Any]:
     """Measures all rows on one case."""
-    built = [build(case, device, row) for row in rows]
-    trainers, batch = [trainer for trainer, _ in built], built[0][1]
-    times = measure_steps(trainers, batch, seconds=seconds)
-    measured = []
-    for given, trainer, each in zip(rows, trainers, times, strict=True):
-        ratios = sorted(ours / base for ours, base in zip(each.seconds, times[0].seconds, strict=True))
+    batch = make_batch(case, device)
+    costs, trainers = measure_rows(rows, lambda row: build(case, device, row), batch, seconds=seconds)
+    base, measured = costs[0].paying, []
+    for given, trainer, cost in zip(rows, trainers, costs, strict=True):
+        each = cost.paying
+        ratios = sorted(ours / plain for ours, plain in zip(each.seconds, base.seconds, strict=True))
         row: dict[str, Any] = {
             "method": given.label,
-            "ratio": each.ratio(times[0]),
+            "ratio": each.ratio(base),
+            "ratio_of_a_step_that_does_not_pay": None if cost.plain is None else cost.plain.ratio(base),
             "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
-            "share_of_base_speed": 1 / each.ratio(times[0]),
+            "share_of_base_speed": 1 / each.ratio(base),
             "milliseconds": 1e3 * each.median(),
             "images_per_second": case.batch / each.median(),
             "extra_bytes": trainer.extra_bytes,
@@ -116,7 +128,7 @@ def measure(case: Case, device: str, rows: list[Row], seconds: float) -> dict[st
             f"{case.model} {case.precision} {given.label}: {row['ratio']:.3f} x, {row['milliseconds']:.2f} ms",
             flush=True,
         )
-    return {**case.__dict__, "rounds": len(times[0].seconds), "rows": measured}
+    return {**case.__dict__, "rounds": len(base.seconds), "rows": measured}
 
 
 def _peak(trainer: Trainer, batch: Any) -> int:

@@ -1,15 +1,21 @@
 """flatmin: train PyTorch networks into flat minima at the price of the plain optimizer."""
 
+from . import averages as averages
 from . import data as data
 from . import errors as errors
 from . import history as history
 from . import losses as losses
 from . import models as models
 from . import optim as optim
+from . import sharpness as sharpness
+from .averages import EMA as EMA
+from .averages import LAWA as LAWA
+from .averages import SwitchEMA as SwitchEMA
+from .averages import ema_decay as ema_decay
 from .data import with_indices as with_indices
 from .losses import MESA as MESA
 from .losses import SAF as SAF
-from .losses import ema_decay as ema_decay
+from .losses import OnlineLabelSmoothing as OnlineLabelSmoothing
 from .optim import ASAM as ASAM
 from .optim import ESAM as ESAM
 from .optim import GSAM as GSAM
@@ -23,15 +29,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ASAM",
+    "EMA",
     "ESAM",
     "FriendlySAM",
     "GSAM",
+    "LAWA",
     "LookSAM",
     "MESA",
     "MSAM",
+    "OnlineLabelSmoothing",
     "S2SAM",
     "SAF",
     "SAM",
+    "SwitchEMA",
+    "averages",
     "data",
     "ema_decay",
     "errors",
@@ -39,5 +50,6 @@ __all__ = [
     "losses",
     "models",
     "optim",
+    "sharpness",
     "with_indices",
 ]

@@ -7,6 +7,7 @@ Each names the argument, the value it got and the way out::
         ├── InvalidArgumentError (ValueError)     a wrong argument, shape, index or hyperparameter
         ├── DataError                             a data file or folder that is missing, empty or damaged
         ├── ExperimentError                       an experiment file that cannot be used
+        ├── NonFiniteLossError (ArithmeticError)  a loss that is infinite or not a number, where one is to be measured
         ├── OutputError (OSError)                 a folder that cannot be written
         └── MissingDependencyError (ImportError)  an optional package that is not installed
 
@@ -33,6 +34,10 @@ class DataError(FlatminError):
 
 class ExperimentError(FlatminError):
     """An experiment file cannot be used."""
+
+
+class NonFiniteLossError(FlatminError, ArithmeticError):
+    """A loss, or a derivative of it, is infinite or not a number, and so cannot be measured."""
 
 
 class OutputError(FlatminError, OSError):

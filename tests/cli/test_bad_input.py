@@ -7,7 +7,7 @@ import pytest
 
 WRONG_VALUES = {
     "--method saff": "unknown method 'saff', did you mean saf?",
-    "--method xyz": "there are base, smoothing, sam, asam, gsam, looksam, fsam, msam, s2sam, saf, mesa",
+    "--method xyz": "there are base, smoothing, sam, samon, latesam, aesam, asam, esam, gsam",
     "--model resnet19": "did you mean resnet18?",
     "--model wrn28-10": "did you mean wrn-28-10?",
     "--model cnn1d": "model 'cnn1d' takes signals, and the data 'digits' are images",
@@ -79,6 +79,10 @@ def test_an_unknown_command(flatmin, command):
         ("--minutes 0", "--minutes"),
         ("--method saf", "--methods"),
         ("--epochs 0", "epochs must be"),
+        ("--select 2", "select has nothing to choose from"),
+        ("--select 2 --validation .2 --set saf.lag=1,2", "select holds samples out by itself"),
+        ("--validation 1", "validation must be"),
+        ("--train-samples -1", "train_samples must be"),
     ],
 )
 def test_the_comparison_refuses_too(flatmin, options, said):
@@ -86,12 +90,22 @@ def test_the_comparison_refuses_too(flatmin, options, said):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("options", ["--set saf.lag=0", "--set sam.rho=0", "--data idx:nowhere", "--model rsnet18"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--set saf.lag=0",
+        "--set sam.rho=0",
+        "--set sam.when=often",
+        "--select 1 --set saf.lag=3,0",
+        "--data idx:nowhere",
+        "--model rsnet18",
+    ],
+)
 def test_the_comparison_finds_out_before_the_first_run(flatmin, options):
     found = flatmin("compare", *options.split())
     assert found.code == 2
     assert [line for line in found.err.splitlines() if line.startswith("flatmin: ")] == found.err.splitlines()[-1:]
-    assert not list(Path().glob("runs/*/runs"))
+    assert not list(Path().glob("runs/**/runs"))
 
 
 def test_a_comparison_that_cannot_begin_leaves_no_folder(flatmin):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from flatmin import cli
 from flatmin.engine.outcome import Outcome
 
 FLAGS = "--methods --seeds --set --minutes --jobs --out --data --model --epochs --batch-size --lr --optimizer"
@@ -51,7 +50,7 @@ def rows(monkeypatch):
         def run(self):
             return Outcome(noted["recipe"], noted["rows"])
 
-    monkeypatch.setattr(cli, "Comparison", Noting)
+    monkeypatch.setattr("flatmin.cli._compare.Comparison", Noting)
     return noted
 
 

@@ -13,6 +13,7 @@ from flatmin.engine import compare
 from flatmin.engine.compare import Comparison
 from flatmin.engine.config import Recipe
 from flatmin.engine.outcome import Outcome, Row, make_rows, verdict
+from flatmin.engine.timing import Cost
 from flatmin.engine.trainer import Trainer
 from flatmin.errors import DataError, InvalidArgumentError
 
@@ -33,6 +34,19 @@ def gains(*differences):
     """Accuracies of a base and of a method that differs from it by so much."""
     base = [97.0 + noise for noise in (NOISE * 4)[: len(differences)]]
     return {"base": base, "saf": [value + difference for value, difference in zip(base, differences, strict=True)]}
+
+
+def test_the_cost_of_a_row_is_the_mean_over_steps_that_pay_and_others():
+    found = Outcome(
+        Recipe(),
+        make_rows(["base", "latesam", "esam"], {"esam": {"when": ["every:2"]}}, epochs=5),
+        step_ratio={"base": 1.0, "latesam": 2.0, "esam when=every:2": 2.4},
+        plain_ratio={"latesam": 1.1, "esam when=every:2": 1.2},
+    )
+    for label, calls in (("base", 1.0), ("latesam", 1.25), ("esam when=every:2", 2.0)):
+        found.metrics[label] = {0: {"test_accuracy": 0.9, "mean_closure_calls": calls}}
+    ratios = [entry["step_ratio"] for entry in found.table()]
+    assert ratios == pytest.approx([1.0, 0.25 * 2.0 + 0.75 * 1.1, 0.5 * 2.4 + 0.5 * 1.2])
 
 
 class Inline:
@@ -255,13 +269,14 @@ class TestComparison:
         assert results["rows"][0]["accuracy"] == {"mean": 50, "half": None}
 
     def test_steps_are_timed_for_every_row_against_the_base(self, run_comparison, monkeypatch):
-        def times(trainers, batch, **_):
-            return [compare_times(seconds) for seconds in (0.1, 0.15, 0.21)]
+        def costs(rows, build, batch, **_):
+            times = [compare_times(seconds) for seconds in (0.1, 0.15, 0.21)]
+            return [Cost(each) for each in times], [build(row) for row in rows]
 
         def compare_times(seconds):
             return SimpleNamespace(ratio=lambda base: seconds / 0.1, median=lambda: seconds)
 
-        monkeypatch.setattr(compare, "measure_steps", times)
+        monkeypatch.setattr(compare, "measure_rows", costs)
         found, results, _ = run_comparison(("mesa", "base", "sam"), seeds=1)
         assert found.step_ratio == pytest.approx({"base": 1.0, "mesa": 1.5, "sam": 2.1})
         assert [row["step_seconds"] for row in results["rows"]] == [0.1, 0.15, 0.21]

@@ -13,13 +13,13 @@ def assemble(name, **given):
     model = nn.Linear(4, 3)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     method = get_method(name)
-    ingredients = Ingredients(model, base, num_samples=20, num_classes=3, steps_per_epoch=5)
+    ingredients = Ingredients(model, base, num_samples=20, num_classes=3, steps_per_epoch=5, epochs=10)
     return model, base, method.assemble(ingredients, resolve_settings(method, given, epochs=10))
 
 
 def test_the_methods_of_the_issue():
-    family = ["sam", "asam", "gsam", "looksam", "fsam", "msam", "s2sam"]
-    assert list(METHODS) == ["base", "smoothing", *family, "saf", "mesa"]
+    family = ["sam", "samon", "latesam", "aesam", "asam", "esam", "gsam", "looksam", "fsam", "msam", "s2sam"]
+    assert list(METHODS) == ["base", "smoothing", *family, "saf", "mesa", "ols", "ema", "sema", "lawa"]
     assert list(COMPARED) == ["base", "smoothing", "sam", "saf", "mesa"]
 
 
@@ -90,3 +90,57 @@ def test_mesa_follows_the_optimizer_with_the_decay_that_was_asked_for(given, dec
     base.step()
     for name, value in method.trajectory.average.module.state_dict().items():
         torch.testing.assert_close(value, decay * before[name] + (1 - decay) * model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("text", "pays"),
+    [
+        ("always", [True] * 6),
+        ("every:3", [True, False, False, True, False, False]),
+        ("late:0.5", [False, False, False, True, True, True]),
+        ("sometimes:0", [False] * 6),
+        ("sometimes:1", [True] * 6),
+        ("adaptive", [None] * 6),
+    ],
+)
+def test_when_says_which_steps_pay(text, pays):
+    method = METHODS["sam"]
+    settings = resolve_settings(method, {"when": text}, epochs=1)
+    assert [method.pays(step, settings, 6) for step in range(6)] == pays
+    assert [method.calls(step, settings, 6) for step in range(6)] == [
+        None if pay is None else 2 if pay else 1 for pay in pays
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("allways", "unknown when 'allways', did you mean always"),
+        ("late", "'' is no number"),
+        ("every:x", "'x' is no number; write such as"),
+        ("every:0", "k must be an integer of at least 1, got 0"),
+        ("late:2", "share must be .* got 2"),
+    ],
+)
+def test_a_when_that_cannot_be_read_is_explained(text, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        assemble("sam", when=text)
+
+
+def test_looksam_has_its_k_unless_when_says_otherwise():
+    method = METHODS["looksam"]
+    pays = [method.pays(step, resolve_settings(method, {"k": 3}, epochs=1), 6) for step in range(6)]
+    assert pays == [True, False, False, True, False, False]
+    for text, when in (("late:0.1", flatmin.optim.Late(0.1, 50)), ("always", flatmin.optim.Every(1))):
+        assert assemble("looksam", when=text)[2].optimizer._when == when
+
+
+def test_averages_follow_the_base_optimizer():
+    model, base, method = assemble("ema", decay=0.5)
+    before = model.weight.clone()
+    model(torch.ones(2, 4)).sum().backward()
+    base.step()
+    torch.testing.assert_close(method.average.average.module.weight, (before + model.weight) / 2)
+    assert assemble("sema", decay=0.5)[2].average.decay == 0.5
+    assert assemble("sema")[2].average.decay == 1 - 1 / 5
+    assert assemble("lawa", k=3)[2].average.k == 3

@@ -8,7 +8,8 @@ import torch
 
 from flatmin.data import with_indices
 from flatmin.engine import timing
-from flatmin.engine.timing import StepTimes, measure_steps
+from flatmin.engine.outcome import make_rows
+from flatmin.engine.timing import StepTimes, measure_rows, measure_steps
 
 
 class Clock:
@@ -106,8 +107,8 @@ def test_the_trajectory_loss_is_at_work_in_every_timed_step(make_trainer, method
     step = trainer.step
 
     def noting(*batch):
-        total, vanilla = step(*batch)
-        penalties.append(float(total - vanilla))
+        found = step(*batch)
+        penalties.append(float(found.loss - found.vanilla))
 
     trainer.step = noting
     (times,) = measure_steps([trainer], first_batch(trainer), seconds=0)
@@ -127,3 +128,11 @@ def test_the_whole_step_is_timed_in_training_mode(make_trainer):
 
 def test_ratios_pair_the_rounds():
     assert StepTimes([2.0, 40.0, 6.0]).ratio(StepTimes([1.0, 20.0, 3.0])) == 2
+
+
+def test_rows_of_which_not_all_steps_pay_are_timed_in_both_kinds(monkeypatch):
+    rows = make_rows(["base", "sam", "latesam", "looksam"], {}, epochs=5)
+    monkeypatch.setattr(timing, "measure_steps", lambda trainers, batch: [StepTimes([float(n)]) for n in range(6)])
+    costs, trainers = measure_rows(rows, lambda row: row, (None, None, None))
+    assert [(c.paying.median(), c.plain and c.plain.median()) for c in costs] == [(0, None), (1, None), (2, 3), (4, 5)]
+    assert [row.settings.get("when") for row in trainers] == [None, "always", "always", "always"]

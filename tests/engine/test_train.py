@@ -14,7 +14,7 @@ from flatmin.engine.train import train
 from flatmin.engine.trainer import Trainer
 from flatmin.errors import ExperimentError
 
-KEYS = ["epoch", "train_loss", "train_loss_vanilla", "test_loss", "test_accuracy", "lr", "seconds"]
+KEYS = ["epoch", "train_loss", "train_loss_vanilla", "test_loss", "test_accuracy", "lr", "seconds", "closure_calls"]
 
 
 def lines(folder):
@@ -59,7 +59,7 @@ def test_the_folder_has_what_the_issue_says(folder, make_run, experiment):
     written = lines(folder)
     assert [list(line) for line in written] == [KEYS] * 3
     assert [line["epoch"] for line in written] == [0, 1, 2]
-    assert last == {**written[-1], "extra_bytes": 60 * (4 * 3 + 4)}
+    assert last == {**written[-1], "extra_bytes": 60 * (4 * 3 + 4), "mean_closure_calls": 1.0}
 
 
 def test_the_config_has_the_run_the_command_versions_and_hardware(folder, make_run, experiment):

@@ -232,3 +232,30 @@ def esam_gradient(
     order = sorted(range(len(rises)), key=lambda i: -rises[i])
     samples = order[: math.ceil(gamma * len(order))]
     return gradient_of(samples)(there), perturbation, samples
+
+
+def online_smoothing_loss(
+    logits: Sequence[Row], labels: Sequence[int], soft: Sequence[Row], coefficient: float
+) -> float:
+    """Zhang 2021: (1 - coefficient) * CE(y) + coefficient * CE(S_y), averaged over the batch."""
+    total = 0.0
+    for row, label in zip(logits, labels, strict=True):
+        logs = [math.log(value) for value in softmax(row, 1.0)]
+        total += (1 - coefficient) * -logs[label]
+        total += coefficient * -sum(share * log for share, log in zip(soft[label], logs, strict=True))
+    return total / len(labels)
+
+
+def online_soft_labels(
+    batches: Iterable[tuple[Sequence[Row], Sequence[int]]], soft: Sequence[Row]
+) -> list[list[float]]:
+    """Zhang 2021: for each class the mean of the probabilities of its samples that were classified rightly."""
+    said: list[list[list[float]]] = [[] for _ in soft]
+    for logits, labels in batches:
+        for row, label in zip(logits, labels, strict=True):
+            if max(range(len(row)), key=lambda c: row[c]) == label:
+                said[label].append(softmax(row, 1.0))
+    return [
+        [sum(rows[c] for rows in each) / len(each) for c in range(len(old))] if each else list(old)
+        for each, old in zip(said, soft, strict=True)
+    ]

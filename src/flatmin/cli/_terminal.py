@@ -84,7 +84,7 @@ class Display:
             err_console.print(word, markup=False)
 
 
-def print_outcome(outcome: Outcome, results: Path, page: Path | None) -> None:
+def print_outcome(outcome: Outcome, results: Path, page: Path | None = None) -> None:
     """Prints the table of a comparison, where its report and its numbers are, and the verdict as the last line."""
     if not outcome.seeds:
         out_console.print("No seed was finished by every method, so there is nothing to compare.")

@@ -23,7 +23,7 @@ from .load import load_problem
 from .outcome import LEAST_SEEDS, Outcome, Row
 from .problem import class_numbers
 from .record import command_line, environment, write_json
-from .timing import measure_steps
+from .timing import measure_rows
 from .train import read_experiment, train, write_config
 from .trainer import Trainer
 
@@ -36,6 +36,9 @@ class Comparison:
         rows: From `make_rows`.
         folder: Where it is kept: ``config.json``, ``results.json`` and a run folder for each row and seed.
         seeds: How many seeds; None for as many as fit in ``minutes``, at least 5.
+        first_seed: The first of them.
+        timed: Whether to measure the steps.
+        selection: How the rows were chosen among candidates, if they were; see `select`. It goes into the results.
         minutes: Time for all, where ``seeds`` is None.
         jobs: Processes; None for one a core on the CPU and one on an accelerator.
         on_progress: Called from time to time with epochs done, epochs planned and a word on what is going on.
@@ -51,13 +54,18 @@ class Comparison:
         folder: Path,
         *,
         seeds: int | None = None,
+        first_seed: int = 0,
+        timed: bool = True,
+        selection: dict[str, Any] | None = None,
         minutes: float = 3.0,
         jobs: int | None = None,
         on_progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
-        self.outcome = Outcome(recipe, rows)
+        self.outcome = Outcome(recipe, rows, selection=selection)
         self.folder = folder
         self.seeds = seeds
+        self.first_seed = first_seed
+        self.timed = timed
         self.minutes = minutes
         cores = _cores()
         self.jobs = jobs or (cores if resolve_device(recipe.device).type == "cpu" else 1)
@@ -80,7 +88,10 @@ class Comparison:
         }
         write_config(self.folder, config, read_experiment(outcome.recipe))
         try:
-            self._measure()
+            if self.timed:
+                self._measure()
+            else:
+                self._try()
             self._train_all(started + 0.95 * 60 * self.minutes)
         except KeyboardInterrupt:
             outcome.interrupted = True
@@ -99,25 +110,34 @@ class Comparison:
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            trainers = [Trainer(Run(recipe, row.method, row.settings), problem) for row in rows]
-            device = trainers[0].device
-            index, (x, y) = next(iter(with_indices(trainers[0].loader)))
+            base = Trainer(Run(recipe, rows[0].method, rows[0].settings), problem)
+            device = base.device
+            index, (x, y) = next(iter(with_indices(base.loader)))
             y = class_numbers(y, problem.num_classes)
-            times = measure_steps(
-                trainers,
+            costs, trainers = measure_rows(
+                rows,
+                lambda row: Trainer(Run(recipe, row.method, row.settings), problem),
                 (index, x.to(device), y.to(device)),
                 seconds=4.0 * self.minutes,
                 on_round=lambda number: self._tell(0, 0, "timing the steps"),
             )
         finally:
             torch.set_num_threads(threads)
-        for row, trainer, each in zip(rows, trainers, times, strict=True):
-            self.outcome.step_ratio[row.label] = each.ratio(times[0])
-            self.outcome.step_seconds[row.label] = each.median()
+        for row, trainer, cost in zip(rows, trainers, costs, strict=True):
+            self.outcome.step_ratio[row.label] = cost.paying.ratio(costs[0].paying)
+            self.outcome.step_seconds[row.label] = cost.paying.median()
+            if cost.plain is not None:
+                self.outcome.plain_ratio[row.label] = cost.plain.ratio(costs[0].paying)
             self.outcome.extra_bytes[row.label] = trainer.extra_bytes
         if device.type == "cuda":  # what was measured here leaves room for the process that trains
-            del trainers, trainer
+            del base, trainers, trainer
             torch.cuda.empty_cache()
+
+    def _try(self) -> None:
+        """Builds every row once, so that what is wrong with it shows now."""
+        problem = load_problem(self.outcome.recipe, seed=self.first_seed)
+        for row in self.outcome.rows:
+            Trainer(Run(self.outcome.recipe, row.method, row.settings), problem)
 
     def _train_all(self, deadline: float) -> None:
         """Trains seed by seed, all rows of one before the next; adds seeds while there is time for another."""
@@ -130,8 +150,8 @@ class Comparison:
             futures: dict[Future[dict[str, float]], tuple[Row, int]] = {}
             try:
                 with _interrupts_ignored():  # inherited by the processes that this starts
-                    for seed in range(planned):
-                        futures.update(self._submit(pool, seed))
+                    for number in range(planned):
+                        futures.update(self._submit(pool, number))
                 waiting = set(futures)
                 while waiting:
                     finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -160,9 +180,10 @@ class Comparison:
                     ) from error
                 raise
 
-    def _submit(self, pool: ProcessPoolExecutor, seed: int) -> dict[Future[dict[str, float]], tuple[Row, int]]:
+    def _submit(self, pool: ProcessPoolExecutor, number: int) -> dict[Future[dict[str, float]], tuple[Row, int]]:
         submitted = {}
         for row in self.outcome.rows:
+            seed = self.first_seed + number
             run = Run(self.outcome.recipe, row.method, row.settings, seed)
             folder = self.folder / "runs" / f"{row.label.replace(' ', '-')}-seed{seed}"
             submitted[pool.submit(_train_one, run, folder)] = (row, seed)

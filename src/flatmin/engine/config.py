@@ -45,6 +45,10 @@ class Recipe:
     crop: bool = _option(False, "Shift training images at random, by up to an eighth of their size.")
     flip: bool = _option(False, "Mirror training images at random.")
     label_noise: float = _option(0.0, "Share of the training labels to replace by a wrong class.")
+    train_samples: int = _option(0, "Train on so many samples, drawn by the seed; 0 for all there are.")
+    validation: float = _option(
+        0.0, "Share of the training set to hold out and test on, in place of the test set: to choose settings."
+    )
     image_size: int = _option(32, "Side in pixels to which folder: images are scaled and cropped.")
     precision: str = _option("float32", "float32 | bfloat16 (autocast).")
     device: str = _option("auto", "auto | cpu | cuda | cuda:1 | mps.")
@@ -56,10 +60,12 @@ class Recipe:
                 raise InvalidArgumentError(f"{name} and an experiment file exclude each other: the file has its own")
         check_integer("epochs", self.epochs, least=1)
         check_integer("batch_size", self.batch_size, least=2, hint="; batch norm needs two samples")
+        check_integer("train_samples", self.train_samples, least=0)
         check_integer("image_size", self.image_size, least=4)
         check_integer("workers", self.workers, least=0)
         check_number("momentum", self.momentum, least=0, below=1)
         check_number("label_noise", self.label_noise, least=0, below=1)
+        check_number("validation", self.validation, least=0, below=1)
         if self.lr is not None:
             check_number("lr", self.lr, above=0)
         if self.weight_decay is not None:

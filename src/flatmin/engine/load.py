@@ -17,7 +17,7 @@ from ..data import Split, load_digits, load_folder, load_idx, load_mnist1d
 from ..errors import ExperimentError, InvalidArgumentError
 from ..models import create_model, input_dimensions
 from .config import Recipe
-from .problem import Problem, base_optimizer, check_size, class_numbers, seed_all, with_noise
+from .problem import Problem, base_optimizer, check_size, class_numbers, held_out, reduced, seed_all, with_noise
 
 
 def load_problem(recipe: Recipe, seed: int) -> Problem:
@@ -31,7 +31,15 @@ def load_problem(recipe: Recipe, seed: int) -> Problem:
         FlatminError: If data, model or experiment file cannot be used.
     """
     if recipe.experiment is not None:
-        return _from_experiment(Path(recipe.experiment), recipe, seed)
+        problem = _from_experiment(Path(recipe.experiment), recipe, seed)
+    else:
+        problem = _from_names(recipe, seed)
+    if recipe.train_samples > 0:
+        problem = reduced(problem, recipe.train_samples, seed)
+    return problem if recipe.validation == 0 else held_out(problem, recipe.validation, seed)
+
+
+def _from_names(recipe: Recipe, seed: int) -> Problem:
     split = _load_data(recipe, seed)
     _check_fit(recipe, split.input_shape)
     check_size(recipe.data, split.train)

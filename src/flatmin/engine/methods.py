@@ -3,14 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from .._checks import check_choice, nearest
+from ..averages import EMA, LAWA, SwitchEMA, WeightAverage, ema_decay
 from ..errors import InvalidArgumentError
-from ..losses import MESA, SAF, ema_decay
+from ..losses import MESA, SAF, OnlineLabelSmoothing
 from .method import Assembled, Ingredients, Method
 from .sam_family import FAMILY
 
-# MESA's average looks back over this share of the run where nothing else is said: 12 of 60 epochs. The paper's .9998 is
-# 5,000 steps, or 18 % of its 90 epochs of ImageNet.
+# A moving average looks back over this share of the run where nothing else is said: 12 of 60 epochs. The paper's .9998
+# is 5,000 steps, or 18 % of its 90 epochs of ImageNet.
 EMA_SHARE = 0.2
 
 # Those that are compared where no others are named: each of the paper, and what costs nothing.
@@ -24,20 +27,34 @@ HYPERPARAMETERS: dict[str, tuple[type, str]] = {
     "rho": (float, "The SAM family: length of the perturbation; gsam: at the highest learning rate."),
     "rho_min": (float, "gsam: rho at a learning rate of 0."),
     "subset": (str, "The SAM family: which parameters are perturbed: all | norm (normalisation layers only)."),
-    "norm": (str, "sam, asam: on several processes, along whose gradient to perturb: rank (each its own) | global."),
+    "when": (
+        str,
+        "The SAM family: which steps pay for a second pass: always | every:K | late:SHARE | sometimes:PROBABILITY | "
+        "adaptive.",
+    ),
+    "norm": (
+        str,
+        "sam, asam, esam: on several processes, along whose gradient to perturb: rank (each its own) | global.",
+    ),
     "eta": (float, "asam: added to each weight's size."),
+    "beta": (float, "esam: probability with which a tensor is perturbed."),
+    "gamma": (float, "esam: share of the samples in the second pass."),
     "alpha": (float, "gsam: weight of the part that is removed; looksam: of the part that is reused."),
-    "k": (int, "looksam: steps from one second pass to the next."),
+    "k": (int, "looksam: steps from one second pass to the next; lawa: epochs whose ends are averaged."),
     "sigma": (float, "fsam: share of the gradients' moving mean that is taken off."),
     "lam": (float, "fsam: momentum of that mean."),
-    "coefficient": (float, "saf, mesa: weight of the trajectory loss."),
+    "coefficient": (float, "saf, mesa: weight of the trajectory loss; ols: of the soft labels."),
     "temperature": (float, "saf, mesa: temperature of the trajectory loss."),
     "start_epoch": (int, "saf, mesa: first epoch, from 0, with the trajectory loss."),
     "lag": (int, "saf: epochs between an output and the one it is compared with."),
     "history": (str, "saf: what it remembers: dense | half | int8 | int6 | int4 | topk | lowrank | mean | auto."),
     "mean_momentum": (float, "saf: momentum of the running mean of outputs that takes the place of the lag."),
-    "ema_epochs": (float, "mesa: horizon of the average in epochs; a fifth of the run, at least 2, where not given."),
-    "decay": (float, "mesa: decay of the average, in place of ema_epochs."),
+    "ema_epochs": (
+        float,
+        "mesa, ema, sema: horizon of the average in epochs; 1 for sema, a fifth of the run, at least 2, for the others "
+        "where not given.",
+    ),
+    "decay": (float, "mesa, ema, sema: decay of the average, in place of ema_epochs."),
     "fraction": (float, "mesa: share of each batch on which the average is run."),
     "interval": (int, "mesa: the average is run in every interval-th step; the loss is 0 in the others."),
 }
@@ -54,18 +71,49 @@ def _saf(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
         options["lag"] = None  # there is but one slot
     saf = SAF(given.num_samples, given.num_classes, momentum=settings["mean_momentum"], **options)
     saf.to(next(given.model.parameters()).device)
-    return Assembled(given.optimizer, saf, lambda logits, index, inputs: saf(logits, index), saf.history.nbytes)
+    return Assembled(given.optimizer, saf, lambda logits, y, index, inputs: saf(logits, index), saf.history.nbytes)
 
 
 def _mesa(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    decay = settings["decay"]
-    if decay is None:
-        decay = ema_decay(settings["ema_epochs"], given.steps_per_epoch)
     names = ("coefficient", "temperature", "start_epoch", "fraction", "interval")
-    mesa = MESA(given.model, decay=decay, **{name: settings[name] for name in names})
+    mesa = MESA(given.model, decay=_decay(given, settings), **{name: settings[name] for name in names})
     mesa.attach(given.optimizer)
-    average = sum(tensor.nbytes for tensor in mesa.average.state_dict().values())
-    return Assembled(given.optimizer, mesa, lambda logits, index, inputs: mesa(logits, inputs), average)
+    return Assembled(given.optimizer, mesa, lambda logits, y, index, inputs: mesa(logits, inputs), _size(mesa.average))
+
+
+def _ols(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
+    smoothing = OnlineLabelSmoothing(given.num_classes, coefficient=settings["coefficient"])
+    smoothing.to(next(given.model.parameters()).device)
+    return Assembled(
+        given.optimizer, smoothing, lambda logits, y, index, inputs: smoothing(logits, y), _size(smoothing)
+    )
+
+
+def _ema(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
+    return _averaged(given, EMA(given.model, decay=_decay(given, settings)))
+
+
+def _sema(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
+    return _averaged(given, SwitchEMA(given.model, decay=_decay(given, settings), start_epoch=settings["start_epoch"]))
+
+
+def _lawa(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
+    return _averaged(given, LAWA(given.model, k=settings["k"]))
+
+
+def _averaged(given: Ingredients, average: WeightAverage) -> Assembled:
+    average.attach(given.optimizer)
+    return Assembled(given.optimizer, average=average, extra_bytes=_size(average))
+
+
+def _decay(given: Ingredients, settings: Mapping[str, Any]) -> float:
+    decay: float | None = settings["decay"]
+    return ema_decay(settings["ema_epochs"], given.steps_per_epoch) if decay is None else decay
+
+
+def _size(module: nn.Module) -> int:
+    """Bytes of a module's tensors, those of its extra state aside."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 METHODS: dict[str, Method] = {
@@ -103,6 +151,30 @@ METHODS: dict[str, Method] = {
             },
             _mesa,
         ),
+        Method(
+            "ols",
+            "online label smoothing: soft labels from what the network said of each class",
+            {"coefficient": 0.5, "smoothing": 0.0},
+            _ols,
+        ),
+        Method(
+            "ema",
+            "the plain optimizer, whose moving average is evaluated",
+            {"ema_epochs": None, "decay": None, "smoothing": 0.0},
+            _ema,
+        ),
+        Method(
+            "sema",
+            "Switch EMA: each epoch goes on from the moving average",
+            {"ema_epochs": 1.0, "decay": None, "start_epoch": 0, "smoothing": 0.0},
+            _sema,
+        ),
+        Method(
+            "lawa",
+            "the plain optimizer, whose last k epochs' ends are averaged",
+            {"k": 6, "smoothing": 0.0},
+            _lawa,
+        ),
     )
 }
 
@@ -122,7 +194,7 @@ def resolve_settings(method: Method, given: Mapping[str, Any], *, epochs: int) -
     Args:
         method: The method.
         given: Hyperparameters that differ from its defaults.
-        epochs: Length of the run, to which MESA's horizon is tied where neither it nor a decay is given.
+        epochs: Length of the run, to which the horizon of an average is tied where neither it nor a decay is given.
 
     Raises:
         InvalidArgumentError: If a name is none of the method's hyperparameters, or two exclude each other.
@@ -135,6 +207,8 @@ def resolve_settings(method: Method, given: Mapping[str, Any], *, epochs: int) -
             )
     settings: dict[str, Any] = {**method.defaults, **given}
     if "ema_epochs" in settings:
+        if settings["decay"] is not None and given.get("ema_epochs") is None:
+            settings["ema_epochs"] = None
         if settings["ema_epochs"] is not None and settings["decay"] is not None:
             raise InvalidArgumentError("ema_epochs and decay exclude each other: give one of them")
         if settings["ema_epochs"] is None and settings["decay"] is None:

@@ -1,6 +1,7 @@
 """What a comparison compares, what it found, and what that means."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,19 +31,23 @@ class Outcome:
         recipe: What the methods share.
         rows: The methods; the first is the base that the others are compared with.
         metrics: For each row's label, the last epoch's metrics by seed.
-        step_ratio: For each label, the median ratio of its step's time to the base's.
-        step_seconds: For each label, the median time of a step.
+        step_ratio: For each label, the median ratio of its step's time to the base's; of one that pays.
+        plain_ratio: For each label of which not all steps pay for a second pass, that of the others.
+        step_seconds: For each label, the median time of a step that pays.
         extra_bytes: For each label, what it keeps in memory beyond the base optimizer.
         interrupted: Whether it was ended before all runs were done.
+        selection: How the rows were chosen among candidates, if they were; see `select`.
     """
 
     recipe: Recipe
     rows: Sequence[Row]
     metrics: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
     step_ratio: dict[str, float] = field(default_factory=dict)
+    plain_ratio: dict[str, float] = field(default_factory=dict)
     step_seconds: dict[str, float] = field(default_factory=dict)
     extra_bytes: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
+    selection: dict[str, Any] | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -53,6 +58,15 @@ class Outcome:
     def accuracies(self, label: str) -> list[float]:
         """Test accuracy after the last epoch, in percent, for each of `seeds`."""
         return [100 * self.metrics[label][seed]["test_accuracy"] for seed in self.seeds]
+
+    def mean_step_ratio(self, row: Row) -> float | None:
+        """The mean ratio of a row's steps to the base's, by how many of them paid; None where it was not measured."""
+        paying, plain = self.step_ratio.get(row.label), self.plain_ratio.get(row.label)
+        if paying is None or plain is None or not self.seeds:
+            return paying
+        calls = [self.metrics[row.label][seed]["mean_closure_calls"] for seed in self.seeds]
+        share = (math.fsum(calls) / len(calls) - 1) / (get_method(row.method).closure_calls - 1)
+        return share * paying + (1 - share) * plain
 
     def table(self) -> list[dict[str, Any]]:
         """One dictionary a row: accuracies, their interval, paired difference to the base, p-value, cost."""
@@ -66,7 +80,7 @@ class Outcome:
                 "method": row.method,
                 "settings": dict(row.settings),
                 "test_accuracy": accuracies,
-                "step_ratio": self.step_ratio.get(row.label),
+                "step_ratio": self.mean_step_ratio(row),
                 "step_seconds": self.step_seconds.get(row.label),
                 "extra_bytes": self.extra_bytes.get(row.label),
             }
@@ -90,6 +104,8 @@ class Outcome:
             "interrupted": self.interrupted,
             "verdict": verdict(self),
             "rows": self.table(),
+            "plain_step_ratio": self.plain_ratio,
+            "selection": self.selection,
             "metrics": {label: {str(seed): by_seed[seed] for seed in seeds} for label, by_seed in self.metrics.items()},
             "partial": {
                 label: {str(seed): values for seed, values in by_seed.items() if seed not in seeds}

@@ -4,17 +4,21 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from ..data import add_label_noise, random_crop, random_flip
 from ..errors import DataError, InvalidArgumentError, require
 from .config import Recipe
+
+# What is held out, and what is left out, is drawn with the seed and these: streams of their own, or those held out
+# would be the very ones that the seed has given wrong labels.
+HOLD_OUT, LEAVE_OUT = 104_729, 1_299_709
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,43 @@ def with_noise(train: "Dataset[Any]", recipe: Recipe, num_classes: int, seed: in
     train = copy.copy(train)  # the test set may be the same object, or this one be used again
     train.targets = noisy if isinstance(labels, Tensor) else noisy.tolist()  # type: ignore[attr-defined]
     return train
+
+
+def reduced(problem: Problem, samples: int, seed: int) -> Problem:
+    """Returns the problem with so many of its training samples.
+
+    Raises:
+        InvalidArgumentError: If there are fewer.
+    """
+    size = len(problem.train)  # type: ignore[arg-type]
+    if samples > size:
+        raise InvalidArgumentError(f"train_samples={samples} are more than there are, {size}; 0 takes all")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed + LEAVE_OUT))
+    train = _part(problem.train, order[:samples])
+    check_size(f"train_samples={samples}", train)
+    return replace(problem, train=train)
+
+
+def held_out(problem: Problem, share: float, seed: int) -> Problem:
+    """Returns the problem with a share of its training set, as it is, wrong labels and all, in place of the test set.
+
+    Raises:
+        InvalidArgumentError: If no sample would be held out.
+    """
+    size = len(problem.train)  # type: ignore[arg-type]
+    held = round(share * size)
+    if held < 1:
+        raise InvalidArgumentError(f"validation={share} of {size} training samples is none; hold out a larger share")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed + HOLD_OUT))
+    train = _part(problem.train, order[held:])
+    check_size(f"what validation={share} leaves", train)
+    return replace(problem, train=train, test=_part(problem.train, order[:held]))
+
+
+def _part(dataset: "Dataset[Any]", places: Tensor) -> "Dataset[Any]":
+    if type(dataset) is TensorDataset:  # stays one: it is read by the batch
+        return TensorDataset(*(tensor[places] for tensor in dataset.tensors))
+    return Subset(dataset, places.tolist())
 
 
 def augmented(x: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,21 @@ from .._checks import check_integer, check_number
 from . import ranks
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What a step has found.
+
+    Attributes:
+        loss: The loss, detached; of most methods at the weights before the step.
+        vanilla: The criterion's part of it.
+        calls: How often the closure was called.
+    """
+
+    loss: Tensor
+    vanilla: Tensor
+    calls: int
+
+
 @dataclass
 class Progress:
     """How far an epoch has come.
@@ -18,18 +33,21 @@ class Progress:
     Attributes:
         steps: Steps done in it.
         samples: Samples seen in it, by all ranks.
+        calls: How often its steps have called the closure.
         seconds: Time spent on it.
         totals: Sums over this rank's samples of the loss and of the criterion's part of it; stays on the device.
     """
 
     steps: int = 0
     samples: int = 0
+    calls: int = 0
     seconds: float = 0.0
     totals: Tensor = field(default_factory=lambda: torch.zeros(2))
 
-    def add(self, losses: tuple[Tensor, Tensor], share: int, samples: int, seconds: float) -> None:
-        """Notes a step: its two losses, samples on this rank and on all, and the time the epoch has taken so far."""
-        self.totals += torch.stack(losses) * share
+    def add(self, step: StepResult, share: int, samples: int, seconds: float) -> None:
+        """Notes a step, its samples on this rank and on all, and the time the epoch has taken so far."""
+        self.totals += torch.stack([step.loss, step.vanilla]) * share
+        self.calls += step.calls
         self.samples += samples
         self.steps += 1
         self.seconds = seconds
@@ -41,7 +59,7 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what is the same on all ranks, as plain values."""
-        return {"steps": self.steps, "samples": self.samples, "seconds": self.seconds}
+        return {"steps": self.steps, "samples": self.samples, "calls": self.calls, "seconds": self.seconds}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], totals: Tensor) -> "Progress":
@@ -53,6 +71,7 @@ class Progress:
         return cls(
             check_integer("steps", state["steps"], least=0),
             check_integer("samples", state["samples"], least=0),
+            check_integer("calls", state["calls"], least=0),
             check_number("seconds", state["seconds"], least=0),
             totals,
         )

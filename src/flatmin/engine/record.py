@@ -46,7 +46,7 @@ def run_folder(out: str | None, name: str) -> Iterator[Path]:
         yield folder
     except BaseException:
         if not any(folder.rglob(METRICS)) and not any(folder.rglob(LAST)):
-            for name in ("checkpoints", "runs"):
+            for name in ("checkpoints", "runs", "selection"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             for name in (CONFIG, EXPERIMENT, "results.json"):
                 (folder / name).unlink(missing_ok=True)

@@ -141,7 +141,10 @@ def _check(path: Path, state: Any, run: Run) -> None:
     try:
         metrics, epoch = state["metrics"], state["epoch"]
         complete = check_integer("epoch", epoch, least=0) == len(metrics) <= run.recipe.epochs and all(
-            line["epoch"] == number and isinstance(line["test_accuracy"], float) and _numbers(line.values())
+            line["epoch"] == number
+            and isinstance(line["test_accuracy"], float)
+            and isinstance(line["closure_calls"], float)
+            and _numbers(line.values())
             for number, line in enumerate(metrics)
         )
         if not complete:

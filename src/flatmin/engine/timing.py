@@ -1,15 +1,21 @@
 """Time per step of several methods, as ratios, their steps interleaved in one process."""
 
+import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .methods import get_method
+from .outcome import Row
 from .trainer import Trainer
+
+NEVER = 10**9  # only the first of so many steps pays, in the warm-up
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,49 @@ class StepTimes:
     def ratio(self, base: "StepTimes") -> float:
         """Median over the rounds of this method's time divided by the base's in the same round."""
         return statistics.median(a / b for a, b in zip(self.seconds, base.seconds, strict=True))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step of a row costs beside the base's: the times of one that pays, and where not all do, of the others."""
+
+    paying: StepTimes
+    plain: StepTimes | None = None
+
+
+def measure_rows(
+    rows: Sequence[Row],
+    build: Callable[[Row], Trainer],
+    batch: tuple[Tensor, Tensor, Tensor],
+    **options: Any,
+) -> tuple[list[Cost], list[Trainer]]:
+    """Measures the steps of all rows side by side; where only some steps pay for a second pass, both kinds.
+
+    Args:
+        rows: The rows.
+        build: Makes the trainer of one.
+        batch: As in `measure_steps`.
+        **options: Likewise.
+
+    Returns:
+        The rows' costs, and a trainer of each.
+    """
+    kinds = [_kinds(row) for row in rows]
+    trainers = [
+        build(replace(row, settings=settings)) for row, some in zip(rows, kinds, strict=True) for settings in some
+    ]
+    times = iter(measure_steps(trainers, batch, **options))
+    costs = [Cost(*(next(times) for _ in some)) for some in kinds]
+    places = itertools.accumulate((len(some) for some in kinds[:-1]), initial=0)
+    return costs, [trainers[place] for place in places]
+
+
+def _kinds(row: Row) -> list[Mapping[str, Any]]:
+    """Settings whose steps all cost the same: those of the row, or with a second pass in each and in none."""
+    if row.settings.get("when", "always") == "always":
+        return [row.settings]
+    get_method(row.method).pays(0, row.settings, 1)  # says what is wrong with it
+    return [{**row.settings, "when": "always"}, {**row.settings, "when": f"every:{NEVER}"}]
 
 
 def measure_steps(

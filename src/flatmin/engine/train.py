@@ -1,5 +1,6 @@
 """One run from start to end, kept on disk as it goes, and continued where it was ended."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -42,7 +43,8 @@ def train(
         durable: Whether checkpoints survive a failure of the power too, and not only of the process.
 
     Returns:
-        The last epoch's metrics (see `Trainer.train_epoch`) and ``extra_bytes``.
+        The last epoch's metrics (see `Trainer.train_epoch`), ``extra_bytes`` and ``mean_closure_calls``, of a step over
+        the whole run.
 
     Raises:
         FlatminError: If something that the run names cannot be used, or the folder cannot be written.
@@ -89,7 +91,7 @@ def resume(
         if start is not None and start.state["epoch"] == run.recipe.epochs:
             if ranks.rank() == 0:
                 restore_files(folder, start)
-            return {**start.state["metrics"][-1], "extra_bytes": start.state["extra_bytes"]}
+            return _conclusion(start.state["metrics"], start.state["extra_bytes"])
         keeper = Keeper(folder, run, Trainer(run, load_problem(run.recipe, run.seed)), minutes=checkpoint_minutes)
         if start is not None:
             keeper.restore(start)
@@ -110,7 +112,12 @@ def _train(keeper: Keeper, on_epoch: OnEpoch | None, on_step: Callable[[], None]
         keeper.epoch_done(metrics)
         if on_epoch is not None:
             on_epoch(metrics)
-    return {**metrics, "extra_bytes": trainer.extra_bytes}
+    return _conclusion(keeper.metrics, trainer.extra_bytes)
+
+
+def _conclusion(metrics: list[dict[str, float]], extra_bytes: int) -> dict[str, float]:
+    calls = math.fsum(epoch["closure_calls"] for epoch in metrics) / len(metrics)
+    return {**metrics[-1], "extra_bytes": extra_bytes, "mean_closure_calls": calls}
 
 
 def _alone(folder: Path) -> AbstractContextManager[None]:

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -21,7 +21,7 @@ from .fit import check_fit, check_optimizer, check_values
 from .loader import RankBatches, make_loader
 from .methods import Ingredients, get_method
 from .problem import Problem, augmented, class_numbers, make_criterion, seed_all
-from .progress import Progress
+from .progress import Progress, StepResult
 from .random_state import random_states, set_random_states
 
 
@@ -35,7 +35,8 @@ class Trainer:
     Attributes:
         model: The network, the same on all ranks.
         optimizer: What makes the step; the method's.
-        trajectory: SAF, MESA or None.
+        trajectory: SAF, MESA, online label smoothing or None.
+        average: An average of the weights, which is evaluated in place of the network, or None.
         extra_bytes: What the method keeps in memory beyond the base optimizer.
         epoch: Number of epochs done.
         progress: How far the epoch after these has come.
@@ -72,10 +73,17 @@ class Trainer:
                 num_samples=len(problem.train),  # type: ignore[arg-type]
                 num_classes=problem.num_classes,
                 steps_per_epoch=len(self.loader),
+                epochs=recipe.epochs,
             ),
             run.settings,
         )
-        self.optimizer, self.trajectory, self._penalty = method.optimizer, method.trajectory, method.penalty
+        self.optimizer, self.trajectory, self.average = method.optimizer, method.trajectory, method.average
+        self._penalty, self._chooses = method.penalty, method.chooses
+        if self._chooses and problem.criterion is not None:
+            raise InvalidArgumentError(
+                f"{run.method} needs each sample's loss, and the experiment file's criterion() gives their mean: leave "
+                f"{run.method} out, or the criterion"
+            )
         self.extra_bytes = method.extra_bytes
         self.criterion = make_criterion(problem, run.settings["smoothing"])
         self.epoch = 0
@@ -90,7 +98,8 @@ class Trainer:
 
         Returns:
             ``epoch`` (from 0), ``train_loss`` (with the trajectory term), ``train_loss_vanilla`` (without),
-            ``test_loss``, ``test_accuracy`` (a share of 1), ``lr`` and ``seconds`` (without the evaluation).
+            ``test_loss``, ``test_accuracy`` (a share of 1), ``lr``, ``seconds`` (without the evaluation) and
+            ``closure_calls`` (of a step, on average).
         """
         progress = self.progress
         batches = self._begin_epoch()
@@ -100,14 +109,16 @@ class Trainer:
             y = class_numbers(y, self.problem.num_classes)
             x = augmented(x, self.run.recipe, self._augmentation)
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            losses = self.step(index, x, y, weight=self._batches.weight(progress.steps))
-            progress.add(losses, len(y), self._batches.lengths[progress.steps], time.perf_counter() - start)
+            step = self.step(index, x, y, weight=self._batches.weight(progress.steps))
+            progress.add(step, len(y), self._batches.lengths[progress.steps], time.perf_counter() - start)
             if on_step is not None:
                 on_step()
         total, vanilla = progress.means()
         seconds = time.perf_counter() - start
         self.scheduler.step()
         ranks.equalise([self.model])
+        if self.average is not None:
+            self.average.epoch_done()
         test_loss, test_accuracy = self.evaluate()
         self.epoch += 1
         self.progress = Progress(totals=torch.zeros(2, device=self.device))
@@ -119,6 +130,7 @@ class Trainer:
             "test_accuracy": test_accuracy,
             "lr": lr,
             "seconds": seconds,
+            "closure_calls": progress.calls / progress.steps,
         }
 
     def _begin_epoch(self) -> Iterator[tuple[Tensor, Any]]:
@@ -144,7 +156,7 @@ class Trainer:
         if self.trajectory is not None:
             self.trajectory.set_epoch(epoch)
 
-    def step(self, index: Tensor, x: Tensor, y: Tensor, *, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    def step(self, index: Tensor, x: Tensor, y: Tensor, *, weight: float = 1.0) -> StepResult:
         """Makes one step.
 
         Args:
@@ -152,9 +164,6 @@ class Trainer:
             x: Inputs, on the device.
             y: Class numbers, int64, shape (B,), on the device.
             weight: What the mean over this rank's samples counts, see `RankBatches.weight`.
-
-        Returns:
-            The loss and the criterion's part of it, detached, at the weights before the step.
         """
         losses: list[tuple[Tensor, Tensor]] = []
 
@@ -163,25 +172,39 @@ class Trainer:
             with self._autocast():
                 logits = self._network(x)
                 vanilla = self.criterion(logits, y)
-                loss = vanilla if self._penalty is None else vanilla + self._penalty(logits, index, x)
+                loss = vanilla if self._penalty is None else vanilla + self._penalty(logits, y, index, x)
             (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
             losses.append((loss.detach().float(), vanilla.detach().float()))
             return loss
 
-        self.optimizer.step(closure)  # type: ignore[arg-type]
-        return losses[0]
+        def choosing(keep: Any) -> Tensor:
+            with self._autocast():
+                each = F.cross_entropy(
+                    self._network(x[keep]), y[keep], reduction="none", label_smoothing=self.run.settings["smoothing"]
+                )
+            mean = each.detach().float().mean()
+            losses.append((mean, mean))
+            return each if weight == 1 else each * weight
+
+        self.optimizer.step(choosing if self._chooses else closure)  # type: ignore[arg-type]
+        return StepResult(*losses[0], calls=len(losses))
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated: the one that is trained, or its average."""
+        return self.model if self.average is None else self.average.average.module
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
         """Returns the plain cross entropy and the accuracy, a share of 1, on the test set."""
-        self.model.eval()
+        model = self.evaluated.eval()
         totals = torch.zeros(2, device=self.device)
         recipe = self.run.recipe
         for x, y in make_loader(self.problem.test, max(recipe.batch_size, 512), workers=recipe.workers):
             y = class_numbers(y, self.problem.num_classes)
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             with self._autocast():
-                logits = self.model(x)
+                logits = model(x)
             loss = F.cross_entropy(logits.float(), y, reduction="sum")
             totals += torch.stack([loss, (logits.argmax(dim=1) == y).sum()])
         loss_mean, accuracy = (ranks.total(totals) / len(self.problem.test)).tolist()  # type: ignore[arg-type]
@@ -210,6 +233,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
+            "average": {} if self.average is None else self.average.state_dict(),
             # The state of a gradient scaler, once there is one, belongs here.
             "ranks": ranks.from_all({"totals": self.progress.totals.cpu(), "random": self._random_states()}),
         }
@@ -222,7 +246,7 @@ class Trainer:
         """
         own = self.state_dict()
         same_torch = state["torch"] == own["torch"]  # other versions have other entries
-        for name in ("model", "trajectory", "progress"):
+        for name in ("model", "trajectory", "average", "progress"):
             check_fit(name, state[name], own[name])
         check_optimizer(state["optimizer"], self.scheduler.optimizer, exact=same_torch)
         check_fit("scheduler", state["scheduler"], own["scheduler"], exact=same_torch)
@@ -235,6 +259,8 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.trajectory is not None:
             self.trajectory.load_state_dict(state["trajectory"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.epoch = epoch
         self.progress = Progress.from_state(state["progress"], part["totals"].to(self.device, copy=True))
         # On fewer processes an epoch may have more steps, see `RankBatches`; then nothing of it is left to do here.

@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from .._checks import check_integer, check_number
+from ..averages._average import check_alike, copied, evaluating, move
 from ..errors import FlatminWarning, InvalidArgumentError
-from ._average import check_alike, copied, evaluating, move
 from ._share import random_share, take
 from ._trajectory import trajectory_loss
 

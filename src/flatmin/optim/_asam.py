@@ -7,16 +7,20 @@ ICML 2021, arXiv 2102.11600::
     w = base step from w with the gradient at w + e
 """
 
-from collections.abc import Iterable
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
+
 from torch.optim import Optimizer
 
+from ..errors import InvalidArgumentError
 from ._base import SharpnessAware
+from ._options import EachRank
 from ._scaling import Elementwise, Rho
-from ._step import Step
-from ._when import When
+from ._step import Passes, Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ASAM(SharpnessAware):
@@ -32,10 +36,8 @@ class ASAM(SharpnessAware):
         rho: Length of the perturbation, measured relative to the weights, > 0, or a function of the base optimizer to
             it. About ten times SAM's: .5 for CIFAR-10, 1 for CIFAR-100.
         eta: Added to the absolute weights, >= 0.
-        parameters: Those to perturb; all by default.
-        when: Which steps pay for the second pass; all by default.
-        model: The network; seldom needed, see `SharpnessAware`.
-        norm: Whose gradient makes the perturbation where several processes train together, see `SharpnessAware`.
+        **common: What all two-pass methods take, but for ``scaling``: ``parameters``, ``scaler``, ``max_norm``,
+            ``when``, ``model``, ``same_randomness``; and ``norm``; see `SharpnessAware`.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -46,28 +48,22 @@ class ASAM(SharpnessAware):
         >>> optimizer = flatmin.ASAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, eta=0.01)
     """
 
+    _common = EachRank
+
     def __init__(
         self,
         base_optimizer: Optimizer,
         *,
         rho: Rho = 0.5,
         eta: float = 0.01,
-        parameters: Iterable[Tensor] | None = None,
-        when: When | None = None,
-        model: nn.Module | None = None,
-        norm: Literal["rank", "global"] = "rank",
+        **common: Unpack[EachRank],
     ) -> None:
-        super().__init__(
-            base_optimizer,
-            rho=rho,
-            parameters=parameters,
-            scaling=Elementwise(eta),
-            when=when,
-            model=model,
-            norm=norm,
-        )
+        if "scaling" in common:
+            raise InvalidArgumentError("ASAM has its own scaling; give another to SAM(..., scaling=...)")
+        common["scaling"] = Elementwise(eta)
+        super().__init__(base_optimizer, rho=rho, **common)
 
-    def _gradient(self, step: Step) -> None:
-        step.first()
+    def _gradient(self, step: Step) -> Passes:
+        yield from step.first()
         if step.pays:
-            step.second(eps=1e-16)
+            yield from step.second(eps=1e-16)

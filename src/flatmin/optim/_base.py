@@ -1,27 +1,29 @@
 """What every optimizer shares that moves the weights before the gradient is taken."""
 
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from abc import ABC
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from torch.optim import Optimizer
 
-from .._checks import check_choice, check_integer
-from ..errors import InvalidArgumentError, NonFiniteGradientWarning
-from ._arguments import check_base, check_subset
+from .._checks import check_choice, check_integer, check_number
+from ._arguments import check_subset
+from ._loss_scale import LossScale
 from ._memory import Memory
-from ._scaling import Rho, Scaling, check_rho, check_scaling, rho_of
-from ._step import NotFiniteError, Step
-from ._when import Adaptive, When, check_when
+from ._options import EachRank, OnePass, TwoPasses, check_scaler, check_taken
+from ._passes import Closure, InPasses
+from ._scaling import Rho, check_rho, check_scaling, rho_of
+from ._step import Step
+from ._when import Adaptive, check_when
 
-Closure = Callable[..., Any]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 OWN = "flatmin"  # the key of what is not the base optimizer's in a state dict
 
 
-class SharpnessAware(Optimizer, ABC):
+class SharpnessAware(InPasses, ABC):
     """A torch optimizer around another one, whose gradient it takes at perturbed weights.
 
     A step is a direction x a scaling x a subset x when x what is done with the second gradient. A method, a subclass,
@@ -33,9 +35,10 @@ class SharpnessAware(Optimizer, ABC):
     A two-pass step calls the closure at the weights and at the perturbed weights, restores the weights to the bit, and
     lets the base optimizer step with what the method makes of the second gradient; where ``when`` does not pay, or rho
     is 0, the step is the base optimizer's. During the second call running statistics of normalisation layers stand
-    still. A one-pass step calls the closure at perturbed weights only: statistics move in it, and its loss is that of
-    the perturbed weights. A step in which the norm of a gradient is not finite is dropped: weights and all state stay
-    as they were, `skipped_steps` goes up and the first time a `NonFiniteGradientWarning` says so.
+    still, and dropout takes the masks of the first. A one-pass step calls the closure at perturbed weights only:
+    statistics move in it, and its loss is that of the perturbed weights. A step in which the norm of a gradient is not
+    finite is dropped: weights and all state stay as they were, `skipped_steps` goes up and the first time a
+    `NonFiniteGradientWarning` says so, unless there is a scaler, which looks for its scale in this way.
 
     Under ``DistributedDataParallel`` the second gradient is averaged, and the weights are the same on all ranks after
     the step. With ``norm="rank"`` the first is not: the module is found as it is called and does not synchronise in
@@ -51,14 +54,20 @@ class SharpnessAware(Optimizer, ABC):
         parameters: Those to perturb; all by default. For normalisation layers only (SAM-ON):
             ``flatmin.optim.normalization_parameters(model)``. All are trained.
         scaling: What makes the perturbation of the direction: one norm over all by default, `Elementwise` as in ASAM.
+        scaler: The ``torch.amp.GradScaler`` that the closure scales the loss with, where it trains in float16. All
+            gradients that a method sees are unscaled; ``scaler.update()`` after each step remains to be called.
+        max_norm: The gradient that the base optimizer steps with is brought to this norm if it is longer, > 0; the one
+            that makes the perturbation is not.
         when: Which steps pay for a second pass: a function of the step's number, from 0, to a bool, such as `Every`,
-            `Late` and `Sometimes`, or `Adaptive`; all by default.
+            `Late` and `Sometimes`, or `Adaptive`; all by default. Of two-pass methods, as the next two.
         model: The network. Only needed where its batch-norm layers cannot be seen as they are called. With a compiled
             model it also spares torch's warning of global hooks; give the outermost module then.
-        norm: Whose gradient makes the perturbation under ``DistributedDataParallel``. ``"rank"``: each rank perturbs
-            along the gradient of its own batch, which is not communicated (m-sharpness, as in SAM's paper).
-            ``"global"``: all along the gradient of the whole batch, as one process would; so always do methods that
-            use the first gradient otherwise too.
+        same_randomness: Whether the second pass draws the random numbers of the first from torch's generators, and
+            leaves them as one pass would; so by default.
+        norm: Of SAM, ASAM and ESAM: whose gradient makes the perturbation under ``DistributedDataParallel``.
+            ``"rank"``, the default: each rank perturbs along the gradient of its own batch, which is not communicated
+            (m-sharpness, as in SAM's paper). ``"global"``: all along the gradient of the whole batch, as one process
+            would; so always do the other methods, which use the first gradient otherwise too.
 
     Attributes:
         base_optimizer: The optimizer that makes the step.
@@ -68,61 +77,54 @@ class SharpnessAware(Optimizer, ABC):
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
     """
 
-    _closure = "def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); return loss"
+    _common: ClassVar[type[OnePass]] = TwoPasses  # the arguments that it takes of those below
 
     def __init__(
         self,
         base_optimizer: Optimizer,
         *,
         rho: Rho,
-        parameters: Iterable[Tensor] | None = None,
-        scaling: Scaling | None = None,
-        when: When | None = None,
-        model: nn.Module | None = None,
-        norm: Literal["rank", "global"] = "global",
+        **common: Unpack[EachRank],
     ) -> None:
-        check_base(base_optimizer)
-        if isinstance(base_optimizer, SharpnessAware):
-            wrapped = type(base_optimizer).__name__
-            raise InvalidArgumentError(f"base_optimizer is a {wrapped} already; wrap the plain optimizer once")
-        super().__init__([p for group in base_optimizer.param_groups for p in group["params"]], base_optimizer.defaults)
-        self.base_optimizer = base_optimizer
-        self.skipped_steps = 0
+        check_taken(type(self), common, self._common)
+        super().__init__(base_optimizer)
         self.rho = check_rho(rho)
-        self.norm = check_choice("norm", norm, ("rank", "global"))
-        self._when = check_when(when)
-        self._subset = check_subset(parameters, base_optimizer)
-        self._scaling = check_scaling(scaling)
-        self._model = model
+        own = "rank" if self._common is EachRank else "global"
+        self.norm = check_choice("norm", common.get("norm", own), ("rank", "global"))
+        self.scaler = check_scaler(common.get("scaler"))
+        max_norm = common.get("max_norm")
+        self.max_norm = None if max_norm is None else check_number("max_norm", max_norm, above=0)
+        self._when = check_when(common.get("when"))
+        self._subset = check_subset(common.get("parameters"), base_optimizer)
+        self._scaling = check_scaling(common.get("scaling"))
+        self._model = common.get("model")
+        self._replay = bool(common.get("same_randomness", True))
         self._steps = 0
         self._memory = Memory()
-        self._follow()
 
-    @abstractmethod
-    def _gradient(self, step: Step) -> None:
-        """Leaves the gradient to step with. Writes to memory after the last pass only, since any pass may fail."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the base optimizer's state, and under ``"flatmin"`` what there is beside it."""
+        self._check_idle("state_dict")
+        own = {
+            "step": self._steps,
+            "state": self._memory.state_dict(self.param_groups),
+            "when": self._when.state_dict() if isinstance(self._when, Adaptive) else {},
+        }
+        return {**self.base_optimizer.state_dict(), OWN: own}
 
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        """Makes one step.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned; a plain optimizer's state fits too, and begins at step 0."""
+        self._check_idle("load_state_dict")
+        own = {"step": 0, "state": {}, "when": {}, **state_dict.get(OWN, {})}
+        steps = check_integer("state_dict['flatmin']['step']", own["step"], least=0)
+        memory = Memory.from_state(own["state"], self.param_groups)
+        self.base_optimizer.load_state_dict({name: part for name, part in state_dict.items() if name != OWN})
+        if isinstance(self._when, Adaptive):
+            self._when.load_state_dict(own["when"])
+        self._steps, self._memory = steps, memory
 
-        Args:
-            closure: Clears the gradients, computes the loss, calls ``backward()`` and returns the loss, as torch's
-                own optimizers expect it. Called twice; once by one-pass methods, in steps that do not pay, and where
-                the first gradient is not finite.
-
-        Returns:
-            The loss of the first call; of two-pass methods at the unperturbed weights.
-
-        Raises:
-            InvalidArgumentError: If there is no closure, or it leaves no gradient.
-            Exception: Whatever the closure raises; the weights are then as they were.
-        """
-        if closure is None:
-            raise InvalidArgumentError(
-                f"{type(self).__name__}.step needs a closure, to take the gradient where it chooses: {self._closure}"
-            )
-        step = Step(
+    def _begin(self, closure: Closure | None) -> Step:
+        return Step(
             name=type(self).__name__,
             closure=closure,
             number=self._steps,
@@ -133,68 +135,12 @@ class SharpnessAware(Optimizer, ABC):
             when=self._when,
             model=self._model,
             local=self.norm == "rank",
+            replay=self._replay,
+            max_norm=self.max_norm,
+            scale=LossScale(self.scaler, self.base_optimizer),
         )
-        try:
-            self._gradient(step)
-        except NotFiniteError as error:
-            return self._skip(step.loss, str(error))
-        self.base_optimizer.step()
+
+    def _made(self, step: Step) -> None:
         if isinstance(self._when, Adaptive):
             self._when.observe(step.first_norm)
         self._steps += 1
-        return step.loss
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer, which is to itself."""
-        if "base_optimizer" in self.__dict__:
-            self.base_optimizer.add_param_group(param_group)
-        else:  # called by torch's constructor, before there is anything to share
-            super().add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the base optimizer's state, and under ``"flatmin"`` what there is beside it."""
-        own = {
-            "step": self._steps,
-            "state": self._memory.state_dict(self.param_groups),
-            "when": self._when.state_dict() if isinstance(self._when, Adaptive) else {},
-        }
-        return {**self.base_optimizer.state_dict(), OWN: own}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned; a plain optimizer's state fits too, and begins at step 0."""
-        own = {"step": 0, "state": {}, "when": {}, **state_dict.get(OWN, {})}
-        steps = check_integer("state_dict['flatmin']['step']", own["step"], least=0)
-        memory = Memory.from_state(own["state"], self.param_groups)
-        self.base_optimizer.load_state_dict({name: part for name, part in state_dict.items() if name != OWN})
-        if isinstance(self._when, Adaptive):
-            self._when.load_state_dict(own["when"])
-        self._steps, self._memory = steps, memory
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch's own leaves out what a subclass adds; hooks and the step a scheduler has patched belong to this object.
-        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._follow()
-
-    def _follow(self) -> None:
-        """Shares what the base optimizer has, now and whenever a checkpoint gives it something else."""
-        self.base_optimizer.register_load_state_dict_post_hook(lambda _: self._share())
-        self._share()
-
-    def _share(self) -> None:
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
-        self.defaults = self.base_optimizer.defaults
-
-    def _skip(self, loss: Any, which: str) -> Any:
-        if self.skipped_steps == 0:
-            warnings.warn(
-                f"the {which} gradient of a {type(self).__name__} step is not finite: the step was dropped and the "
-                "weights are as they were (said once; skipped_steps counts them)",
-                NonFiniteGradientWarning,
-                stacklevel=5,  # _skip, step, torch's two wrappers
-            )
-        self.skipped_steps += 1
-        return loss

@@ -8,21 +8,26 @@ arXiv 2110.03141::
     w = base step from w with the gradient at w + e, of the mean over the gamma * B samples of largest s_i
 """
 
+from __future__ import annotations
+
 import math
 import random
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .._checks import check_integer, check_number
 from ..errors import InvalidArgumentError
 from ._base import SharpnessAware
-from ._scaling import Rho, Scaling
-from ._step import Step
-from ._when import When
+from ._options import EachRank
+from ._scaling import Rho
+from ._step import Passes, Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 EVERY_SAMPLE = slice(None)
 
@@ -37,9 +42,10 @@ class ESAM(SharpnessAware):
 
     The optimizer has to choose samples, which no closure of torch's lets it do. In its place `step` takes a function
     that gets ``keep``, which indexes the batch, and returns the loss of each sample kept, unreduced; it does neither
-    ``zero_grad`` nor ``backward``. It is called with the whole batch, again without gradient at the perturbed weights,
-    and there with the samples chosen; once in steps that do not pay. Batches cannot be accumulated. Memory: one copy of
-    the tensors kept.
+    ``zero_grad`` nor ``backward``, and leaves losses unscaled where there is a ``scaler``. It is called with the whole
+    batch, again without gradient at the perturbed weights, and there with the samples chosen; once in steps that do not
+    pay. The forward without gradient has the dropout masks of the first, so that losses rise by the weights alone.
+    Batches cannot be accumulated. Memory: one copy of the tensors kept.
 
     Args:
         base_optimizer: The optimizer, an instance, that makes the step.
@@ -47,12 +53,9 @@ class ESAM(SharpnessAware):
             .2 in the paper.
         beta: Probability with which a tensor is perturbed, in (0, 1]. A step that keeps none is the base optimizer's.
         gamma: Share of the samples in the second pass, in (0, 1]; at 1 there is no forward to choose them.
-        parameters: Those that may be perturbed; all by default.
-        scaling: What makes the perturbation of the gradient; one norm over all that are kept by default.
-        when: Which steps pay for the second pass; all by default.
         seed: Draws the tensors, from it and the step's number alone: the same on all ranks and after a resume.
-        model: The network; seldom needed, see `SharpnessAware`.
-        norm: Whose gradient makes the perturbation where several processes train together, see `SharpnessAware`.
+        **common: What all two-pass methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``, ``when``,
+            ``model``, ``same_randomness``; and ``norm``; see `SharpnessAware`.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -70,6 +73,8 @@ class ESAM(SharpnessAware):
     """
 
     _closure = "def losses(keep): return criterion(model(x[keep]), y[keep], reduction='none')"
+    _without_closure = ""
+    _common = EachRank
 
     def __init__(
         self,
@@ -78,22 +83,20 @@ class ESAM(SharpnessAware):
         rho: Rho = 0.05,
         beta: float = 0.6,
         gamma: float = 0.5,
-        parameters: Iterable[Tensor] | None = None,
-        scaling: Scaling | None = None,
-        when: When | None = None,
         seed: int = 0,
-        model: nn.Module | None = None,
-        norm: Literal["rank", "global"] = "rank",
+        **common: Unpack[EachRank],
     ) -> None:
         self.beta = check_number("beta", beta, above=0, most=1)
         self.gamma = check_number("gamma", gamma, above=0, most=1)
         self.seed = check_integer("seed", seed, least=0)
-        super().__init__(
-            base_optimizer, rho=rho, parameters=parameters, scaling=scaling, when=when, model=model, norm=norm
-        )
+        super().__init__(base_optimizer, rho=rho, **common)
 
-    def _gradient(self, step: Step) -> None:
+    def _gradient(self, step: Step) -> Passes:
         losses, before = step.closure, list[Tensor]()
+        if losses is None:
+            raise InvalidArgumentError(
+                f"ESAM makes its passes itself, since it has to choose samples: give step a closure, {self._closure}"
+            )
         draw = random.Random(f"{self.seed}:{step.number}")
         kept = {parameter for parameter in step.candidates() if draw.random() < self.beta}
         step.pays = step.pays and len(kept) > 0
@@ -110,11 +113,13 @@ class ESAM(SharpnessAware):
             self._backward(losses, keep)
 
         step.closure = whole
-        step.first()
+        yield from step.first()
         if step.pays:
             pairs = [pair for pair in zip(*step.perturbed(), strict=True) if pair[0] in kept]
+            parameters, directions = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            del pairs  # or the first gradients would be held during the second pass
             step.closure = share
-            step.second([p for p, _ in pairs], [g for _, g in pairs], rho=step.rho / self.beta, eps=1e-7)
+            yield from step.second(parameters, directions, rho=step.rho / self.beta, eps=1e-7)
 
     def _backward(self, losses: Callable[..., Any], keep: Any) -> Tensor:
         """Leaves the gradient of the mean loss of the samples kept, and returns their losses."""
@@ -125,5 +130,5 @@ class ESAM(SharpnessAware):
             raise InvalidArgumentError(
                 f"the closure of ESAM must return one loss a sample, of shape (samples,), got {what}; {self._closure}"
             )
-        found.mean().backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(found.mean()).backward()  # type: ignore[no-untyped-call]
         return found.detach()

@@ -7,17 +7,24 @@
     w = base step from w with the gradient at w + e
 """
 
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
-from ._scaling import Rho, Scaling
-from ._step import Step
+from ._scaling import Rho
+from ._step import Passes, Step
 from ._tensors import add_, clones, scale_
-from ._when import When
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import TwoPasses
 
 
 def friendly(
@@ -44,10 +51,8 @@ class FriendlySAM(SharpnessAware):
         rho: Length of the perturbation, > 0, or a function of the base optimizer to it. The paper's is .2.
         sigma: Share of the moving mean that is taken off, >= 0; at 0 it is SAM.
         lam: Momentum of the moving mean, in [0, 1); .6 to .95 in the paper.
-        parameters: Those to perturb; all by default.
-        scaling: What makes the perturbation of the direction; one norm over all by default.
-        when: Which steps pay for the second pass; all by default.
-        model: The network; seldom needed, see `SharpnessAware`.
+        **common: What all two-pass methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``, ``when``,
+            ``model``, ``same_randomness``; see `SharpnessAware`.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -65,21 +70,18 @@ class FriendlySAM(SharpnessAware):
         rho: Rho = 0.2,
         sigma: float = 1.0,
         lam: float = 0.9,
-        parameters: Iterable[Tensor] | None = None,
-        scaling: Scaling | None = None,
-        when: When | None = None,
-        model: nn.Module | None = None,
+        **common: Unpack[TwoPasses],
     ) -> None:
         self.sigma = check_number("sigma", sigma, least=0)
         self.lam = check_number("lam", lam, least=0, below=1)
-        super().__init__(base_optimizer, rho=rho, parameters=parameters, scaling=scaling, when=when, model=model)
+        super().__init__(base_optimizer, rho=rho, **common)
 
-    def _gradient(self, step: Step) -> None:
-        step.first()
+    def _gradient(self, step: Step) -> Passes:
+        yield from step.first()
         if step.pays:
             parameters, gradients = step.perturbed()
             old = self._memory.get("momentum", parameters)
             directions, momenta = friendly(gradients, old, self.sigma, self.lam)
             del gradients
-            step.second(parameters, directions)
+            yield from step.second(parameters, directions)
             self._memory.put("momentum", parameters, momenta)

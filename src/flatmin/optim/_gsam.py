@@ -7,17 +7,23 @@
     w = base step from w with g~ - alpha * g_perp
 """
 
-from collections.abc import Iterable
+from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
-from ._scaling import Rho, Scaling
-from ._step import Step, aligned
+from ._scaling import Rho
+from ._step import Passes, Step, aligned
 from ._tensors import add_, clones, cosine, global_norm, scale_
-from ._when import When
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import TwoPasses
 
 
 def decompose_(second: list[Tensor], first: list[Tensor], alpha: float) -> None:
@@ -40,10 +46,8 @@ class GSAM(SharpnessAware):
         rho: Length of the perturbation, > 0. The paper's falls with the learning rate, from .04 to .02 for ResNets
             and .6 to .1 for ViT-B/32: ``flatmin.optim.RhoByLR(0.04, 0.02, lr_max=0.1)``.
         alpha: Weight of the orthogonal part, >= 0: .01 for ResNets, .6 for ViT-B/32.
-        parameters: Those to perturb; all by default. The projection is over all in any case.
-        scaling: What makes the perturbation of the gradient; one norm over all by default.
-        when: Which steps pay for the second pass; all by default.
-        model: The network; seldom needed, see `SharpnessAware`.
+        **common: What all two-pass methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``, ``when``,
+            ``model``, ``same_randomness``; see `SharpnessAware`.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -60,17 +64,14 @@ class GSAM(SharpnessAware):
         *,
         rho: Rho = 0.04,
         alpha: float = 0.01,
-        parameters: Iterable[Tensor] | None = None,
-        scaling: Scaling | None = None,
-        when: When | None = None,
-        model: nn.Module | None = None,
+        **common: Unpack[TwoPasses],
     ) -> None:
         self.alpha = check_number("alpha", alpha, least=0)
-        super().__init__(base_optimizer, rho=rho, parameters=parameters, scaling=scaling, when=when, model=model)
+        super().__init__(base_optimizer, rho=rho, **common)
 
-    def _gradient(self, step: Step) -> None:
-        step.first()
+    def _gradient(self, step: Step) -> Passes:
+        yield from step.first()
         if step.pays:
             parameters, first = step.parameters, clones(step.gradients)
-            step.second()
+            yield from step.second()
             decompose_(step.gradients, aligned(step.parameters, parameters, first), self.alpha)

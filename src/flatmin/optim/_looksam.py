@@ -8,17 +8,24 @@
     the others:        w = base step from w with g + alpha * |g| / (|g_v| + 1e-8) * g_v
 """
 
-from collections.abc import Iterable
+from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
-from ._scaling import Rho, Scaling
-from ._step import Step, aligned
+from ._scaling import Rho
+from ._step import Passes, Step, aligned
 from ._tensors import add_, clones, cosine, global_norm, scale_
-from ._when import Every, When
+from ._when import Every
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import TwoPasses
 
 
 def orthogonal_(first: list[Tensor], second: list[Tensor]) -> None:
@@ -45,12 +52,10 @@ class LookSAM(SharpnessAware):
     Args:
         base_optimizer: The optimizer, an instance, that makes the step.
         rho: Length of the perturbation, > 0, or a function of the base optimizer to it. SAM's.
-        k: Steps from one second pass to the next; the paper's for ViT is 5.
+        k: Steps from one second pass to the next; the paper's for ViT is 5. ``when`` takes its place.
         alpha: Weight of what is reused, >= 0, .2 to .7 in the paper.
-        parameters: Those to perturb; all by default. The projection is over all in any case.
-        scaling: What makes the perturbation of the gradient; one norm over all by default.
-        when: Which steps pay for the second pass, in place of every ``k``-th.
-        model: The network; seldom needed, see `SharpnessAware`.
+        **common: What all two-pass methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``, ``when``,
+            ``model``, ``same_randomness``; see `SharpnessAware`.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -68,20 +73,18 @@ class LookSAM(SharpnessAware):
         rho: Rho = 0.05,
         k: int = 5,
         alpha: float = 0.7,
-        parameters: Iterable[Tensor] | None = None,
-        scaling: Scaling | None = None,
-        when: When | None = None,
-        model: nn.Module | None = None,
+        **common: Unpack[TwoPasses],
     ) -> None:
         self.alpha = check_number("alpha", alpha, least=0)
-        when = Every(k) if when is None else when
-        super().__init__(base_optimizer, rho=rho, parameters=parameters, scaling=scaling, when=when, model=model)
+        if common.get("when") is None:
+            common["when"] = Every(k)
+        super().__init__(base_optimizer, rho=rho, **common)
 
-    def _gradient(self, step: Step) -> None:
-        step.first()
+    def _gradient(self, step: Step) -> Passes:
+        yield from step.first()
         if step.pays:
             parameters, first = step.parameters, clones(step.gradients)
-            step.second()
+            yield from step.second()
             directions = aligned(step.parameters, parameters, first)
             orthogonal_(directions, step.gradients)
             self._memory.put("direction", step.parameters, directions)

@@ -6,16 +6,22 @@
     w = base step from w with the gradient at w + e
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import InvalidArgumentError
 from ._base import SharpnessAware
-from ._scaling import Rho, Scaling
-from ._step import Step
+from ._options import OnePass
+from ._scaling import Rho
+from ._step import Passes, Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NAMES = ("momentum_buffer", "exp_avg")  # what torch's optimizers, and those that follow them, call their momentum
 
@@ -44,8 +50,7 @@ class MSAM(SharpnessAware):
             ``exp_avg``: SGD with momentum, the Adam family, RMSprop with momentum.
         rho: Length of the perturbation, > 0, or a function of the base optimizer to it, 0 while ViTs warm up. Larger
             than SAM's: about 3 on CIFAR-100.
-        parameters: Those to perturb; all by default.
-        scaling: What makes the perturbation of the momentum; one norm over all by default.
+        **common: What all methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``; see `SharpnessAware`.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used; in the second step if the base optimizer
@@ -57,21 +62,22 @@ class MSAM(SharpnessAware):
         >>> optimizer = flatmin.MSAM(base, rho=3.0)
     """
 
+    _common, _most_passes = OnePass, 1
+
     def __init__(
         self,
         base_optimizer: Optimizer,
         *,
         rho: Rho = 3.0,
-        parameters: Iterable[Tensor] | None = None,
-        scaling: Scaling | None = None,
+        **common: Unpack[OnePass],
     ) -> None:
-        super().__init__(base_optimizer, rho=rho, parameters=parameters, scaling=scaling)
+        super().__init__(base_optimizer, rho=rho, **common)
 
-    def _gradient(self, step: Step) -> None:
+    def _gradient(self, step: Step) -> Passes:
         known, found = momenta(step.candidates(), self.base_optimizer.state)
         if step.number > 0 and not found:
             raise InvalidArgumentError(
                 f"base_optimizer {type(self.base_optimizer).__name__} keeps none of {', '.join(NAMES)}, along which "
                 "MSAM perturbs; give SGD a momentum, or use S2SAM"
             )
-        step.only(known, found, sign=-1)
+        yield from step.only(known, found, sign=-1)

@@ -7,15 +7,20 @@ Ji et al., NeurIPS 2024::
     w = base step from w with the gradient at w + e
 """
 
-from collections.abc import Iterable
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
 from torch.optim import Optimizer
 
 from ._base import SharpnessAware
-from ._scaling import Rho, Scaling
-from ._step import Step
+from ._options import OnePass
+from ._scaling import Rho
+from ._step import Passes, Step
 from ._tensors import clones
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class S2SAM(SharpnessAware):
@@ -27,8 +32,7 @@ class S2SAM(SharpnessAware):
     Args:
         base_optimizer: The optimizer, an instance, that makes the step.
         rho: Length of the perturbation, > 0, or a function of the base optimizer to it.
-        parameters: Those to perturb; all by default.
-        scaling: What makes the perturbation of the gradient; one norm over all by default.
+        **common: What all methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``; see `SharpnessAware`.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -39,17 +43,18 @@ class S2SAM(SharpnessAware):
         >>> optimizer = flatmin.S2SAM(base, rho=0.05)
     """
 
+    _common, _most_passes = OnePass, 1
+
     def __init__(
         self,
         base_optimizer: Optimizer,
         *,
         rho: Rho = 0.05,
-        parameters: Iterable[Tensor] | None = None,
-        scaling: Scaling | None = None,
+        **common: Unpack[OnePass],
     ) -> None:
-        super().__init__(base_optimizer, rho=rho, parameters=parameters, scaling=scaling)
+        super().__init__(base_optimizer, rho=rho, **common)
 
-    def _gradient(self, step: Step) -> None:
-        step.only(*self._memory.known("gradient", step.candidates()))
+    def _gradient(self, step: Step) -> Passes:
+        yield from step.only(*self._memory.known("gradient", step.candidates()))
         parameters, gradients = step.perturbed()
         self._memory.put("gradient", parameters, clones(gradients))

@@ -6,16 +6,19 @@
     w = base step from w with the gradient at w + e
 """
 
-from collections.abc import Iterable
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
+
 from torch.optim import Optimizer
 
 from ._base import SharpnessAware
-from ._scaling import Rho, Scaling
-from ._step import Step
-from ._when import When
+from ._options import EachRank
+from ._scaling import Rho
+from ._step import Passes, Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SAM(SharpnessAware):
@@ -27,11 +30,8 @@ class SAM(SharpnessAware):
     Args:
         base_optimizer: The optimizer, an instance, that makes the step.
         rho: Length of the perturbation over all parameters together, > 0, or a function of the base optimizer to it.
-        parameters: Those to perturb; all by default.
-        scaling: What makes the perturbation of the gradient; one norm over all by default.
-        when: Which steps pay for the second pass; all by default.
-        model: The network; seldom needed.
-        norm: Whose gradient makes the perturbation where several processes train together, ``"rank"`` or ``"global"``.
+        **common: What all two-pass methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``, ``when``,
+            ``model``, ``same_randomness``; and ``norm``; see `SharpnessAware`.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -51,22 +51,18 @@ class SAM(SharpnessAware):
         True
     """
 
+    _common = EachRank
+
     def __init__(
         self,
         base_optimizer: Optimizer,
         *,
         rho: Rho = 0.05,
-        parameters: Iterable[Tensor] | None = None,
-        scaling: Scaling | None = None,
-        when: When | None = None,
-        model: nn.Module | None = None,
-        norm: Literal["rank", "global"] = "rank",
+        **common: Unpack[EachRank],
     ) -> None:
-        super().__init__(
-            base_optimizer, rho=rho, parameters=parameters, scaling=scaling, when=when, model=model, norm=norm
-        )
+        super().__init__(base_optimizer, rho=rho, **common)
 
-    def _gradient(self, step: Step) -> None:
-        step.first()
+    def _gradient(self, step: Step) -> Passes:
+        yield from step.first()
         if step.pays:
-            step.second()
+            yield from step.second()

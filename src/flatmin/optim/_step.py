@@ -1,8 +1,8 @@
 """The passes of one step, from which each method is put together."""
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,14 @@ from torch.distributed import ProcessGroup
 
 from ..errors import InvalidArgumentError
 from ._batchnorm import frozen_statistics
+from ._loss_scale import LossScale
+from ._randomness import CPU, States, random_states, replayed
 from ._replicas import agreed, local_gradients
 from ._scaling import Scaling
-from ._tensors import add_, copy_, global_norm
+from ._tensors import add_, copy_, global_norm, scale_
 from ._when import Adaptive, When
+
+Passes = Generator[None, None, None]  # yields wherever a pass is due; whoever goes over it makes the pass then
 
 
 class NotFiniteError(Exception):
@@ -34,11 +38,12 @@ def aligned(parameters: list[Tensor], others: list[Tensor], tensors: list[Tensor
 class Step:
     """One step: what it is made with, and what its last pass has found.
 
-    A two-pass method calls `first`, and where the step then `pays`, `second`. A one-pass method calls `only`.
+    A two-pass method goes over `first`, and where the step then `pays`, over `second`. A one-pass method goes over
+    `only`. Gradients are unscaled after each.
 
     Attributes:
         name: The method's, for errors.
-        closure: Computes the gradients.
+        closure: Makes a pass; None if whoever goes over the passes makes them.
         number: How many steps were made before.
         rho: Length of the perturbation.
         groups: The parameter groups.
@@ -47,16 +52,20 @@ class Step:
         when: Which steps pay; None for all.
         model: The network, or None.
         local: Whether to perturb along the gradient of this rank's batch.
+        replay: Whether the second pass draws the random numbers of the first.
+        max_norm: Norm that the gradient to step with has at most; None for any.
+        scale: The scale of the losses.
         pays: Whether there is a second pass. Final after `first`.
         loss: What the closure returned in its first call.
         parameters: Those with a gradient in the last pass.
         gradients: Theirs.
         norm: The gradients' norm.
         first_norm: The norm of those of the first pass.
+        failed: Which pass was not finite, so that the step is dropped; empty if none.
     """
 
     name: str
-    closure: Callable[..., Any]
+    closure: Callable[..., Any] | None
     number: int
     rho: float
     groups: list[dict[str, Any]]
@@ -65,32 +74,39 @@ class Step:
     when: When | None
     model: nn.Module | None
     local: bool
+    replay: bool
+    max_norm: float | None
+    scale: LossScale
     pays: bool = field(init=False)
-    loss: Any = None
     parameters: list[Tensor] = field(init=False, default_factory=list)
     gradients: list[Tensor] = field(init=False, default_factory=list)
     norm: float = field(init=False, default=0.0)
     first_norm: float = field(init=False, default=0.0)
+    loss: Any = field(init=False, default=None)
+    failed: str = field(init=False, default="")
     _ranks: list[ProcessGroup] = field(init=False, default_factory=list)
+    _random: States = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         later = self.when is None or isinstance(self.when, Adaptive)
         self.pays = self.rho > 0 and (later or bool(self.when(self.number)))  # type: ignore[call-arg, misc]
 
-    def first(self) -> None:
+    def first(self) -> Passes:
         """Takes the gradient at the weights, and finds out whether the step pays for a second."""
         local = self.local and self.pays and not isinstance(self.when, Adaptive)
+        if self.pays and self.replay:
+            self._random = random_states({CPU, *(parameter.device for parameter in self._every())})
         with local_gradients(self.model, wanted=local) as self._ranks:
-            self._run(first=True)
+            yield
         self._collect("first")
         self.first_norm = self.norm
         if self.pays and isinstance(self.when, Adaptive):
             self.pays = self.when(self.number, self.norm)
+        self.scale.remove(self.gradients, last=not self.pays)
 
     def candidates(self) -> list[Tensor]:
         """All parameters that may be perturbed, with a gradient or without."""
-        every = (parameter for group in self.groups for parameter in group["params"])
-        return [parameter for parameter in every if self.subset is None or parameter in self.subset]
+        return [parameter for parameter in self._every() if self.subset is None or parameter in self.subset]
 
     def perturbed(self) -> tuple[list[Tensor], list[Tensor]]:
         """Those parameters with a gradient that may be perturbed, and their gradients."""
@@ -111,7 +127,7 @@ class Step:
         *,
         rho: float | None = None,
         eps: float = 1e-12,
-    ) -> None:
+    ) -> Passes:
         """Takes the gradient up the slope, or along ``directions``, with running statistics frozen.
 
         The first gradients are given up, and the lists ``directions`` emptied, so that the pass can have their memory.
@@ -129,24 +145,29 @@ class Step:
         with (
             self._moved(parameters, directions, norm, self.rho if rho is None else rho, eps),
             frozen_statistics(self.model),
+            replayed(self._random),
         ):
-            self._run()
+            yield
         self._collect("second")
+        self.scale.remove(self.gradients, last=True)
 
-    def only(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> None:
+    def only(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> Passes:
         """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
-        if self.rho > 0 and parameters:
-            with self._moved(parameters, directions, None, sign * self.rho, 1e-12):
-                self._run(first=True)
-        else:
-            self._run(first=True)
+        moved = self.rho > 0 and len(parameters) > 0
+        with self._moved(parameters, directions, None, sign * self.rho, 1e-12) if moved else nullcontext():
+            yield
         self._collect("only")
+        self.scale.remove(self.gradients, last=True)
 
-    def _run(self, *, first: bool = False) -> None:
-        with torch.enable_grad():
-            loss = self.closure()
-        if first:
-            self.loss = loss
+    def clip(self) -> None:
+        """Shortens the gradient to step with to ``max_norm``, as ``clip_grad_norm_`` does."""
+        if self.max_norm is not None:
+            factor = self.max_norm / (float(global_norm(self.gradients)) + 1e-6)
+            if factor < 1:
+                scale_(self.gradients, factor)
+
+    def _every(self) -> list[Tensor]:
+        return [parameter for group in self.groups for parameter in group["params"]]
 
     @contextmanager
     def _moved(
@@ -160,7 +181,8 @@ class Step:
                 given_up.clear()
             yield
         finally:
-            copy_(parameters, weights)
+            with torch.no_grad():  # a step that is given up comes here by itself
+                copy_(parameters, weights)
 
     def _collect(self, which: str) -> None:
         self.parameters, self.gradients = [], []
@@ -173,6 +195,6 @@ class Step:
             raise InvalidArgumentError("the closure left no gradient: it must call loss.backward()")
         if {gradient.layout for gradient in self.gradients} != {torch.strided}:
             raise InvalidArgumentError(f"{self.name} needs dense gradients; create the embedding with sparse=False")
-        self.norm = agreed(global_norm(self.gradients), self._ranks)
+        self.norm = agreed(global_norm(self.gradients), self._ranks) / self.scale.factor()
         if not abs(self.norm) < float("inf"):
             raise NotFiniteError(which)

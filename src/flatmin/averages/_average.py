@@ -1,4 +1,4 @@
-"""The averaged network that MESA compares with: how it is copied or checked, moved, run, and kept alike everywhere."""
+"""An averaged network: how it is copied or checked, moved, run, and kept alike everywhere."""
 
 import sys
 import warnings
@@ -90,10 +90,8 @@ def move(network: nn.Module, model: nn.Module, decay: float) -> None:
     """One step of the exponential moving average: floating tensors are averaged, integer ones copied."""
     # AveragedModel.update_parameters would stall an accelerator by reading its counter, and round integer buffers
     # down, which corrupts index buffers (relative_position_index) for some decays, .95 and .9996 among them.
-    ours = [_local(tensor) for tensor in (*network.parameters(), *network.buffers())]
-    trained = unwrapped(model)
-    theirs = [_local(tensor) for tensor in (*trained.parameters(), *trained.buffers())]
-    pairs = [(a, b.to(a.device)) for a, b in zip(ours, theirs, strict=True)]
+    theirs = _tensors(unwrapped(model))
+    pairs = [(a, b.to(a.device)) for a, b in zip(_tensors(network), theirs, strict=True)]
     if any(a.shape != b.shape for a, b in pairs):
         raise InvalidArgumentError(
             "model has tensors of other shapes than its average; where it is sharded, call "
@@ -107,6 +105,18 @@ def move(network: nn.Module, model: nn.Module, decay: float) -> None:
         if not _is_averaged(a):
             a.copy_(b)
     _share_buffers(network, model)
+
+
+def overwrite(network: nn.Module, other: nn.Module) -> None:
+    """Gives ``network`` the weights and buffers of ``other``, wrapped or not."""
+    network, other = unwrapped(network), unwrapped(other)
+    for ours, theirs in zip(_tensors(network), _tensors(other), strict=True):
+        ours.copy_(theirs)
+
+
+def floating(network: nn.Module) -> list[Tensor]:
+    """The weights and buffers that are averaged and not copied; of DTensors this process's shards."""
+    return [tensor for tensor in _tensors(network) if _is_averaged(tensor)]
 
 
 @contextmanager
@@ -143,6 +153,10 @@ def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _is_averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [_local(tensor) for tensor in (*network.parameters(), *network.buffers())]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,0 +1,174 @@
+r"""The comparison of all methods: a table and a plot of accuracy against cost, from what was measured.
+
+Accuracies come from ``flatmin compare`` (the commands stand in benchmarks/README.md), costs of a step from
+``benchmarks/overhead.py`` on an idle machine. Where a method pays for a second pass in some steps only, its cost is the
+mean by the closure calls that were counted in training.
+
+    python benchmarks/rivals.py --costs benchmarks/results/overhead-cpu.json --out benchmarks/results/rivals \
+        benchmarks/results/rivals-*.json
+"""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from flatmin.engine.methods import get_method
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method on one data set."""
+
+    method: str
+    label: str
+    accuracy: float
+    half: float
+    difference: float
+    difference_half: float
+    p_value: float | None
+    cost: float
+    at_the_edge: bool
+
+
+def cost_of(row: dict[str, Any], metrics: dict[str, Any], costs: dict[str, dict[str, Any]]) -> float:
+    """The mean cost of a row's step, as a multiple of the base's; NaN where it was not measured."""
+    measured = costs.get(row["method"])
+    if measured is None:
+        return math.nan
+    paying, plain = measured["ratio"], measured["ratio_of_a_step_that_does_not_pay"]
+    if plain is None:
+        return float(paying)
+    calls = fmean(values["mean_closure_calls"] for values in metrics[row["label"]].values())
+    share = (calls - 1) / (get_method(row["method"]).closure_calls - 1)
+    return float(share * paying + (1 - share) * plain)
+
+
+def edges(selection: dict[str, Any] | None) -> set[str]:
+    """Chosen labels that are the first or last of their method's candidates: a wider grid might do better."""
+    if selection is None:
+        return set()
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for candidate in selection["candidates"]:
+        by_method.setdefault(candidate["method"], []).append(candidate)
+    ends = [end for some in by_method.values() for end in (some[0], some[-1])]
+    return {end["label"] for end in ends if end["chosen"]}
+
+
+def read(results: dict[str, Any], costs: dict[str, Any]) -> list[Point]:
+    """The points of one comparison, the base first and then from the most accurate on."""
+    model = results["recipe"]["model"]
+    by_method = {row["method"]: row for case in costs["cases"] if case["model"] == model for row in case["rows"]}
+    edge = edges(results["selection"])
+    points = [
+        Point(
+            row["method"],
+            row["label"],
+            row["accuracy"]["mean"],
+            row["accuracy"]["half"],
+            row["difference"]["mean"],
+            row["difference"]["half"],
+            row.get("p_value_holm"),
+            cost_of(row, results["metrics"], by_method),
+            row["label"] in edge,
+        )
+        for row in results["rows"]
+    ]
+    return [points[0], *sorted(points[1:], key=lambda point: -point.accuracy)]
+
+
+def front(points: list[Point]) -> list[Point]:
+    """The Pareto front: those that no other beats in accuracy at the same cost or less."""
+    return [
+        point
+        for point in points
+        if not any(
+            other.cost <= point.cost
+            and other.accuracy >= point.accuracy
+            and (other.cost, other.accuracy) != (point.cost, point.accuracy)
+            for other in points
+        )
+    ]
+
+
+def title(results: dict[str, Any]) -> str:
+    """What the comparison was on."""
+    recipe = results["recipe"]
+    data = {"mnist1d": "MNIST-1D", "digits": "digits", "idx:fashion-mnist": "Fashion-MNIST"}[recipe["data"]]
+    samples = f", {recipe['train_samples']:,} images" if recipe.get("train_samples") else ""
+    noise = f", {recipe['label_noise']:.0%} wrong labels" if recipe["label_noise"] else ""
+    return f"{data}{samples}{noise}"
+
+
+def table(results: dict[str, Any], points: list[Point]) -> str:
+    """A Markdown table; the Pareto front in bold."""
+    best = {point.label for point in front(points)}
+    lines = [
+        f"### {title(results)}, {len(results['seeds'])} seeds",
+        "",
+        "| method | test accuracy % | paired difference | p (Holm) | time/step |",
+        "|---|---|---|---|---|",
+    ]
+    for number, point in enumerate(points):
+        label = f"{point.label}{' (edge)' if point.at_the_edge else ''}"
+        name = f"**{label}**" if point.label in best else label
+        difference = "" if number == 0 else f"{point.difference:+.2f} ± {point.difference_half:.2f}"
+        p_value = "" if point.p_value is None else f"{point.p_value:.3f}" if point.p_value >= 0.001 else "< 0.001"
+        cost = "not measured" if math.isnan(point.cost) else f"{point.cost:.2f} x"
+        lines.append(f"| {name} | {point.accuracy:.2f} ± {point.half:.2f} | {difference} | {p_value} | {cost} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(comparisons: list[tuple[dict[str, Any], list[Point]]], path: Path) -> None:
+    """Accuracy against cost, a panel for each comparison."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "flatmin"  # the same file from the same numbers
+    columns = min(len(comparisons), 2)
+    rows = math.ceil(len(comparisons) / columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(7 * columns, 5.2 * rows), squeeze=False)
+    for axis in axes.flat[len(comparisons) :]:
+        axis.set_axis_off()
+    for axis, (results, points) in zip(axes.flat, comparisons, strict=False):
+        best = sorted(front(points), key=lambda point: point.cost)
+        axis.plot([p.cost for p in best], [p.accuracy for p in best], color="#0072B2", linewidth=1, zorder=1)
+        for point in points:
+            on = point in best
+            color = "#0072B2" if on else "#777777"
+            axis.errorbar(point.cost, point.accuracy, point.half, fmt="o" if on else "s", color=color, markersize=5)
+            axis.annotate(
+                point.method, (point.cost, point.accuracy), xytext=(5, 3), textcoords="offset points", fontsize=8
+            )
+        axis.axhline(points[0].accuracy, color="#999999", linewidth=0.8, linestyle=":")
+        axis.set_title(title(results))
+        axis.set_xlabel("time of a step, multiple of the plain optimizer's")
+        axis.set_ylabel("test accuracy, %")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Writes the tables and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="results.json of flatmin compare")
+    parser.add_argument("--costs", type=Path, required=True, help="result of benchmarks/overhead.py")
+    parser.add_argument("--out", type=Path, required=True, help="name of the .md and the .svg without its ending")
+    arguments = parser.parse_args()
+    costs = json.loads(arguments.costs.read_text())
+    comparisons = []
+    for path in arguments.results:
+        results = json.loads(path.read_text())
+        comparisons.append((results, read(results, costs)))
+    arguments.out.with_suffix(".md").write_text("\n".join(table(*each) for each in comparisons))
+    plot(comparisons, arguments.out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The loss around a minimum, along random directions or in the plane through three checkpoints.
+
+*Visualizing the Loss Landscape of Neural Nets*, Li et al., NeurIPS 2018, arXiv 1712.09913: random Gaussian directions,
+filter-normalised so that networks of different scale can be compared. *Loss Surfaces, Mode Connectivity, and Fast
+Ensembling of DNNs*, Garipov et al., NeurIPS 2018, arXiv 1802.10026: the plane through three networks.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_integer, check_number
+from ..errors import InvalidArgumentError
+from ._directions import Axes, plane_axes, random_axes
+from ._objective import Loss, Objective, check_finite, objective
+from ._partial import Partial, fingerprint
+from ._result import Result
+
+SAVE_EVERY = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class Landscape(Result):
+    """What `loss_landscape` returns.
+
+    Attributes:
+        kind: ``"random"`` or ``"plane"``.
+        x: Coordinates along the first direction.
+        y: Along the second; None for one direction.
+        loss: A row for each of ``y`` and in it a number for each of ``x``; for one direction a number for each of
+            ``x``. Far from the minimum it may be infinite or not a number.
+        origin_loss: At the origin: the model's own weights, or the first checkpoint.
+        places: Where in a plane the three checkpoints lie, as ``(x, y)``.
+        samples: How many were measured on.
+        radius: As given; None in a plane.
+        direction_seed: As given; None in a plane.
+        normalise_logits: As given.
+    """
+
+    kind: str
+    x: tuple[float, ...]
+    y: tuple[float, ...] | None
+    loss: tuple[float, ...] | tuple[tuple[float, ...], ...]
+    origin_loss: float
+    places: tuple[tuple[float, float], ...]
+    samples: int
+    radius: float | None
+    direction_seed: int | None
+    normalise_logits: bool
+
+
+def loss_landscape(
+    model: nn.Module,
+    loss_fn: Loss,
+    batches: Iterable[Any],
+    *,
+    points: int = 51,
+    radius: float = 1.0,
+    directions: int = 2,
+    direction_seed: int = 0,
+    plane: Sequence[Mapping[str, Tensor]] | None = None,
+    margin: float = 0.2,
+    partial: str | PathLike[str] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    normalise_logits: bool = False,
+    batch_statistics: bool = False,
+    dtype: torch.dtype | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+) -> Landscape:
+    """The loss on a grid around a minimum. Costs a forward pass over the batches for each point.
+
+    The points are gone through one by one: on the demo's network, batching over them (``torch.func.vmap``) took twice
+    as long, since its convolutions become grouped ones.
+
+    Args:
+        model: The network; left as it is, whatever happens.
+        loss_fn: ``loss_fn(model(x), y)`` is the mean over the batch.
+        batches: Pairs ``(x, y)``, to be gone through several times.
+        points: Along each axis, 2 or more; an odd number has the minimum itself in it.
+        radius: How far to go to each side, > 0; 1 is the length of each filter.
+        directions: 1 or 2 random ones, orthogonal. Each filter (row of a weight of two dimensions or more) of a
+            direction has the length of the model's filter; biases and normalisation layers stand still.
+        direction_seed: Draws the directions; the same for networks that are to be compared.
+        plane: The state dicts of three networks like ``model``, for the plane through them in place of random
+            directions. Normalisation layers then use each batch's own statistics, since the averaged ones of one
+            network are wrong for the next: take large batches.
+        margin: How far the plane goes beyond the three, as a share of the longer side.
+        partial: A file that what is done is written to every ten seconds and when something ends it early; what is
+            there already is not done again. It stays: remove it when the landscape is stored.
+        on_progress: Called with the numbers of points done and of all.
+        normalise_logits: See `flatmin.sharpness`, as for the others.
+        batch_statistics: Likewise.
+        dtype: Likewise.
+        samples: Likewise.
+        seed: Likewise.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if an argument cannot be used.
+        NonFiniteLossError: If the loss at the origin is infinite or not a number.
+        DataError: If ``partial`` is of another landscape.
+        OutputError: If it cannot be written.
+    """
+    check_integer("points", points, least=2)
+    radius = check_number("radius", radius, above=0)
+    if check_integer("directions", directions, least=1) > 2:
+        raise InvalidArgumentError(f"directions must be 1 or 2, got {directions}")
+    check_integer("direction_seed", direction_seed, least=0)
+    check_number("margin", margin, least=0)
+    with objective(
+        model,
+        loss_fn,
+        batches,
+        normalise_logits=normalise_logits,
+        batch_statistics=batch_statistics or plane is not None,
+        dtype=dtype,
+        samples=samples,
+        seed=seed,
+    ) as loss:
+        if plane is None:
+            axes = random_axes(loss, count=directions, points=points, radius=radius, seed=direction_seed)
+        else:
+            axes = plane_axes(loss, plane, points=points, margin=margin)
+        origin = check_finite("the loss at the origin", loss.loss(axes.origin))
+        key = fingerprint(
+            [axes.origin, *axes.directions, *loss.buffers.values()],
+            *(axes.x, axes.y, loss.samples, normalise_logits, loss.batch_statistics),
+        )
+        done = Partial(None if partial is None else Path(partial), key, origin)
+        _fill(loss, axes, done, on_progress or (lambda done, total: None))
+        width = len(axes.x)
+        rows = tuple(tuple(done.losses[start : start + width]) for start in range(0, len(done.losses), width))
+        return Landscape(
+            "random" if plane is None else "plane",
+            axes.x,
+            axes.y,
+            rows[0] if axes.y is None else rows,
+            origin,
+            axes.places,
+            loss.samples,
+            radius if plane is None else None,
+            direction_seed if plane is None else None,
+            normalise_logits,
+        )
+
+
+def _fill(loss: Objective, axes: Axes, done: Partial, on_progress: Callable[[int, int], None]) -> None:
+    total = len(axes.x) * len(axes.y or (0.0,))
+    saved = time.monotonic()
+    along, *across = axes.directions
+    try:
+        while len(done.losses) < total:
+            row, column = divmod(len(done.losses), len(axes.x))
+            weights = axes.origin.add(along, alpha=axes.x[column])
+            if axes.y is not None:
+                weights.add_(across[0], alpha=axes.y[row])
+            done.losses.append(loss.loss(weights))
+            on_progress(len(done.losses), total)
+            if time.monotonic() - saved > SAVE_EVERY:
+                done.save()
+                saved = time.monotonic()
+    finally:
+        done.save()

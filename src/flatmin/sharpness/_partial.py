@@ -1,0 +1,68 @@
+"""Work that goes on after an interruption: the losses found so far, in a file of their own."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import DataError, OutputError
+
+
+class Partial:
+    """The losses of a landscape, in the order in which they are found, on disk.
+
+    Args:
+        path: The file; None to keep nothing.
+        key: From `fingerprint`; what the losses are of.
+        origin: The loss at the origin, which tells other data.
+
+    Raises:
+        DataError: If the file is of another landscape, or is none.
+    """
+
+    def __init__(self, path: Path | None, key: str, origin: float) -> None:
+        self._path, self._key, self._origin = path, key, origin
+        self.losses: list[float] = []
+        if path is None or not path.exists():
+            return
+        try:
+            found = json.loads(path.read_text())
+            losses = [float(loss) for loss in found["losses"]]
+            same = found["key"] == key and math.isclose(found["origin"], origin, rel_tol=1e-3)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not the beginning of a landscape; move it away to begin anew") from error
+        if not same:
+            raise DataError(
+                f"{path}: the beginning of another landscape, of other weights, data or options: go on with those, or "
+                "remove it to begin anew"
+            )
+        self.losses = losses
+
+    def save(self) -> None:
+        """Writes what there is, in one piece.
+
+        Raises:
+            OutputError: If it cannot be written; what was there before stays.
+        """
+        if self._path is None:
+            return
+        fresh = self._path.with_name(self._path.name + ".new")
+        try:
+            with fresh.open("w") as file:
+                json.dump({"key": self._key, "origin": self._origin, "losses": self.losses}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(self._path)
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot be written: {error}") from error
+
+
+def fingerprint(tensors: list[Tensor], *values: object) -> str:
+    """Tells landscapes apart: a digest of tensors, byte by byte, and of plain values."""
+    digest = hashlib.sha256(repr(values).encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,157 @@
+"""Averages of the weights: the rules in float64, what is evaluated, what is resumed, what is left alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import flatmin
+from flatmin.errors import FlatminWarning, InvalidArgumentError
+from tests.reference import oracles
+
+STEPS = 3  # an epoch
+
+
+class Training:
+    """A network with batch norm and an index buffer, trained on noise; its weights after each step."""
+
+    def __init__(self, make, dtype=torch.float64):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).to(dtype)
+        self.model.register_buffer("places", torch.tensor([3, 1, 4]))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5, momentum=0.9)
+        self.average = make(self.model)
+        self.average.attach(self.optimizer)
+        self.start = self.floating(self.model)
+        self.after_steps, self.after_epochs = [], []
+        self.seed = 0
+
+    @staticmethod
+    def floating(module):
+        tensors = (*module.parameters(), *module.buffers())
+        return [tensor.detach().clone() for tensor in tensors if tensor.is_floating_point()]
+
+    def epoch(self):
+        for _ in range(STEPS):
+            self.seed += 1
+            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(self.seed)).to(self.model[0].weight.dtype)
+            self.optimizer.zero_grad()
+            self.model.train()(x).square().mean().backward()
+            self.optimizer.step()
+            self.after_steps.append(self.floating(self.model))
+        self.after_epochs.append(self.after_steps[-1])
+        self.average.epoch_done()
+        return self
+
+    def averaged(self):
+        return self.floating(self.average.average.module)
+
+
+MAKERS = {
+    "EMA": lambda model: flatmin.EMA(model, decay=0.8),
+    "SwitchEMA": lambda model: flatmin.SwitchEMA(model, decay=0.8),
+    "LAWA": lambda model: flatmin.LAWA(model, k=2),
+}
+every = pytest.mark.parametrize("name", MAKERS)
+
+
+def assert_close(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_ema_is_the_recursion_and_lets_training_be():
+    training, plain = Training(MAKERS["EMA"]), Training(lambda model: flatmin.LAWA(model, k=1))
+    for _ in range(3):
+        training.epoch(), plain.epoch()
+    for number, found in enumerate(training.averaged()):
+        values = [weights[number] for weights in training.after_steps]
+        torch.testing.assert_close(found, oracles.ema(training.start[number], values, 0.8))
+    assert_close(training.floating(training.model), plain.floating(plain.model))
+
+
+def test_switch_ema_goes_on_from_its_average():
+    training = Training(MAKERS["SwitchEMA"]).epoch()
+    expected = [
+        oracles.ema(start, [weights[number] for weights in training.after_steps], 0.8)
+        for number, start in enumerate(training.start)
+    ]
+    assert_close(training.averaged(), expected)
+    assert_close(training.floating(training.model), expected)
+    assert any(not torch.equal(a, b) for a, b in zip(expected, training.after_epochs[0], strict=True))
+
+
+def test_switch_ema_waits_for_its_start_epoch():
+    training = Training(lambda model: flatmin.SwitchEMA(model, decay=0.8, start_epoch=1)).epoch()
+    assert_close(training.floating(training.model), training.after_epochs[0])
+    training.epoch()
+    assert_close(training.floating(training.model), training.averaged())
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_lawa_is_the_mean_of_the_last_epochs_ends(k):
+    training = Training(lambda model: flatmin.LAWA(model, k=k))
+    for epoch in range(1, 6):
+        training.epoch()
+        last = training.after_epochs[-min(k, epoch) :]
+        assert_close(training.averaged(), [torch.stack(tensors).mean(dim=0) for tensors in zip(*last, strict=True)])
+
+
+@every
+def test_integer_buffers_are_copied_and_the_average_is_run_without_gradient(name):
+    training = Training(MAKERS[name])
+    training.model.places.add_(1)
+    training.epoch()
+    network = training.average.average.module
+    assert network.places.tolist() == [4, 2, 5]
+    assert int(network[1].num_batches_tracked) == STEPS
+    x = torch.randn(5, 4, dtype=torch.float64)
+    training.average.train()
+    logits = training.average(x)
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, copy.deepcopy(network).eval()(x))
+
+
+@every
+def test_resume_is_bitwise_neutral(name):
+    whole, first, second = (Training(MAKERS[name]) for _ in range(3))
+    for _ in range(5):
+        whole.epoch()
+    for _ in range(3):
+        first.epoch()
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.average.load_state_dict(copy.deepcopy(first.average.state_dict()))
+    second.seed = first.seed
+    for _ in range(2):
+        second.epoch()
+    for a, b in zip(second.averaged(), whole.averaged(), strict=True):
+        assert torch.equal(a, b)
+
+
+@every
+def test_a_wrapped_model_is_averaged_without_its_wrapper(name):
+    plain = Training(MAKERS[name])
+    wrapped = Training(lambda model: MAKERS[name](nn.DataParallel(model)))
+    assert_close(wrapped.epoch().averaged(), plain.epoch().averaged())
+    assert wrapped.average.average.module.state_dict().keys() == plain.model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: flatmin.EMA(model, decay=1.0), r"decay must be a finite number > 0 and < 1, got 1.0"),
+        (lambda model: flatmin.SwitchEMA(model, decay=0), r"decay must be .* got 0"),
+        (lambda model: flatmin.SwitchEMA(model, start_epoch=-1), r"start_epoch must be an integer .* got -1"),
+        (lambda model: flatmin.LAWA(model, k=0), r"k must be an integer of at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named_with_their_value(make, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        make(nn.Linear(2, 2))
+
+
+def test_weights_too_coarse_for_the_decay_are_warned_of():
+    with pytest.warns(FlatminWarning, match="does not move"):
+        flatmin.EMA(nn.Linear(2, 2).bfloat16(), decay=0.999)

@@ -1,0 +1,65 @@
+"""The table and the plot of the comparison: costs, the Pareto front, and what was chosen at the edge."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import rivals
+
+
+def row(method, accuracy, label=None):
+    interval = {"mean": accuracy, "half": 0.1}
+    difference = {"mean": accuracy - 90, "half": 0.2}
+    return {"method": method, "label": label or method, "accuracy": interval, "difference": difference}
+
+
+@pytest.fixture
+def files(tmp_path):
+    recipe = {"model": "cnn1d", "data": "mnist1d", "label_noise": 0.2, "train_samples": 0}
+    rows = [
+        row("base", 90.0),
+        row("latesam", 92.0),
+        {**row("sam", 91.0, "sam rho=0.2"), "p_value_holm": 0.03},
+        row("saf", 91.5),
+    ]
+    candidates = [{"label": f"sam rho={rho}", "method": "sam", "chosen": rho == 0.2} for rho in (0.05, 0.1, 0.2)]
+    results = {
+        "recipe": recipe,
+        "seeds": [0, 1],
+        "rows": rows,
+        "metrics": {"latesam": {"0": {"mean_closure_calls": 1.2}, "1": {"mean_closure_calls": 1.4}}},
+        "selection": {"candidates": candidates},
+    }
+    plain = {"ratio_of_a_step_that_does_not_pay": None}
+    costs = [
+        {"method": "base", "ratio": 1.0, **plain},
+        {"method": "sam", "ratio": 2.0, **plain},
+        {"method": "latesam", "ratio": 2.0, "ratio_of_a_step_that_does_not_pay": 1.1},
+        {"method": "saf", "ratio": 1.05, **plain},
+    ]
+    paths = tmp_path / "rivals.json", tmp_path / "costs.json"
+    paths[0].write_text(json.dumps(results))
+    paths[1].write_text(json.dumps({"cases": [{"model": "cnn", "rows": []}, {"model": "cnn1d", "rows": costs}]}))
+    return paths
+
+
+def test_costs_front_and_edges(files):
+    results, costs = (json.loads(path.read_text()) for path in files)
+    points = rivals.read(results, costs)
+    assert [point.method for point in points] == ["base", "latesam", "saf", "sam"]
+    assert [point.cost for point in points] == pytest.approx([1.0, 0.3 * 2.0 + 0.7 * 1.1, 1.05, 2.0])
+    assert {point.method for point in rivals.front(points)} == {"base", "saf", "latesam"}
+    assert [point.method for point in points if point.at_the_edge] == ["sam"]
+
+
+def test_the_table_and_the_plot_are_written(files, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["rivals.py", str(files[0]), "--costs", str(files[1]), "--out", str(out)])
+    rivals.main()
+    lines = out.with_suffix(".md").read_text().splitlines()
+    assert lines[0] == "### MNIST-1D, 20% wrong labels, 2 seeds"
+    assert "| sam rho=0.2 (edge) | 91.00 ± 0.10 | +1.00 ± 0.20 | 0.030 | 2.00 x |" in lines
+    assert "| **latesam** | 92.00 ± 0.10 | +2.00 ± 0.20 |  | 1.37 x |" in lines
+    assert out.with_suffix(".svg").read_text().startswith("<?xml")

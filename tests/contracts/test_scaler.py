@@ -1,0 +1,126 @@
+"""Training in float16: torch's GradScaler, whatever the method does with its gradients."""
+
+import pytest
+import torch
+from torch.amp import GradScaler
+
+import flatmin
+from flatmin.errors import InvalidArgumentError
+from flatmin.optim import Adaptive
+from tests.contracts._optimizers import CLOSURES, EVERY, Training, assert_same, differ, each_pass
+
+every = pytest.mark.parametrize("name", EVERY)
+closures = pytest.mark.parametrize("name", CLOSURES)
+
+
+def scaler(scale: float = 2.0**12, **options) -> GradScaler:
+    return GradScaler("cpu", init_scale=scale, **options)
+
+
+@every
+@pytest.mark.parametrize("how", ["plain", "clipped", "adaptive"])
+def test_all_that_a_method_sees_and_keeps_is_unscaled(name, how):
+    """A power of two changes no bit: weights, momenta, what is stored and the statistics are those without a scaler."""
+
+    def train(scaler):
+        options = {"max_norm": 0.1} if how == "clipped" else {}
+        if how == "adaptive" and EVERY[name]._most_passes == 2:
+            options["when"] = Adaptive(8, start=0.3, end=-0.3)
+        training = Training(name, scaler=scaler, **options)
+        return training.step(6), training.state()
+
+    (losses, state), (others, expected) = train(scaler()), train(None)
+    assert losses == others
+    assert_same(state, expected)
+
+
+@every
+def test_float16_learns_what_float32_does_and_the_scale_grows(name):
+    half = Training(name, dtype=torch.float32, autocast=True, scaler=scaler(growth_interval=4))
+    single = Training(name, dtype=torch.float32)
+    half.step(8), single.step(8)
+    assert half.optimizer.skipped_steps == 0
+    assert half.scaler.get_scale() == 2.0**14
+    for key, weight in single.state()["model"].items():
+        torch.testing.assert_close(half.model.state_dict()[key], weight, rtol=0.05, atol=0.02)
+    assert half.model[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "steps", "number"), each_pass())
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_step_that_overflows_in_any_pass_is_dropped_whole_and_the_scale_goes_down(name, steps, number, value):
+    """And it is not said, as this is how a scaler finds its scale: warnings are errors here."""
+    training, twin = Training(name, scaler=scaler()), Training(name, scaler=scaler())
+    training.step(steps), twin.step(steps)
+    before = training.state()
+    training.factor[training.passes + number] = value
+    passes = training.passes
+    training.step()
+    assert training.passes == passes + number
+    for key in ("weight", "bias", "num_batches_tracked"):
+        assert torch.equal(getattr(training.model[1], key), before["model"][f"1.{key}"]) == (key[0] != "n")
+    assert_same(training.state()["optimizer"], before["optimizer"])
+    assert torch.equal(training.model[0].weight, before["model"]["0.weight"])
+    assert training.optimizer.skipped_steps == 1
+    assert training.scaler.get_scale() == 2.0**11
+    training.model.load_state_dict(before["model"])  # but for the statistics, which have seen the batch
+    training.step(3), twin.step(3)
+    assert_same(training.state(), twin.state())
+
+
+@every
+def test_the_scale_is_found(name):
+    """From one at which float16 overflows to one at which it does not, with no word."""
+    training = Training(name, dtype=torch.float32, autocast=True, scaler=scaler(2.0**26))
+    before = training.state()
+    training.step(20)
+    skipped = training.optimizer.skipped_steps
+    assert 3 < skipped < 15
+    assert training.scaler.get_scale() == 2.0 ** (26 - skipped)
+    assert training.optimizer.state_dict()["flatmin"]["step"] == 20 - skipped
+    assert differ(before, training.state())
+
+
+@every
+def test_a_scaler_that_is_not_enabled_does_nothing(name):
+    ours, plain = Training(name, scaler=GradScaler("cpu", enabled=False)), Training(name)
+    assert ours.step(4) == plain.step(4)
+    assert_same(ours.state(), plain.state())
+    assert ours.optimizer.skipped_steps == 0
+
+
+@closures
+def test_micro_batches_are_scaled_and_summed(name):
+    whole, parts = Training(name), Training(name, parts=3, scaler=scaler())
+    for training in (whole, parts):
+        training.model[1].eval()  # its statistics would be those of a part
+        training.step(5)
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@closures
+def test_loops_without_a_closure_scale_too(name):
+    ours, theirs = Training(name, scaler=scaler(growth_interval=2)), Training(name, scaler=scaler(growth_interval=2))
+    for training in (ours, theirs):
+        training.factor[5] = float("inf")
+    ours.loop(5), theirs.step(5)
+    assert_same(ours.state(), theirs.state())
+    assert ours.scaler.state_dict() == theirs.scaler.state_dict()
+    assert ours.optimizer.skipped_steps == 1
+
+
+def test_a_loss_that_was_never_scaled_is_refused_and_changes_nothing():
+    training = Training("SAM", scaler=scaler())
+    before = training.state()["model"]
+    training.scaler, kept = None, training.scaler
+    with pytest.raises(AssertionError, match=r"scaler\.scale"):
+        training.step()
+    assert kept.get_scale() == 2.0**12
+    assert torch.equal(training.model[0].weight, before["0.weight"])
+
+
+@pytest.mark.parametrize("wrong", [True, 1024, GradScaler])
+def test_what_is_no_scaler_is_named(wrong):
+    with pytest.raises(InvalidArgumentError, match=r"^scaler must be a torch\.amp\.GradScaler, got"):
+        flatmin.SAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), scaler=wrong)

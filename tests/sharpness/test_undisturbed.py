@@ -1,0 +1,220 @@
+"""A measure leaves no trace in the model or in any random state, and says what it cannot measure."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from flatmin import sharpness
+from flatmin.errors import FlatminError, InvalidArgumentError, NonFiniteLossError
+
+MEASURES = {
+    "sam": (sharpness.sam_sharpness, {"ascent_steps": 2, "adaptive": True}),
+    "sam per batch": (sharpness.sam_sharpness, {"per_batch": True}),
+    "average": (sharpness.average_sharpness, {"directions": 2}),
+    "eigenvalues": (sharpness.hessian_eigenvalues, {"k": 2}),
+    "trace": (sharpness.hessian_trace, {"probes": 2}),
+    "density": (sharpness.spectral_density, {"probes": 1, "steps": 3}),
+    "landscape": (sharpness.loss_landscape, {"points": 3}),
+}
+
+
+@pytest.fixture(params=MEASURES)
+def measure(request):
+    function, options = MEASURES[request.param]
+    return lambda *args, **more: function(*args, **{**options, **more})
+
+
+def snapshot(model):
+    return {
+        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "requires": [p.requires_grad for p in model.parameters()],
+        "modes": [module.training for module in model.modules()],
+        "pointers": [p.data_ptr() for p in model.parameters()],
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+    }
+
+
+def assert_same(before, after):
+    for name, value in before.items():
+        pairs = zip(value.values(), after[name].values(), strict=True) if name == "state" else [(value, after[name])]
+        if name == "grad":
+            pairs = zip(value, after[name], strict=True)
+        for one, other in pairs:
+            if isinstance(one, torch.Tensor):
+                assert torch.equal(one, other), name
+            else:
+                assert one == other, name
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_statistics": True, "normalise_logits": True, "samples": 7}])
+def test_nothing_is_disturbed(measure, delicate, options):
+    model, batches = delicate
+    before = snapshot(model)
+    measure(model, F.cross_entropy, batches, **options)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("calls", [0, 5])
+def test_nothing_is_disturbed_when_the_loss_raises(measure, delicate, calls):
+    model, batches = delicate
+    before, made = snapshot(model), []
+
+    def loss(logits, y):
+        torch.rand(1)
+        if len(made) == calls:
+            raise KeyError("the user's own")
+        made.append(1)
+        return F.cross_entropy(logits, y)
+
+    with pytest.raises(KeyError):
+        measure(model, loss, batches)
+    assert_same(before, snapshot(model))
+
+
+def test_it_measures_where_the_caller_has_switched_gradients_off(measure, delicate):
+    model, batches = delicate
+    plain = measure(model, F.cross_entropy, batches)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert measure(model, F.cross_entropy, batches) == plain
+
+
+def test_a_measure_repeats_itself_whatever_the_random_state(measure, delicate):
+    model, batches = delicate
+    one = measure(model, F.cross_entropy, batches, samples=7)
+    torch.manual_seed(99)
+    assert measure(model, F.cross_entropy, batches, samples=7) == one
+
+
+def test_dropout_is_off_and_normalisation_as_asked(delicate):
+    model, batches = delicate
+    seen = []
+    hook = model[1].register_forward_pre_hook(lambda module, args: seen.append((module.training, model[4].training)))
+    sharpness.sam_sharpness(model, F.cross_entropy, batches)
+    assert set(seen) == {(False, False)}
+    seen.clear()
+    sharpness.sam_sharpness(model, F.cross_entropy, batches, batch_statistics=True)
+    assert set(seen) == {(True, False)}
+    hook.remove()
+
+
+def test_the_subset_is_fixed_and_no_larger_than_asked(network, batches):
+    measured = [sharpness.sam_sharpness(network, F.cross_entropy, batches, samples=4, seed=s) for s in (0, 0, 1)]
+    assert measured[0] == measured[1] != measured[2]
+    assert measured[0].samples == 4
+    assert sharpness.sam_sharpness(network, F.cross_entropy, batches, samples=99).samples == 10
+
+
+def test_float32_and_float64_are_what_is_asked(network, batches):
+    kinds = set()
+
+    def loss(logits, y):
+        kinds.add(logits.dtype)
+        return F.cross_entropy(logits, y)
+
+    for dtype in (torch.float32, torch.float64, None):
+        sharpness.sam_sharpness(network, loss, batches, dtype=dtype)
+    assert kinds == {torch.float32, torch.float64}
+    assert network[0].weight.dtype is torch.float64
+
+
+def test_a_result_becomes_json(measure, network, batches):
+    import json
+
+    found = measure(network, F.cross_entropy, batches)
+    assert json.loads(json.dumps(found.to_json()))["samples"] == 10
+    with pytest.raises(AttributeError):
+        found.samples = 3
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"batches": []}, "batches are empty"),
+        ({"batches": [(torch.zeros(0, 3), torch.zeros(0))]}, "batches are empty"),
+        ({"batches": iter([])}, "gone through again"),
+        ({"batches": 3}, "gone through again"),
+        ({"batches": [torch.zeros(2, 3)]}, "pairs"),
+        ({"model": nn.Flatten()}, "no parameter with requires_grad"),
+        ({"loss_fn": nn.CrossEntropyLoss(reduction="none")}, "mean over the batch"),
+        ({"samples": 0}, "samples must be an integer"),
+        ({"seed": -1}, "seed must be an integer"),
+        ({"dtype": torch.float16}, "dtype must be"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(measure, network, batches, options, match):
+    given = {"model": network, "loss_fn": nn.CrossEntropyLoss(), "batches": batches, **options}
+    with pytest.raises(InvalidArgumentError, match=match):
+        measure(given.pop("model"), given.pop("loss_fn"), given.pop("batches"), **given)
+
+
+def test_a_loss_that_is_not_finite_is_refused(measure, network, batches):
+    with torch.no_grad():
+        network[0].weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteLossError, match="is nan"):
+        measure(network, F.cross_entropy, batches)
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (sharpness.sam_sharpness, {"rho": 0.0}),
+        (sharpness.sam_sharpness, {"rho": float("inf")}),
+        (sharpness.sam_sharpness, {"eta": -1}),
+        (sharpness.sam_sharpness, {"ascent_steps": 0}),
+        (sharpness.average_sharpness, {"rho": -1}),
+        (sharpness.average_sharpness, {"directions": 1}),
+        (sharpness.hessian_eigenvalues, {"k": 0}),
+        (sharpness.hessian_eigenvalues, {"k": 43}),
+        (sharpness.hessian_eigenvalues, {"tolerance": 0}),
+        (sharpness.hessian_trace, {"probes": 1}),
+        (sharpness.spectral_density, {"steps": 1}),
+        (sharpness.spectral_density, {"width": 0.0}),
+        (sharpness.loss_landscape, {"points": 1}),
+        (sharpness.loss_landscape, {"radius": 0.0}),
+        (sharpness.loss_landscape, {"directions": 3}),
+        (sharpness.loss_landscape, {"margin": -0.1}),
+    ],
+)
+def test_an_option_out_of_its_bounds_is_named(network, batches, function, options):
+    (name, value), *_ = options.items()
+    with pytest.raises(InvalidArgumentError, match=f"{name} must be .*{value}"):
+        function(network, F.cross_entropy, batches, **options)
+
+
+def test_large_sets_are_read_again_in_each_pass(network, batches, monkeypatch):
+    kept = sharpness.sam_sharpness(network, F.cross_entropy, batches)
+    monkeypatch.setattr("flatmin.sharpness._objective.KEPT", 0)
+    assert sharpness.sam_sharpness(network, F.cross_entropy, batches) == kept
+
+
+def test_a_network_that_views_its_images_is_measured_too(batches):
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.head = nn.Conv2d(2, 3, 3), nn.Linear(12, 3)
+
+        def forward(self, x):
+            h = self.convolution(x)
+            return self.head(h.view(len(x), -1))
+
+    x, y = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    assert sharpness.sam_sharpness(Viewing(), F.cross_entropy, [(x, y)]).value > 0
+
+
+def test_tied_weights_count_once():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False)).double()
+    model[2].weight = model[0].weight
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = sharpness.hessian_trace(model, F.cross_entropy, [(x, torch.tensor([0, 1, 2, 0]))])
+    assert found.parameters == 9
+
+
+def test_errors_are_the_librarys_own():
+    assert issubclass(NonFiniteLossError, FlatminError)
