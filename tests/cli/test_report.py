@@ -16,6 +16,7 @@ def test_on_a_results_file_of_this_repository(flatmin):
     found = flatmin("report", RESULTS / "digits.json", "--out", "page.html")
     assert (found.code, found.err) == (0, "")
     assert found.out == "The report, for any browser: page.html\n"
+    assert "--figures" in flatmin("report", "--help").out
     assert "Better than base beyond noise here: smoothing (+0.63 points" in Path("page.html").read_text()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import FlatminWarning
-from ..report import write_report
+from ..report import write_figures, write_report
 from ._shared import app
 from ._terminal import out_console
 
@@ -26,6 +26,9 @@ def report(
     out: Annotated[
         str | None, typer.Option(help="The page's file.  [default: report.html in the first folder]")
     ] = None,
+    figures: Annotated[
+        str | None, typer.Option(help="Also write each plot as SVG and PNG, for a paper, into this folder.")
+    ] = None,
 ) -> None:
     """Write one page on what was found: for a browser, with no network.
 
@@ -33,6 +36,9 @@ def report(
     spectra and measures of sharpness, memory, and how all was made; each plot's numbers too.
     """
     page = write_report(runs, out)
+    if figures is not None:
+        count = len(write_figures(runs, figures))
+        out_console.print(f"{count} files with figures: {figures}", markup=False)
     out_console.print(f"The report, for any browser: {page}", markup=False)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import InvalidArgumentError, OutputError
 from ._page import MARK, make_page, make_section
 from ._read import read_studies
+from ._static import draw
 
 
 def write_report(sources: Sequence[str | PathLike[str]], out: str | PathLike[str] | None = None) -> Path:
@@ -39,6 +40,32 @@ def write_report(sources: Sequence[str | PathLike[str]], out: str | PathLike[str
     check_ours(page)
     write_ours(page, make_page([make_section(study) for study in studies], version("flatmin")).encode())
     return page
+
+
+def write_figures(sources: Sequence[str | PathLike[str]], folder: str | PathLike[str]) -> list[Path]:
+    """Writes every plot of the page as SVG and PNG into ``folder``; of landscapes the maps.
+
+    Args:
+        sources: As for `write_report`.
+        folder: Where to; made if it is not there. Several comparisons number their files.
+
+    Returns:
+        The files.
+
+    Raises:
+        DataError: As in `write_report`.
+        OutputError: If one cannot be written, or something else has its name.
+        MissingDependencyError: If matplotlib is not installed.
+    """
+    studies = read_studies([Path(source) for source in sources])
+    written = []
+    for number, study in enumerate(studies, start=1):
+        for chart in make_section(study).charts:
+            name = chart.key if len(studies) == 1 else f"{number}-{chart.key}"
+            for ending, content in draw(chart, MARK).items():
+                written.append(Path(folder) / f"{name}.{ending}")
+                write_ours(written[-1], content)
+    return written
 
 
 def check_ours(path: Path) -> None:
