@@ -55,12 +55,12 @@ def speaking(*, quiet: bool) -> Iterator[None]:
 class Display:
     """Progress: a bar in a terminal, a line for each finished seed elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "epochs") -> None:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("epochs"),
+            TextColumn(unit),
             TimeElapsedColumn(),
             console=err_console,
             transient=True,

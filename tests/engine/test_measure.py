@@ -1,0 +1,32 @@
+"""Sharpness during training: it is measured when due and changes nothing."""
+
+import math
+
+import pytest
+import torch
+
+from flatmin.engine.measure import epoch_sharpness
+
+KEYS = {"sharpness", "sharpness_normalised", "gradient_norm", "top_eigenvalue", "lr_times_top_eigenvalue"}
+
+
+@pytest.mark.parametrize("method", ["base", "mesa", "ema"])
+def test_training_is_the_same_to_the_bit_with_and_without_it(make_trainer, method):
+    plain, logged = make_trainer(method), make_trainer(method, log_sharpness=2)
+    for epoch in range(3):
+        without, metrics = plain.train_epoch(), logged.train_epoch()
+        assert (metrics.keys() >= KEYS) == (epoch > 0)  # the second, and the last
+        assert {n: v for n, v in metrics.items() if n not in KEYS | {"seconds"}} == {
+            n: v for n, v in without.items() if n != "seconds"
+        }
+        for one, other in zip(plain.model.state_dict().values(), logged.model.state_dict().values(), strict=True):
+            assert torch.equal(one, other)
+    assert metrics["lr_times_top_eigenvalue"] == pytest.approx(metrics["lr"] * metrics["top_eigenvalue"])
+    assert metrics["sharpness"] > 0
+
+
+def test_weights_that_are_not_finite_end_no_training(make_trainer):
+    trainer = make_trainer("base", log_sharpness=1)
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(math.nan)
+    assert all(math.isnan(value) for value in epoch_sharpness(trainer, 0.1).values())
