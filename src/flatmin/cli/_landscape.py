@@ -1,16 +1,17 @@
 """``flatmin landscape``."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from ..engine.measure import fixed_batches
+from ..engine.measure import Batches, fixed_batches
 from ..engine.record import command_line, environment, write_json
 from ..engine.saved import Saved, open_saved
 from ..errors import InvalidArgumentError
-from ..sharpness import loss_landscape
+from ..sharpness import Landscape, loss_landscape
 from ._shared import Interrupted, app
 from ._terminal import Display, out_console
 
@@ -55,23 +56,41 @@ def landscape(
         # In training mode, the statistics of as many samples as can be.
         size = samples if train_mode or plane else 1024
         batches = fixed_batches(saved.problem, samples, seed, saved.device, batch_size=size)
-        _draw(saved, batches, opened if plane else [], seed, options)
+        with Display(unit="points") as display:
+            try:
+                path, found = write_landscape(
+                    saved, batches, opened if plane else [], seed, on_progress=display.tell, **options
+                )
+            except KeyboardInterrupt:
+                kept = saved.folder / PARTIAL
+                raise Interrupted(f"what is done is kept in {kept}; the same command goes on with it") from None
+        losses = [loss for row in found.loss for loss in (row if isinstance(row, tuple) else (row,))]
+        out_console.print(
+            f"{saved.name}, {saved.run.method}: loss {found.origin_loss:.4g} at the minimum, {min(losses):.4g} to "
+            f"{max(losses):.4g} over {len(losses)} points; written to {path}",
+            markup=False,
+        )
 
 
-def _draw(saved: Saved, batches: Any, through: list[Saved], seed: int, options: dict[str, Any]) -> None:
+def write_landscape(
+    saved: Saved,
+    batches: Batches,
+    through: Sequence[Saved],
+    seed: int,
+    *,
+    on_progress: Callable[[int, int, str], None],
+    **options: Any,
+) -> tuple[Path, Landscape]:
+    """Finds the loss around a saved network, or in the plane through several, and writes it into its run's folder."""
     partial = saved.folder / PARTIAL
-    with Display(unit="points") as display:
-        try:
-            found = loss_landscape(
-                saved.model,
-                saved.loss_fn,
-                batches,
-                partial=partial,
-                on_progress=lambda done, total: display.tell(done, total, saved.name),
-                **options,
-            )
-        except KeyboardInterrupt:
-            raise Interrupted(f"what is done is kept in {partial}; the same command goes on with it") from None
+    found = loss_landscape(
+        saved.model,
+        saved.loss_fn,
+        batches,
+        partial=partial,
+        on_progress=lambda done, total: on_progress(done, total, saved.name),
+        **options,
+    )
     path = saved.folder / "landscape.json"
     write_json(
         path,
@@ -80,7 +99,7 @@ def _draw(saved: Saved, batches: Any, through: list[Saved], seed: int, options: 
             "seed": saved.run.seed,
             "checkpoint_epoch": saved.epoch,
             **found.to_json(),
-            "radius": options["radius"] if found.radius is None else found.radius,
+            "radius": options.get("radius", 1.0) if found.radius is None else found.radius,
             "checkpoints": [
                 {"name": one.name, "x": x, "y": y} for one, (x, y) in zip(through, found.places, strict=True)
             ],
@@ -90,9 +109,4 @@ def _draw(saved: Saved, batches: Any, through: list[Saved], seed: int, options: 
         },
     )
     partial.unlink(missing_ok=True)
-    losses = [loss for row in found.loss for loss in (row if isinstance(row, tuple) else (row,))]
-    out_console.print(
-        f"{saved.name}, {saved.run.method}: loss {found.origin_loss:.4g} at the minimum, {min(losses):.4g} to "
-        f"{max(losses):.4g} over {len(losses)} points; written to {path}",
-        markup=False,
-    )
+    return path, found

@@ -1,5 +1,6 @@
 """``flatmin sharpness``."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,9 +8,9 @@ import torch
 import typer
 from rich.table import Table
 
-from ..engine.measure import NOTE, fixed_batches, measures
+from ..engine.measure import NOTE, Batches, fixed_batches, measures
 from ..engine.record import command_line, environment, write_json
-from ..engine.saved import open_saved
+from ..engine.saved import Saved, open_saved
 from ..sharpness import spectral_density
 from ._shared import app
 from ._terminal import Display, out_console
@@ -43,43 +44,19 @@ def sharpness(
         "seed": seed,
     }
     with Display() as display:
-        found = measures(
-            saved.model,
-            saved.loss_fn,
+        path, found = write_sharpness(
+            saved,
             batches,
             rho=rho,
             eigenvalues=eigenvalues,
             trace=trace,
+            density=density,
             on_progress=lambda word: display.tell(0, 0, word),
             **options,
         )
-        spectrum = None
-        if density:
-            display.tell(0, 0, "density of the eigenvalues")
-            full = spectral_density(saved.model, saved.loss_fn, batches, **options)
-            spectrum = {"grid": list(full.grid), "density": list(full.density), "width": full.width}
-    path = saved.folder / "sharpness.json"
-    count = sum(len(y) for _, y in batches)
-    write_json(
-        path,
-        {
-            "method": saved.run.method,
-            "seed": saved.run.seed,
-            "checkpoint": saved.name,
-            "checkpoint_epoch": saved.epoch,
-            "data": {"set": "train", "samples": count, "seed": seed},
-            "batch_statistics": train_mode,
-            "dtype": "float64" if float64 else "float32",
-            **found,
-            "spectral_density": spectrum,
-            "note": NOTE,
-            "command": command_line(),
-            **environment(),
-        },
-    )
     out_console.print(
-        f"{saved.name}, {saved.run.method}, after {saved.epoch} epochs: loss {found['loss']:.4g} on {count} training "
-        "samples",
+        f"{saved.name}, {saved.run.method}, after {saved.epoch} epochs: loss {found['loss']:.4g} on "
+        f"{found['data']['samples']} training samples",
         markup=False,
     )
     table = Table("measure")
@@ -92,6 +69,44 @@ def sharpness(
     out_console.print(table, soft_wrap=False)
     out_console.print(NOTE, markup=False)
     out_console.print(f"written to {path}", markup=False)
+
+
+def write_sharpness(
+    saved: Saved,
+    batches: Batches,
+    *,
+    seed: int,
+    density: bool,
+    batch_statistics: bool = False,
+    dtype: torch.dtype | None = None,
+    on_progress: Callable[[str], None],
+    **how: Any,
+) -> tuple[Path, dict[str, Any]]:
+    """Measures a saved network, see `measures`, and writes what was found into its run's folder."""
+    options: dict[str, Any] = {"batch_statistics": batch_statistics, "dtype": dtype, "seed": seed}
+    found = measures(saved.model, saved.loss_fn, batches, on_progress=on_progress, **how, **options)
+    spectrum = None
+    if density:
+        on_progress("density of the eigenvalues")
+        full = spectral_density(saved.model, saved.loss_fn, batches, **options)
+        spectrum = {"grid": list(full.grid), "density": list(full.density), "width": full.width}
+    path = saved.folder / "sharpness.json"
+    whole = {
+        "method": saved.run.method,
+        "seed": saved.run.seed,
+        "checkpoint": saved.name,
+        "checkpoint_epoch": saved.epoch,
+        "data": {"set": "train", "samples": sum(len(y) for _, y in batches), "seed": seed},
+        "batch_statistics": batch_statistics,
+        "dtype": str(dtype or torch.float32).removeprefix("torch."),
+        **found,
+        "spectral_density": spectrum,
+        "note": NOTE,
+        "command": command_line(),
+        **environment(),
+    }
+    write_json(path, whole)
+    return path, whole
 
 
 def _say(measure: dict[str, Any]) -> str:
