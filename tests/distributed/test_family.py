@@ -20,6 +20,7 @@ FAMILY = {
     "FriendlySAM": lambda base: flatmin.FriendlySAM(base, rho=0.5, sigma=0.9, lam=0.7),
     "MSAM": lambda base: flatmin.MSAM(base, rho=0.5),
     "S2SAM": lambda base: flatmin.S2SAM(base, rho=0.5),
+    "SAM clipped": lambda base: flatmin.SAM(base, rho=0.5, norm="global", max_norm=0.1),
     # A step that does not pay has the whole batch's gradient, whatever the norm; and all ranks choose the same.
     "SAM seldom": lambda base: flatmin.SAM(base, rho=0.5, norm="rank", when=lambda step: False),
     "SAM by the gradient": lambda base: flatmin.SAM(base, rho=0.5, norm="rank", when=Adaptive(STEPS)),

@@ -209,6 +209,64 @@ def test_all_ranks_drop_a_step_that_is_not_finite_on_one(norm, call, value):
     problem.assert_same(ours, theirs)
 
 
+def overflow(norm: str, call: int) -> tuple[list[torch.Tensor], list[float]]:
+    """Weights and scales where a pass overflows on the last rank alone."""
+    model, calls, scales = problem.replicated(), [], []
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = flatmin.SAM(problem.sgd(model), rho=RHO, norm=norm, scaler=scaler)
+
+    def closure() -> torch.Tensor:
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = problem.loss_of(model, step)
+        broken = step in (1, 3) and len(calls) == call and problem.rank() == 1
+        scaler.scale(loss * (float("inf") if broken else 1)).backward()
+        return loss.detach()
+
+    for step in range(STEPS):  # noqa: B007 the closure's
+        calls.clear()
+        optimizer.step(closure)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert optimizer.skipped_steps == 2
+    return problem.weights(model), scales
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("norm", ["rank", "global"])
+def test_an_overflow_on_one_rank_lowers_the_scale_on_all(norm, call):
+    (ours, scales), (theirs, others) = run_ranks(overflow, 2, norm, call)
+    assert scales == others == [1024, 512, 512, 256, 256]
+    problem.assert_same(ours, theirs)
+
+
+def without_a_closure(norm: str, two_steps: bool) -> list[torch.Tensor]:
+    model = problem.replicated()
+    optimizer = flatmin.SAM(problem.sgd(model), rho=RHO, norm=norm)
+    for step in range(STEPS):
+        make_pass = closure_of(model, optimizer, step)
+        if two_steps:
+            make_pass()
+            assert optimizer.first_step()
+            make_pass()
+            optimizer.second_step()
+        else:
+            for _ in optimizer.passes():
+                make_pass()
+    return problem.weights(model)
+
+
+@pytest.mark.parametrize(("norm", "two_steps"), [("rank", False), ("global", False), ("global", True)])
+def test_loops_without_a_closure_are_what_the_norm_says(norm, two_steps):
+    for weights in run_ranks(without_a_closure, 2, norm, two_steps):
+        problem.assert_close(weights, definition(2) if norm == "rank" else alone())
+
+
+def test_first_step_cannot_keep_a_gradient_to_a_rank_and_says_so():
+    with pytest.raises(RuntimeError, match=r"'rank' is for those of one rank; make it SAM\(.*'global'\)"):
+        run_ranks(without_a_closure, 2, "rank", True)
+
+
 def statistics() -> dict[str, torch.Tensor]:
     model = problem.replicated(norm=True)
     optimizer = flatmin.SAM(problem.sgd(model), rho=RHO)

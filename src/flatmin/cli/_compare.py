@@ -14,6 +14,7 @@ from ..engine.record import run_folder
 from ..engine.select import select as select_rows
 from ..errors import InvalidArgumentError
 from ._options import parse_settings, with_options
+from ._report import report_on
 from ._shared import Interrupted, app, warn_if_idle
 from ._terminal import Display, err_console, print_outcome
 
@@ -56,7 +57,8 @@ def compare(
 
     Prints the test accuracy after the last epoch, its paired difference to the base optimizer, both with a 95 %
     confidence interval, and what each method costs. EXPERIMENT, a Python file that defines model(), train_set() and
-    test_set(), takes the place of --data and --model: does it help on my problem, and what does it cost?
+    test_set(), takes the place of --data and --model: does it help on my problem, and what does it cost? With
+    flatmin[report] installed, the folder also gets report.html, the same and more for a browser.
     """
     if ranks.launched() > 1:
         raise InvalidArgumentError("compare starts processes of its own: run it without torchrun, with --jobs")
@@ -87,7 +89,8 @@ def compare(
                 jobs=jobs,
                 on_progress=display.tell,
             ).run()
-        print_outcome(outcome, folder / "results.json")
+        page = report_on(folder) if outcome.seeds else None
+        print_outcome(outcome, folder / "results.json", page)
         if outcome.interrupted:
             kept = f"kept in {folder}" if any(folder.rglob("metrics.jsonl")) else "no epoch was done"
             raise Interrupted(f"{len(outcome.seeds)} seeds are finished, {kept}")

@@ -9,7 +9,7 @@ from .._checks import check_choice, check_integer, check_number
 from ..errors import InvalidArgumentError
 
 OPTIMIZERS = ("sgd", "adamw")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -53,7 +53,7 @@ class Recipe:
     log_sharpness: int = _option(
         0, "Measure sharpness after every N-th epoch and the last; as long as some 100 passes over 512 samples."
     )
-    precision: str = _option("float32", "float32 | bfloat16 (autocast).")
+    precision: str = _option("float32", "float32 | bfloat16 | float16 (autocast; with a gradient scaler).")
     device: str = _option("auto", "auto | cpu | cuda | cuda:1 | mps.")
     workers: int = _option(0, "Processes that load data, for folder: and experiment files.")
 

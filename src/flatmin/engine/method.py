@@ -1,10 +1,11 @@
 """What a training method is to the engine."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..averages import WeightAverage
@@ -13,7 +14,11 @@ from ..losses import MESA, SAF, OnlineLabelSmoothing
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What a method is put together from."""
+    """What a method is put together from.
+
+    Attributes:
+        scaler: Scales the loss where it trains in float16; one that does nothing elsewhere.
+    """
 
     model: nn.Module
     optimizer: Optimizer
@@ -21,6 +26,7 @@ class Ingredients:
     num_classes: int
     steps_per_epoch: int
     epochs: int
+    scaler: GradScaler = field(default_factory=lambda: GradScaler("cpu", enabled=False))
 
 
 @dataclass(frozen=True)

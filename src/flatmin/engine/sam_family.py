@@ -111,7 +111,7 @@ def _row(
         options = {option: settings[option] for option in defaults}
         if passes > 1:
             options["when"] = parse_when(settings["when"], given.epochs * given.steps_per_epoch)
-        optimizer = make(given.optimizer, parameters=parameters, **options)
+        optimizer = make(given.optimizer, parameters=parameters, scaler=given.scaler, **options)
         every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         size = moved * _bytes(every if parameters is None else parameters) + whole * _bytes(every)
         return Assembled(optimizer, extra_bytes=size, chooses=isinstance(optimizer, ESAM))

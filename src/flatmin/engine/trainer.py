@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from .._checks import check_integer
 from ..data import with_indices
 from ..errors import DataError, InvalidArgumentError
+from ..optim import SharpnessAware
 from . import ranks
 from .config import Run
 from .device import resolve_device
@@ -67,6 +69,7 @@ class Trainer:
             )
         # A loader of whole batches has them in place of single samples, see `make_loader`.
         self._batches: RankBatches = self.loader.batch_sampler or self.loader.sampler  # type: ignore[assignment]
+        self._scaler = GradScaler(self.device.type, enabled=recipe.precision == "float16")
         method = get_method(run.method).assemble(
             Ingredients(
                 self._network,
@@ -75,6 +78,7 @@ class Trainer:
                 num_classes=problem.num_classes,
                 steps_per_epoch=len(self.loader),
                 epochs=recipe.epochs,
+                scaler=self._scaler,
             ),
             run.settings,
         )
@@ -176,7 +180,7 @@ class Trainer:
                 logits = self._network(x)
                 vanilla = self.criterion(logits, y)
                 loss = vanilla if self._penalty is None else vanilla + self._penalty(logits, y, index, x)
-            (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+            self._scaler.scale(loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
             losses.append((loss.detach().float(), vanilla.detach().float()))
             return loss
 
@@ -189,7 +193,12 @@ class Trainer:
             losses.append((mean, mean))
             return each if weight == 1 else each * weight
 
-        self.optimizer.step(choosing if self._chooses else closure)  # type: ignore[arg-type]
+        if isinstance(self.optimizer, SharpnessAware):
+            self.optimizer.step(choosing if self._chooses else closure)
+        else:  # which a scaler steps without a closure
+            closure()
+            self._scaler.step(self.optimizer)
+        self._scaler.update()
         return StepResult(*losses[0], calls=len(losses))
 
     @property
@@ -237,7 +246,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
             "average": {} if self.average is None else self.average.state_dict(),
-            # The state of a gradient scaler, once there is one, belongs here.
+            "scaler": self._scaler.state_dict(),
             "ranks": ranks.from_all({"totals": self.progress.totals.cpu(), "random": self._random_states()}),
         }
 
@@ -249,7 +258,7 @@ class Trainer:
         """
         own = self.state_dict()
         same_torch = state["torch"] == own["torch"]  # other versions have other entries
-        for name in ("model", "trajectory", "average", "progress"):
+        for name in ("model", "trajectory", "average", "scaler", "progress"):
             check_fit(name, state[name], own[name])
         check_optimizer(state["optimizer"], self.scheduler.optimizer, exact=same_torch)
         check_fit("scheduler", state["scheduler"], own["scheduler"], exact=same_torch)
@@ -260,6 +269,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self._scaler.load_state_dict(state["scaler"])
         if self.trajectory is not None:
             self.trajectory.load_state_dict(state["trajectory"])
         if self.average is not None:
@@ -295,4 +305,6 @@ class Trainer:
         self._augmentation.set_state(states["augmentation"])
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.recipe.precision == "bfloat16")
+        precision = self.run.recipe.precision
+        dtype = torch.float16 if precision == "float16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=precision != "float32")

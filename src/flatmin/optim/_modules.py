@@ -23,7 +23,7 @@ def each_module(visit: Callable[[nn.Module], None], model: nn.Module | None = No
 
     def hook(module: nn.Module, *_: Any) -> None:
         visit(module)
-        if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
+        if (compiled := module._modules.get("_orig_mod")) is not None:  # getattr would be slow where there is none
             for inner in compiled.modules():
                 visit(inner)
 

@@ -158,6 +158,10 @@ class InPasses(Around, ABC):
         if suspended is not None:
             suspended.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_idle("a copy")
+        return super().__getstate__()
+
     def _called(self, closure: Closure | None) -> Step:
         """A step whose passes the closure has made."""
         if closure is None:

@@ -103,6 +103,8 @@ class Adaptive:
         variance = decay * variance + (1 - decay) * (|g|^2 - mean)^2         both from 0
         second pass where |g|^2 >= mean + c * sqrt(variance),   c from start to end, linearly over the run
 
+    The rule has been checked against descriptions of the paper; its constants, the defaults here, have not.
+
     The whole batch's gradient decides, so that all ranks do the same: the first pass is synchronised, and the
     perturbation is along it, whatever the optimizer's ``norm`` is.
 
