@@ -51,7 +51,7 @@ class Recipe:
     )
     image_size: int = _option(32, "Side in pixels to which folder: images are scaled and cropped.")
     log_sharpness: int = _option(
-        0, "Measure sharpness after every N-th epoch and the last, about 25 passes over 512 samples; 0 for never."
+        0, "Measure sharpness after every N-th epoch and the last; as long as some 100 passes over 512 samples."
     )
     precision: str = _option("float32", "float32 | bfloat16 | float16 (autocast; with a gradient scaler).")
     device: str = _option("auto", "auto | cpu | cuda | cuda:1 | mps.")
