@@ -9,7 +9,7 @@ from ..engine import ranks
 from ..engine.compare import Comparison
 from ..engine.config import Recipe
 from ..engine.load import has_criterion
-from ..engine.measure import fixed_batches
+from ..engine.measure import LOGGED, fixed_batches
 from ..engine.methods import COMPARED
 from ..engine.outcome import make_rows
 from ..engine.record import run_folder
@@ -119,9 +119,10 @@ def compare(
 def _look_at(folder: Path, points: int, display: Display) -> None:
     """Measures sharpness and landscape of a run's network, for the report."""
     saved = open_saved(folder)
-    batches = fixed_batches(saved.problem, 1024, 0, saved.device)
+    batches = fixed_batches(saved.problem, LOGGED, 0, saved.device)
     display.tell(0, 0, f"sharpness of {saved.name}")
-    write_sharpness(saved, batches, seed=0, density=True, trace=True, on_progress=lambda word: None)
+    rough = {"probes": 1, "steps": 32}
+    write_sharpness(saved, batches, seed=0, density=rough, on_progress=lambda word: None)
     write_landscape(saved, batches, [], 0, points=points, on_progress=display.tell)
 
 

@@ -1,6 +1,6 @@
 """``flatmin sharpness``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +50,7 @@ def sharpness(
             rho=rho,
             eigenvalues=eigenvalues,
             trace=trace,
-            density=density,
+            density={} if density else None,
             on_progress=lambda word: display.tell(0, 0, word),
             **options,
         )
@@ -76,19 +76,22 @@ def write_sharpness(
     batches: Batches,
     *,
     seed: int,
-    density: bool,
+    density: Mapping[str, Any] | None,
     batch_statistics: bool = False,
     dtype: torch.dtype | None = None,
     on_progress: Callable[[str], None],
     **how: Any,
 ) -> tuple[Path, dict[str, Any]]:
-    """Measures a saved network, see `measures`, and writes what was found into its run's folder."""
+    """Measures a saved network, see `measures`, and writes what was found into its run's folder.
+
+    ``density`` are the options of `spectral_density`; None for none.
+    """
     options: dict[str, Any] = {"batch_statistics": batch_statistics, "dtype": dtype, "seed": seed}
     found = measures(saved.model, saved.loss_fn, batches, on_progress=on_progress, **how, **options)
     spectrum = None
-    if density:
+    if density is not None:
         on_progress("density of the eigenvalues")
-        full = spectral_density(saved.model, saved.loss_fn, batches, **options)
+        full = spectral_density(saved.model, saved.loss_fn, batches, **density, **options)
         spectrum = {"grid": list(full.grid), "density": list(full.density), "width": full.width}
     path = saved.folder / "sharpness.json"
     whole = {

@@ -104,7 +104,7 @@ class Trainer:
         Returns:
             ``epoch`` (from 0), ``train_loss`` (with the trajectory term), ``train_loss_vanilla`` (without),
             ``test_loss``, ``test_accuracy`` (a share of 1), ``lr``, ``seconds`` (without the evaluation) and
-            ``closure_calls`` (of a step, on average); in epochs of ``log_sharpness`` also what `epoch_sharpness` adds.
+            ``closure_calls`` (of a step, on average); in epochs where it is due also what `epoch_sharpness` adds.
         """
         progress = self.progress
         batches = self._begin_epoch()
