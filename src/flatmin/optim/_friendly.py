@@ -19,7 +19,7 @@ from .._checks import check_number
 from ._base import SharpnessAware
 from ._scaling import Rho
 from ._step import Passes, Step
-from ._tensors import add_, clones, scale_
+from ._tensors import blend_, clones, plus
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,12 +31,13 @@ def friendly(
     gradients: list[Tensor], momenta: Sequence[Tensor | None], sigma: float, lam: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The directions and the new momenta; where there is no momentum yet, both are the gradient."""
-    directions = clones(gradients)
+    directions = list(gradients)
     updated = clones([g if m is None else m for g, m in zip(gradients, momenta, strict=True)])
     old = [number for number, momentum in enumerate(momenta) if momentum is not None]
-    add_([directions[number] for number in old], [updated[number] for number in old], alpha=-sigma)
-    scale_([updated[number] for number in old], lam)
-    add_([updated[number] for number in old], [gradients[number] for number in old], alpha=1 - lam)
+    known, means = [gradients[number] for number in old], [updated[number] for number in old]
+    for number, direction in zip(old, plus(known, means, alpha=-sigma), strict=True):
+        directions[number] = direction
+    blend_(means, known, 1 - lam)
     return directions, updated
 
 

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from .._checks import check_number
 from ._base import SharpnessAware
 from ._scaling import Rho
-from ._step import Passes, Step, aligned
-from ._tensors import add_, clones, cosine, global_norm, scale_
+from ._step import Passes, Step
+from ._tensors import add_, clones, component
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,11 +26,18 @@ if TYPE_CHECKING:
     from ._options import TwoPasses
 
 
-def decompose_(second: list[Tensor], first: list[Tensor], alpha: float) -> None:
-    """Subtracts from ``second``, in place, ``alpha`` times the part of ``first`` that is orthogonal to it."""
-    norm, other = float(global_norm(first)), float(global_norm(second))
+def decompose_(second: list[Tensor], first: list[Tensor], alpha: float, norm: float, other: float) -> None:
+    """Subtracts from ``second``, in place, ``alpha`` times the part of ``first`` that is orthogonal to it.
+
+    Args:
+        second: The gradients at the perturbed weights.
+        first: Those at the weights; that part is made of them in place.
+        alpha: Its weight.
+        norm: The norm of ``first``.
+        other: The norm of ``second``.
+    """
     if other > 0:
-        scale_(second, 1 + alpha * cosine(first, second, norm, other) * norm / other)
+        add_(first, second, alpha=-component(first, second, norm, other))
         add_(second, first, alpha=-alpha)
 
 
@@ -74,4 +81,5 @@ class GSAM(SharpnessAware):
         if step.pays:
             parameters, first = step.parameters, clones(step.gradients)
             yield from step.second()
-            decompose_(step.gradients, aligned(step.parameters, parameters, first), self.alpha)
+            first, norm = step.beside(parameters, first)
+            decompose_(step.gradients, first, self.alpha, norm, step.norm)

@@ -19,7 +19,7 @@ from .._checks import check_number
 from ._base import SharpnessAware
 from ._scaling import Rho
 from ._step import Passes, Step, aligned
-from ._tensors import add_, clones, cosine, global_norm, scale_
+from ._tensors import add_, clones, component, global_norm, plus
 from ._when import Every
 
 if TYPE_CHECKING:
@@ -28,12 +28,9 @@ if TYPE_CHECKING:
     from ._options import TwoPasses
 
 
-def orthogonal_(first: list[Tensor], second: list[Tensor]) -> None:
-    """Makes of ``first``, in place, the part of ``second`` that is orthogonal to it."""
-    norm, other = float(global_norm(first)), float(global_norm(second))
-    if norm > 0:
-        scale_(first, -cosine(first, second, norm, other) * other / norm)
-    add_(first, second, alpha=1)
+def orthogonal(first: list[Tensor], second: list[Tensor], norm: float, other: float) -> list[Tensor]:
+    """The part of ``second``, whose norm is ``other``, that is orthogonal to ``first``, whose norm is ``norm``."""
+    return plus(second, first, alpha=-component(second, first, other, norm))
 
 
 def reuse_(gradients: list[Tensor], directions: list[Tensor], alpha: float, norm: float) -> None:
@@ -85,9 +82,8 @@ class LookSAM(SharpnessAware):
         if step.pays:
             parameters, first = step.parameters, clones(step.gradients)
             yield from step.second()
-            directions = aligned(step.parameters, parameters, first)
-            orthogonal_(directions, step.gradients)
-            self._memory.put("direction", step.parameters, directions)
+            first, norm = step.beside(parameters, first)
+            self._memory.put("direction", step.parameters, orthogonal(first, step.gradients, norm, step.norm))
         elif step.rho > 0:
             known, directions = self._memory.known("direction", step.parameters)
             if known:

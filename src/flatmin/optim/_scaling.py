@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_number
 from ..errors import InvalidArgumentError
-from ._tensors import absolute_, clones, global_norm, multiply_
+from ._tensors import absolute, global_norm, multiply_, times
 
 # Parameters, a direction for each, and the directions' norm where it is known; returns s and n of e = rho * s / n.
 Scaling = Callable[[list[Tensor], list[Tensor], float | None], tuple[list[Tensor], float]]
@@ -42,11 +42,11 @@ class Elementwise:
     ) -> tuple[list[Tensor], float]:
         """Returns ``T^2 d`` and ``|T d|``."""
         wide = [number for number, parameter in enumerate(parameters) if parameter.ndim >= 2]
-        factors = clones([parameters[number] for number in wide])
-        absolute_(factors, plus=self.eta)
-        moved = clones(directions)
-        some = [moved[number] for number in wide]
-        multiply_(some, factors)
+        factors = absolute([parameters[number] for number in wide], self.eta)
+        some = times([directions[number] for number in wide], factors)
+        moved = list(directions)
+        for number, tensor in zip(wide, some, strict=True):
+            moved[number] = tensor
         length = float(global_norm(moved))
         multiply_(some, factors)
         return moved, length

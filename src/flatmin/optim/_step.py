@@ -16,7 +16,7 @@ from ._loss_scale import LossScale
 from ._randomness import CPU, States, random_states, replayed
 from ._replicas import agreed, local_gradients
 from ._scaling import Scaling
-from ._tensors import add_, copy_, global_norm, scale_
+from ._tensors import add_, clones, copy_, global_norm, scale_
 from ._when import Adaptive, When
 
 Passes = Generator[None, None, None]  # yields wherever a pass is due; whoever goes over it makes the pass then
@@ -120,6 +120,11 @@ class Step:
             )
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
+    def beside(self, parameters: list[Tensor], first: list[Tensor]) -> tuple[list[Tensor], float]:
+        """The ``first`` gradients, of ``parameters``, of those with a second one, and their norm."""
+        found = aligned(self.parameters, parameters, first)
+        return found, self.first_norm if found is first else float(global_norm(found))
+
     def second(
         self,
         parameters: list[Tensor] | None = None,
@@ -174,7 +179,7 @@ class Step:
         self, parameters: list[Tensor], directions: list[Tensor], norm: float | None, rho: float, eps: float
     ) -> Iterator[None]:
         offsets, length = self.scaling(parameters, directions, norm) if parameters else ([], 0.0)
-        weights = [parameter.clone() for parameter in parameters]
+        weights = clones(parameters)
         try:
             add_(parameters, offsets, alpha=rho / (length + eps))
             for given_up in (offsets, directions, self.gradients):

@@ -1,6 +1,7 @@
 """Arithmetic over lists of tensors, in which DTensors and plain ones may be mixed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,23 +46,40 @@ def multiply_(tensors: list[Tensor], others: list[Tensor]) -> None:
         torch._foreach_mul_(ours, theirs)
 
 
-def absolute_(tensors: list[Tensor], plus: float) -> None:
-    """``tensors = |tensors| + plus``, in place."""
-    for (ours,) in _alike(tensors):
-        torch._foreach_abs_(ours)
-        torch._foreach_add_(ours, plus)
+def blend_(tensors: list[Tensor], others: list[Tensor], share: float) -> None:
+    """``tensors += share * (others - tensors)``, in place."""
+    for ours, theirs in _alike(tensors, others):
+        torch._foreach_lerp_(ours, theirs, share)
+
+
+def plus(tensors: list[Tensor], others: list[Tensor], alpha: float) -> list[Tensor]:
+    """``tensors + alpha * others``."""
+    return _made(lambda ours, theirs: torch._foreach_add(ours, theirs, alpha=alpha), tensors, others)
+
+
+def times(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    """``tensors * others``."""
+    return _made(torch._foreach_mul, tensors, others)
+
+
+def absolute(tensors: list[Tensor], eta: float) -> list[Tensor]:
+    """``|tensors| + eta``."""
+    found = _made(torch._foreach_abs, tensors)
+    for (ours,) in _alike(found):
+        torch._foreach_add_(ours, eta)
+    return found
 
 
 def clones(tensors: list[Tensor]) -> list[Tensor]:
-    """A copy of each, outside of any graph."""
-    return [tensor.detach().clone() for tensor in tensors]
+    """A copy of each."""
+    return [tensor.clone() for tensor in tensors]
 
 
-def cosine(tensors: list[Tensor], others: list[Tensor], norm: float, other: float) -> float:
-    """Cosine of the angle between two directions over all tensors together; 0 if one of them is none.
+def component(tensors: list[Tensor], others: list[Tensor], norm: float, other: float) -> float:
+    """``a . b / |b|^2`` of two directions over all tensors together: how much of ``b`` is in ``a``; 0 if one is none.
 
-    ``1 - |a/|a| - b/|b||^2 / 2``: no tensor at a time, no cancellation where they are nearly parallel, and the rounding
-    is that of ``cosine`` itself wherever the lengths lie apart.
+    Of the cosine, ``1 - |a/|a| - b/|b||^2 / 2``: no tensor at a time, no cancellation where they are nearly parallel,
+    and the rounding is that of ``a . b`` itself wherever the lengths lie apart.
 
     Args:
         tensors: One direction.
@@ -71,15 +89,22 @@ def cosine(tensors: list[Tensor], others: list[Tensor], norm: float, other: floa
     """
     if norm == 0 or other == 0:
         return 0.0
-    difference = clones(tensors)
-    scale_(difference, 1 / norm)
-    add_(difference, others, alpha=-1 / other)
-    return 1 - float(global_norm(difference)) ** 2 / 2
+    difference = plus(tensors, others, alpha=-norm / other)  # |a| times that of the unit vectors
+    return (1 - (float(global_norm(difference)) / norm) ** 2 / 2) * norm / other
 
 
 def copy_(tensors: list[Tensor], others: list[Tensor]) -> None:
     """Copies ``others`` into ``tensors``, each of which is placed like the other."""
     torch._foreach_copy_([_local(tensor) for tensor in tensors], [_local(other) for other in others])
+
+
+def _made(function: Callable[..., Any], *lists: list[Tensor]) -> list[Tensor]:
+    """What a foreach function makes of lists in parallel, in their order."""
+    parts = [(part[0], function(*part)) for part in _alike(*lists)]
+    if len(parts) == 1:
+        return list(parts[0][1])
+    known = {tensor: new for ours, found in parts for tensor, new in zip(ours, found, strict=True)}
+    return [known[tensor] for tensor in lists[0]]
 
 
 def _alike(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
