@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import FlatminWarning
-from ..report import write_figures, write_report
+from ..report import write_figures, write_report, write_tensorboard
 from ._shared import app
 from ._terminal import out_console
 
@@ -29,6 +29,9 @@ def report(
     figures: Annotated[
         str | None, typer.Option(help="Also write each plot as SVG and PNG, for a paper, into this folder.")
     ] = None,
+    tensorboard: Annotated[
+        str | None, typer.Option(help="Also write what runs logged into this folder, for TensorBoard.")
+    ] = None,
 ) -> None:
     """Write one page on what was found: for a browser, with no network.
 
@@ -39,6 +42,11 @@ def report(
     if figures is not None:
         count = len(write_figures(runs, figures))
         out_console.print(f"{count} files with figures: {figures}", markup=False)
+    if tensorboard is not None:
+        count = len(write_tensorboard(runs, tensorboard))
+        out_console.print(
+            f"{count} run{'' if count == 1 else 's'} for tensorboard --logdir {tensorboard}", markup=False
+        )
     out_console.print(f"The report, for any browser: {page}", markup=False)
 
 

@@ -5,5 +5,6 @@ Needs ``pip install 'flatmin[report]'``.
 
 from ._write import write_figures as write_figures
 from ._write import write_report as write_report
+from ._write import write_tensorboard as write_tensorboard
 
-__all__ = ["write_figures", "write_report"]
+__all__ = ["write_figures", "write_report", "write_tensorboard"]

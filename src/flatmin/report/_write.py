@@ -6,10 +6,11 @@ from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 
-from ..errors import InvalidArgumentError, OutputError
+from ..errors import DataError, InvalidArgumentError, OutputError
 from ._page import MARK, make_page, make_section
 from ._read import read_studies
 from ._static import draw
+from ._tensorboard import write_events
 
 
 def write_report(sources: Sequence[str | PathLike[str]], out: str | PathLike[str] | None = None) -> Path:
@@ -65,6 +66,27 @@ def write_figures(sources: Sequence[str | PathLike[str]], folder: str | PathLike
             for ending, content in draw(chart, MARK).items():
                 written.append(Path(folder) / f"{name}.{ending}")
                 write_ours(written[-1], content)
+    return written
+
+
+def write_tensorboard(sources: Sequence[str | PathLike[str]], folder: str | PathLike[str]) -> list[Path]:
+    """Writes what the runs logged as TensorBoard's scalars into ``folder``, a run of its own for each row and seed.
+
+    Args:
+        sources: As for `write_report`.
+        folder: Where to; made if it is not there. What this function wrote there before is replaced.
+
+    Returns:
+        The runs' folders.
+
+    Raises:
+        DataError: As in `write_report`, and if no run has logged anything.
+        OutputError: If they cannot be written.
+        MissingDependencyError: If TensorBoard is not installed.
+    """
+    written = write_events(read_studies([Path(source) for source in sources]), Path(folder))
+    if not written:
+        raise DataError(f"{sources[0]}: holds no run's metrics.jsonl, so there is nothing for TensorBoard")
     return written
 
 
