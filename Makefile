@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
 
-.PHONY: demo test lint types unit format clean
+.PHONY: demo test lint types unit browser format clean
 demo: $(VENV)/cli.done
-	$(BIN)/flatmin compare
+	$(BIN)/flatmin compare --log-sharpness 2 --look 25
 
 test: lint types unit
 
@@ -19,8 +19,14 @@ types: $(VENV)/dev.done
 	$(BIN)/mypy
 
 # One thread a worker: two workers on two cores, without fighting over them.
-unit: $(VENV)/dev.done
+unit: $(VENV)/dev.done browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+
+# The report is tested in a real browser. Where Debian's cannot be had, those tests are skipped and say so.
+browser:
+	@if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver) >/dev/null 2>&1 \
+		|| echo 'chromium could not be installed: the tests in a browser are skipped'; fi
 
 format: $(VENV)/dev.done
 	$(BIN)/ruff check --fix .
@@ -33,7 +39,7 @@ $(VENV)/bin/python:
 # torch first and pinned: a range would admit a newer build of several gigabytes.
 $(VENV)/cli.done: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[cli]'
+	$(PIP) --editable '.[cli,report]'
 	touch $@
 
 $(VENV)/dev.done: $(VENV)/cli.done

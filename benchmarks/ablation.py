@@ -43,6 +43,7 @@ TARGETS = {
     "same-class": "the output 3 epochs ago of another sample with its label, drawn anew each time",
     "class-mean": "the mean output 3 epochs ago of all samples with its label",
     "any-sample": "the output 3 epochs ago of any sample, drawn anew each time",
+    "uniform": "nothing: the same logit for every class",
 }
 
 
@@ -84,6 +85,8 @@ class Recall(nn.Module):
 
     def recalled(self, y: Tensor, index: Tensor) -> Tensor:
         """The targets of a batch, shape (B, C); NaN where there is none."""
+        if self.target == "uniform":
+            return torch.zeros_like(self.outputs[0, index])
         if self.target == "mean":
             return self.mean[index]
         if self.target == "random-epoch":
@@ -129,6 +132,7 @@ def main() -> None:
     """Chooses, compares and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(EPOCHS), default="mnist1d")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="only these, with commas")
     parser.add_argument("--label-noise", type=float, default=0.0)
     parser.add_argument("--epochs", type=int, default=0, help="another length of the runs")
     parser.add_argument("--seeds", type=int, default=10)
@@ -142,7 +146,7 @@ def main() -> None:
         epochs=arguments.epochs or EPOCHS[arguments.data],
         label_noise=arguments.label_noise,
     )
-    variants = [f"saf-{target}" for target in TARGETS]
+    variants = [f"saf-{target}" for target in arguments.targets.split(",")]
     tried = {
         "smoothing": {"smoothing": (0.05, 0.1, 0.2, 0.4)},
         "ols": {"coefficient": (0.1, 0.3, 0.5, 0.8)},

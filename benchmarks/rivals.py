@@ -2,7 +2,8 @@ r"""The comparison of all methods: a table and a plot of accuracy against cost, 
 
 Accuracies come from ``flatmin compare`` (the commands stand in benchmarks/README.md), costs of a step from
 ``benchmarks/overhead.py`` on an idle machine. Where a method pays for a second pass in some steps only, its cost is the
-mean by the closure calls that were counted in training.
+mean by the closure calls that were counted in training. Comparisons of one recipe, whose bases came out the same, are
+put together, and p-values corrected for all of their rows.
 
     python benchmarks/rivals.py --costs benchmarks/results/overhead-cpu.json --out benchmarks/results/rivals \
         benchmarks/results/rivals-*.json
@@ -17,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from flatmin.engine.methods import get_method
+from flatmin.engine.stats import holm
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,35 @@ def edges(selection: dict[str, Any] | None) -> set[str]:
         by_method.setdefault(candidate["method"], []).append(candidate)
     ends = [end for some in by_method.values() for end in (some[0], some[-1])]
     return {end["label"] for end in ends if end["chosen"]}
+
+
+def merged(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Comparisons of one recipe as one, in the order of the first of each.
+
+    Raises:
+        SystemExit: If their seeds or their bases differ: then they are not of the same code or machine.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for results in every:
+        recipe = {name: value for name, value in results["recipe"].items() if value not in (0, None)}
+        groups.setdefault(json.dumps(recipe, sort_keys=True), []).append(results)
+    return [_merged(some) for some in groups.values()]
+
+
+def _merged(some: list[dict[str, Any]]) -> dict[str, Any]:
+    first, *others = some
+    rows, metrics = [*first["rows"]], {**first["metrics"]}
+    candidates = [*(first["selection"] or {"candidates": []})["candidates"]]
+    for other in others:
+        base = other["rows"][0]
+        if other["seeds"] != first["seeds"] or base["test_accuracy"] != rows[0]["test_accuracy"]:
+            raise SystemExit(f"{title(other)}: the comparisons have other seeds, or bases that came out differently")
+        rows += other["rows"][1:]
+        metrics = {**other["metrics"], **metrics}
+        candidates += (other["selection"] or {"candidates": []})["candidates"]
+    adjusted = holm([row["p_value"] for row in rows[1:]])
+    rows[1:] = [{**row, "p_value_holm": value} for row, value in zip(rows[1:], adjusted, strict=True)]
+    return {**first, "rows": rows, "metrics": metrics, "selection": {"candidates": candidates}}
 
 
 def read(results: dict[str, Any], costs: dict[str, Any]) -> list[Point]:
@@ -162,10 +193,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="name of the .md and the .svg without its ending")
     arguments = parser.parse_args()
     costs = json.loads(arguments.costs.read_text())
-    comparisons = []
-    for path in arguments.results:
-        results = json.loads(path.read_text())
-        comparisons.append((results, read(results, costs)))
+    every = merged([json.loads(path.read_text()) for path in arguments.results])
+    comparisons = [(results, read(results, costs)) for results in every]
     arguments.out.with_suffix(".md").write_text("\n".join(table(*each) for each in comparisons))
     plot(comparisons, arguments.out.with_suffix(".svg"))
 

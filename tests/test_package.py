@@ -15,7 +15,10 @@ import flatmin
 ROOT = Path(flatmin.__file__).parent
 PUBLIC = [
     "flatmin",
-    *(f"flatmin.{name}" for name in ("averages", "data", "history", "losses", "models", "optim", "sharpness")),
+    *(
+        f"flatmin.{name}"
+        for name in ("averages", "data", "history", "losses", "models", "optim", "report", "sharpness")
+    ),
 ]
 # Who may import what of flatmin, by the first folder or file under src/flatmin.
 ALLOWED = {
@@ -29,11 +32,30 @@ ALLOWED = {
     "sharpness": {"errors", "_checks"},
     "losses": {"errors", "_checks", "averages", "history"},
     "engine": {"averages", "errors", "_checks", "history", "optim", "data", "models", "sharpness", "losses"},
-    "cli": {"", "averages", "errors", "_checks", "history", "optim", "data", "models", "sharpness", "losses", "engine"},
+    "report": {"errors", "_checks"},
+    "cli": {
+        "report",
+        "",
+        "averages",
+        "errors",
+        "_checks",
+        "history",
+        "optim",
+        "data",
+        "models",
+        "sharpness",
+        "losses",
+        "engine",
+    },
     "__init__": {"averages", "data", "errors", "history", "losses", "models", "optim", "sharpness"},
     "__main__": {"cli"},
 }
-LAZY = {"engine", "cli", "__main__"}  # may import the extras' packages; all else torch and the standard library
+LAZY = {
+    "engine",
+    "report",
+    "cli",
+    "__main__",
+}  # may import the extras' packages; all else torch and the standard library
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -45,7 +45,9 @@ def test_the_own_output_some_epochs_ago_is_saf(ablation):
     assert ours > 0
 
 
-@pytest.mark.parametrize("target", ["lag1", "random-epoch", "mean", "same-class", "class-mean", "any-sample"])
+@pytest.mark.parametrize(
+    "target", ["lag1", "random-epoch", "mean", "same-class", "class-mean", "any-sample", "uniform"]
+)
 def test_each_target_is_what_it_is_said_to_be(ablation, target):
     recall = made(ablation, target)
     logits, y = outputs()
@@ -63,6 +65,7 @@ def test_each_target_is_what_it_is_said_to_be(ablation, target):
             "same-class": past[alike],
             "class-mean": past[[*alike, sample]].mean(dim=0)[None],
             "any-sample": past,
+            "uniform": torch.zeros(1, C),
         }
         if target == "mean":
             expected = logits[0, sample]

@@ -11,7 +11,8 @@ from benchmarks import rivals
 def row(method, accuracy, label=None):
     interval = {"mean": accuracy, "half": 0.1}
     difference = {"mean": accuracy - 90, "half": 0.2}
-    return {"method": method, "label": label or method, "accuracy": interval, "difference": difference}
+    numbers = {"accuracy": interval, "difference": difference, "p_value": 0.01, "test_accuracy": [accuracy, accuracy]}
+    return {"method": method, "label": label or method, **numbers}
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def files(tmp_path):
     rows = [
         row("base", 90.0),
         row("latesam", 92.0),
-        {**row("sam", 91.0, "sam rho=0.2"), "p_value_holm": 0.03},
+        row("sam", 91.0, "sam rho=0.2"),
         row("saf", 91.5),
     ]
     candidates = [{"label": f"sam rho={rho}", "method": "sam", "chosen": rho == 0.2} for rho in (0.05, 0.1, 0.2)]
@@ -61,5 +62,17 @@ def test_the_table_and_the_plot_are_written(files, tmp_path, monkeypatch):
     lines = out.with_suffix(".md").read_text().splitlines()
     assert lines[0] == "### MNIST-1D, 20% wrong labels, 2 seeds"
     assert "| sam rho=0.2 (edge) | 91.00 ± 0.10 | +1.00 ± 0.20 | 0.030 | 2.00 x |" in lines
-    assert "| **latesam** | 92.00 ± 0.10 | +2.00 ± 0.20 |  | 1.37 x |" in lines
+    assert "| **latesam** | 92.00 ± 0.10 | +2.00 ± 0.20 | 0.030 | 1.37 x |" in lines
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def test_comparisons_of_one_recipe_are_one_if_their_bases_are(files):
+    first = json.loads(files[0].read_text())
+    other = {**first, "rows": [row("base", 90.0), row("ols", 93.0)], "metrics": {}, "selection": None}
+    (whole,) = rivals.merged([first, other])
+    assert [entry["method"] for entry in whole["rows"]] == ["base", "latesam", "sam", "saf", "ols"]
+    assert [entry["p_value_holm"] for entry in whole["rows"][1:]] == pytest.approx([0.04] * 4)
+    apart = {**other, "recipe": {**first["recipe"], "label_noise": 0.0}}
+    assert len(rivals.merged([first, apart])) == 2
+    with pytest.raises(SystemExit, match="bases that came out differently"):
+        rivals.merged([first, {**other, "rows": [row("base", 90.1)]}])

@@ -129,6 +129,9 @@ class TestTheRealThing:
         assert written["rows"][1]["step_ratio"] > 1
         *_, path, last = found.out.splitlines()
         assert path == f"Every seed's numbers: {folder / 'results.json'}"
+        assert f"The report, for any browser: {folder / 'report.html'}" in found.out
+        assert written["verdict"] == last
+        assert last in (folder / "report.html").read_text()
         assert last == "2 finished seeds: too few for a claim, which takes 5."
 
     @pytest.fixture

@@ -198,6 +198,8 @@ def test_loss_of_the_unperturbed_weights_is_returned(method: str) -> None:
     loss = loop.step(torch.arange(B))
     smoothing = loop.settings["coefficient" if method == "ols" else "smoothing"]  # ols begins with plain smoothing
     expected = F.cross_entropy(before(loop.x[:B]), loop.y[:B], label_smoothing=smoothing)
+    if loop.method.penalty is not None and loop.method.trajectory is None:  # at work from the start
+        expected = expected + loop.method.penalty(before(loop.x[:B]), loop.y[:B], torch.arange(B), loop.x[:B])
     torch.testing.assert_close(loss, expected.detach())
 
 

@@ -19,7 +19,7 @@ def assemble(name, **given):
 
 def test_the_methods_of_the_issue():
     family = ["sam", "samon", "latesam", "aesam", "asam", "esam", "gsam", "looksam", "fsam", "msam", "s2sam"]
-    assert list(METHODS) == ["base", "smoothing", *family, "saf", "mesa", "ols", "ema", "sema", "lawa"]
+    assert list(METHODS) == ["base", "smoothing", *family, "saf", "mesa", "ols", "squeeze", "ema", "sema", "lawa"]
     assert list(COMPARED) == ["base", "smoothing", "sam", "saf", "mesa"]
 
 
@@ -144,3 +144,15 @@ def test_averages_follow_the_base_optimizer():
     assert assemble("sema", decay=0.5)[2].average.decay == 0.5
     assert assemble("sema")[2].average.decay == 1 - 1 / 5
     assert assemble("lawa", k=3)[2].average.k == 3
+
+
+def test_squeezing_is_label_smoothing_at_temperature_1_and_the_variance_of_the_logits_at_a_high_one():
+    logits, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def penalty(temperature):
+        return assemble("squeeze", coefficient=1.0, temperature=temperature)[2].penalty(logits, y, y, None)
+
+    # CE(uniform) is KL(uniform || softmax) and the entropy of the uniform distribution
+    uniform = nn.functional.cross_entropy(logits, torch.full((6, 3), 1 / 3, dtype=torch.float64))
+    torch.testing.assert_close(penalty(1.0) + torch.log(torch.tensor(3.0, dtype=torch.float64)), uniform)
+    torch.testing.assert_close(penalty(1e3), logits.var(dim=1, correction=0).mean() / 2, rtol=1e-3, atol=0)

@@ -279,3 +279,41 @@ def test_bfloat16_computes_the_network_in_bfloat16_and_keeps_the_weights_in_floa
     assert set(seen) == {torch.bfloat16}
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     assert math.isfinite(metrics["train_loss"])
+
+
+class TestFloat16:
+    @pytest.mark.parametrize("method", list(METHODS))
+    def test_the_network_is_computed_in_float16_and_the_weights_stay_in_float32(self, make_trainer, method):
+        trainer, seen = make_trainer(method, precision="float16"), []
+        trainer.model.register_forward_hook(lambda model, inputs, output: seen.append(output.dtype))
+        before = weights(trainer)
+        for _ in range(2):
+            metrics = trainer.train_epoch()
+        assert set(seen) == {torch.float16}
+        assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+        assert math.isfinite(metrics["train_loss"])
+        assert not same(before, weights(trainer))
+
+    @pytest.mark.parametrize("method", ["base", "sam", "msam", "esam", "mesa"])
+    def test_a_step_that_overflows_is_dropped_and_the_scale_goes_down(self, make_trainer, method):
+        trainer = make_trainer(method, precision="float16")
+        index, (x, y) = next(iter(with_indices(trainer.loader)))
+        trainer.step(index, x, y)
+        scale, before = trainer._scaler.get_scale(), [p.clone() for p in trainer.model.parameters()]
+        trainer.step(index, torch.full_like(x, torch.inf), y)
+        assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+        assert trainer._scaler.get_scale() == scale / 2
+
+    @pytest.mark.parametrize("method", ["base", "gsam"])
+    def test_its_scale_is_in_the_checkpoint(self, make_trainer, method):
+        whole, first, second = (make_trainer(method, precision="float16") for _ in range(3))
+        for trainer in (whole, first):
+            trainer._scaler.scale(torch.ones(()))  # a scaler begins with its first scaling
+            trainer._scaler.update(2.0**7)
+            trainer.train_epoch()
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        for trainer in (whole, second):
+            trainer.train_epoch()
+        assert second._scaler.state_dict() == whole._scaler.state_dict()
+        assert second._scaler.get_scale() == 2.0**7
+        assert same(weights(second), weights(whole))

@@ -12,6 +12,9 @@ from .. import __version__
 from ..engine import ranks
 from ..errors import FlatminError
 from . import _compare as _compare  # each adds its command
+from . import _landscape as _landscape
+from . import _report as _report
+from . import _sharpness as _sharpness
 from . import _train as _train
 from ._shared import Interrupted, app
 from ._terminal import err_console, out_console, speaking

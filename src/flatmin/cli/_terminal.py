@@ -55,12 +55,12 @@ def speaking(*, quiet: bool) -> Iterator[None]:
 class Display:
     """Progress: a bar in a terminal, a line for each finished seed elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "epochs") -> None:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("epochs"),
+            TextColumn(unit),
             TimeElapsedColumn(),
             console=err_console,
             transient=True,
@@ -84,8 +84,8 @@ class Display:
             err_console.print(word, markup=False)
 
 
-def print_outcome(outcome: Outcome, results: Path) -> None:
-    """Prints the table of a comparison, where its numbers are, and the verdict as the last line."""
+def print_outcome(outcome: Outcome, results: Path, page: Path | None = None) -> None:
+    """Prints the table of a comparison, where its report and its numbers are, and the verdict as the last line."""
     if not outcome.seeds:
         out_console.print("No seed was finished by every method, so there is nothing to compare.")
         return
@@ -110,6 +110,8 @@ def print_outcome(outcome: Outcome, results: Path) -> None:
     natural = Measurement.get(out_console, out_console.options.update_width(1000), table).maximum
     out_console.width = max(out_console.width, natural)
     out_console.print(table, soft_wrap=False)
+    if page is not None:
+        out_console.print(f"The report, for any browser: {page}", markup=False)
     out_console.print(f"Every seed's numbers: {results}", markup=False)
     out_console.print(verdict(outcome), markup=False)
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,12 @@ def settle(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path) -> Any:
+def load_checkpoint(folder: Path, only: Collection[str] | None = None) -> Any:
     """Reads what `save_checkpoint` wrote.
+
+    Args:
+        folder: The checkpoint.
+        only: The entries of the state to read, whose other tensors then take no memory; None for all.
 
     Raises:
         DataError: If it is not there, not whole, or something else.
@@ -150,9 +154,13 @@ def load_checkpoint(folder: Path) -> Any:
         _check_tensors(folder / TENSORS, content)
         # Copied, since what safe_open returns is the file itself, mapped into memory.
         with safe_open(folder / TENSORS, "pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+            names = [key for key in file.keys() if only is None or key.partition(".")[0] in only]  # noqa: SIM118
+            tensors = {key: file.get_tensor(key).clone() for key in names}
         name = STATE
-        state = _fill(json.loads(content["state"]), tensors)
+        skeleton = json.loads(content["state"])
+        if only is not None:
+            skeleton["items"] = [[key, item] for key, item in skeleton["items"] if key in only]
+        state = _fill(skeleton, tensors)
         if tensors:
             raise ValueError(f"it lacks the tensor {next(iter(tensors))!r:.200}")
         return state

@@ -72,6 +72,10 @@ class Comparison:
         self.threads = max(cores // self.jobs, 1)
         self._tell = on_progress or (lambda done, planned, word: None)
 
+    def run_folder(self, row: Row, seed: int) -> Path:
+        """Where a run of the comparison is kept."""
+        return self.folder / "runs" / f"{row.label.replace(' ', '-')}-seed{seed}"
+
     def run(self) -> Outcome:
         """Measures the steps, trains every row with every seed, writes ``results.json``.
 
@@ -185,8 +189,7 @@ class Comparison:
         for row in self.outcome.rows:
             seed = self.first_seed + number
             run = Run(self.outcome.recipe, row.method, row.settings, seed)
-            folder = self.folder / "runs" / f"{row.label.replace(' ', '-')}-seed{seed}"
-            submitted[pool.submit(_train_one, run, folder)] = (row, seed)
+            submitted[pool.submit(_train_one, run, self.run_folder(row, seed))] = (row, seed)
         return submitted
 
     def _collect(self, futures: "Mapping[Future[dict[str, float]], tuple[Row, int]]") -> None:

@@ -50,6 +50,12 @@ class Recipe:
         0.0, "Share of the training set to hold out and test on, in place of the test set: to choose settings."
     )
     image_size: int = _option(32, "Side in pixels to which folder: images are scaled and cropped.")
+    log_sharpness: int = _option(
+        0, "Measure SAM's sharpness after every N-th epoch and the last, in four passes over 512 samples; 0 for never."
+    )
+    log_curvature: int = _option(
+        0, "Likewise the Hessian's top eigenvalue, at the price of some forty passes over 512 samples; 0 for never."
+    )
     precision: str = _option("float32", "float32 | bfloat16 | float16 (autocast; with a gradient scaler).")
     device: str = _option("auto", "auto | cpu | cuda | cuda:1 | mps.")
     workers: int = _option(0, "Processes that load data, for folder: and experiment files.")
@@ -63,6 +69,8 @@ class Recipe:
         check_integer("train_samples", self.train_samples, least=0)
         check_integer("image_size", self.image_size, least=4)
         check_integer("workers", self.workers, least=0)
+        check_integer("log_sharpness", self.log_sharpness, least=0)
+        check_integer("log_curvature", self.log_curvature, least=0)
         check_number("momentum", self.momentum, least=0, below=1)
         check_number("label_noise", self.label_noise, least=0, below=1)
         check_number("validation", self.validation, least=0, below=1)

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .._checks import check_choice, nearest
+from .._checks import check_choice, check_number, nearest
 from ..averages import EMA, LAWA, SwitchEMA, WeightAverage, ema_decay
 from ..errors import InvalidArgumentError
-from ..losses import MESA, SAF, OnlineLabelSmoothing
+from ..losses import MESA, SAF, OnlineLabelSmoothing, trajectory_loss
 from .method import Assembled, Ingredients, Method
 from .sam_family import FAMILY
 
@@ -43,8 +44,8 @@ HYPERPARAMETERS: dict[str, tuple[type, str]] = {
     "k": (int, "looksam: steps from one second pass to the next; lawa: epochs whose ends are averaged."),
     "sigma": (float, "fsam: share of the gradients' moving mean that is taken off."),
     "lam": (float, "fsam: momentum of that mean."),
-    "coefficient": (float, "saf, mesa: weight of the trajectory loss; ols: of the soft labels."),
-    "temperature": (float, "saf, mesa: temperature of the trajectory loss."),
+    "coefficient": (float, "saf, mesa, squeeze: weight of the trajectory loss; ols: of the soft labels."),
+    "temperature": (float, "saf, mesa, squeeze: temperature of the trajectory loss."),
     "start_epoch": (int, "saf, mesa: first epoch, from 0, with the trajectory loss."),
     "lag": (int, "saf: epochs between an output and the one it is compared with."),
     "history": (str, "saf: what it remembers: dense | half | int8 | int6 | int4 | topk | lowrank | mean | auto."),
@@ -87,6 +88,16 @@ def _ols(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
     return Assembled(
         given.optimizer, smoothing, lambda logits, y, index, inputs: smoothing(logits, y), _size(smoothing)
     )
+
+
+def _squeeze(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
+    coefficient = check_number("coefficient", settings["coefficient"], least=0)
+    temperature = check_number("temperature", settings["temperature"], above=0)
+
+    def penalty(logits: Tensor, y: Tensor, index: Tensor, inputs: Any) -> Tensor:
+        return coefficient * trajectory_loss(logits, torch.zeros_like(logits), temperature=temperature)
+
+    return Assembled(given.optimizer, penalty=penalty)
 
 
 def _ema(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
@@ -156,6 +167,12 @@ METHODS: dict[str, Method] = {
             "online label smoothing: soft labels from what the network said of each class",
             {"coefficient": 0.5, "smoothing": 0.0},
             _ols,
+        ),
+        Method(
+            "squeeze",
+            "SAF's loss with a uniform target: label smoothing at a temperature",
+            {"coefficient": 0.8, "temperature": 5.0, "smoothing": 0.0},
+            _squeeze,
         ),
         Method(
             "ema",

@@ -102,6 +102,7 @@ class Outcome:
             "base": self.rows[0].label,
             "seeds": seeds,
             "interrupted": self.interrupted,
+            "verdict": verdict(self),
             "rows": self.table(),
             "plain_step_ratio": self.plain_ratio,
             "selection": self.selection,

@@ -14,7 +14,7 @@ from .._checks import check_integer
 from ..errors import DataError, ExperimentError, FlatminError, OutputError
 from . import ranks
 from .checkpoint import STATE, load_checkpoint, settle
-from .config import Run
+from .config import Recipe, Run
 from .methods import get_method, resolve_settings
 from .progress import Progress
 from .record import BEST, CONFIG, EXPERIMENT, LAST, PREVIOUS
@@ -165,7 +165,9 @@ def _numbers(values: Iterable[Any]) -> bool:
 
 def _essence(values: Mapping[str, Any]) -> dict[str, Any]:
     """All of a run that must be the same in each of its parts, with one name each."""
-    recipe = {name: value for name, value in values["recipe"].items() if name not in PLACE}
+    # A field that came later had its default before.
+    recipe = {**dataclasses.asdict(Recipe()), **values["recipe"]}
+    recipe = {name: value for name, value in recipe.items() if name not in PLACE}
     return {"method": values["method"], "seed": values["seed"], **recipe, **values["settings"]}
 
 

@@ -21,6 +21,7 @@ from .config import Run
 from .device import resolve_device
 from .fit import check_fit, check_optimizer, check_values
 from .loader import RankBatches, make_loader
+from .measure import epoch_sharpness
 from .methods import Ingredients, get_method
 from .problem import Problem, augmented, class_numbers, make_criterion, seed_all
 from .progress import Progress, StepResult
@@ -103,7 +104,7 @@ class Trainer:
         Returns:
             ``epoch`` (from 0), ``train_loss`` (with the trajectory term), ``train_loss_vanilla`` (without),
             ``test_loss``, ``test_accuracy`` (a share of 1), ``lr``, ``seconds`` (without the evaluation) and
-            ``closure_calls`` (of a step, on average).
+            ``closure_calls`` (of a step, on average); in epochs where it is due also what `epoch_sharpness` adds.
         """
         progress = self.progress
         batches = self._begin_epoch()
@@ -124,6 +125,7 @@ class Trainer:
         if self.average is not None:
             self.average.epoch_done()
         test_loss, test_accuracy = self.evaluate()
+        measured = epoch_sharpness(self, lr)
         self.epoch += 1
         self.progress = Progress(totals=torch.zeros(2, device=self.device))
         return {
@@ -135,6 +137,7 @@ class Trainer:
             "lr": lr,
             "seconds": seconds,
             "closure_calls": progress.calls / progress.steps,
+            **measured,
         }
 
     def _begin_epoch(self) -> Iterator[tuple[Tensor, Any]]:

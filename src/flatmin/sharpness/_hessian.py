@@ -67,6 +67,7 @@ def hessian_eigenvalues(
     *,
     k: int = 1,
     tolerance: float = 1e-4,
+    vectors: int | None = None,
     normalise_logits: bool = False,
     batch_statistics: bool = False,
     dtype: torch.dtype | None = None,
@@ -75,8 +76,8 @@ def hessian_eigenvalues(
 ) -> HessianEigenvalues:
     """The ``k`` largest eigenvalues of the mean loss's Hessian, positive ones first.
 
-    Needs scipy. Keeps ``max(2 k + 1, 20)`` vectors of the weights' size in main memory, and takes a few more products
-    with the Hessian than that.
+    Needs scipy. Keeps ``vectors`` of the weights' size in main memory, and takes a few more products with the Hessian
+    than that.
 
     Args:
         model: The network; left as it is, whatever happens.
@@ -84,6 +85,8 @@ def hessian_eigenvalues(
         batches: Pairs ``(x, y)``, to be gone through several times.
         k: How many, fewer than there are weights.
         tolerance: Relative error that is allowed, > 0; less than 1e-6 needs ``dtype=torch.float64``.
+        vectors: How many the iteration keeps, more than ``k``; ``max(2 k + 1, 20)`` if None. Fewer are cheaper where
+            the tolerance is wide.
         normalise_logits: See `flatmin.sharpness`, as for the others.
         batch_statistics: Likewise.
         dtype: Likewise.
@@ -120,10 +123,13 @@ def hessian_eigenvalues(
             v = torch.from_numpy(vector.reshape(1, -1).copy()).to(loss.device, loss.dtype)
             return loss.hessian_product(v)[0].cpu().numpy()
 
+        if vectors is not None and vectors <= k:
+            raise InvalidArgumentError(f"vectors must be more than k, {k}, got {vectors}")
+        kept = None if vectors is None else min(vectors, size)
         start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=loss.dtype).numpy()
         operator = linalg.LinearOperator((size, size), matvec=product, dtype=start.dtype)
         try:
-            found = linalg.eigsh(operator, k, which="LA", v0=start, tol=tolerance, return_eigenvectors=False)
+            found = linalg.eigsh(operator, k, which="LA", v0=start, ncv=kept, tol=tolerance, return_eigenvectors=False)
         except linalg.ArpackNoConvergence as error:
             raise FlatminError(
                 f"Lanczos found {len(error.eigenvalues)} of {k} eigenvalues in {products} products; "
