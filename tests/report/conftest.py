@@ -1,5 +1,6 @@
 """Folders as flatmin leaves them, made by hand: comparisons of any rows and seeds, with measures of sharpness."""
 
+import functools
 import json
 import math
 
@@ -51,46 +52,53 @@ def write_run(folder, method, seed, place, *, sharp, epochs=4):
     write(folder / "landscape-plane.json", {"kind": "plane", "x": axis, "y": axis, "loss": loss, "checkpoints": points})
 
 
+def write_comparison(parent, labels=METHODS, seeds=5, *, sharp=True, name="comparison", **changed):
+    """Writes a comparison and returns its folder; keywords replace what its results hold."""
+    folder = parent / name
+    base = [97.0 + 0.1 * seed for seed in range(seeds)]
+    rows = []
+    for place, label in enumerate(labels):
+        values = [value + 0.2 * place for value in base]
+        rows.append(
+            {
+                "label": label,
+                "method": label.split()[0],
+                "settings": {"rho": 0.05},
+                "test_accuracy": values,
+                "accuracy": interval(values),
+                "difference": interval([0.2 * place] * seeds),
+                "p_value_holm": 0.01 if place == 1 else 0.5,
+                "step_ratio": 1.0 + 0.5 * place,
+                "extra_bytes": 1000 * place,
+            }
+        )
+        for seed in range(seeds):
+            run = folder / "runs" / f"{label.replace(' ', '-').replace('/', '_')}-seed{seed}"
+            write_run(run, label.split()[0], seed, place, sharp=sharp)
+    config = {"rows": [{"label": label, "method": label, "settings": {}} for label in labels], "recipe": RECIPE}
+    write(folder / "config.json", config)
+    results = {
+        "command": "flatmin compare --seeds 5",
+        **PLACE,
+        "recipe": RECIPE,
+        "seeds": list(range(seeds)),
+        "rows": rows,
+        "verdict": "Better than base beyond noise here: sam (+0.20 points). Not told apart from it: saf. (Paired.)",
+    }
+    write(folder / "results.json", {**results, **changed})
+    return folder
+
+
 @pytest.fixture
 def comparison(tmp_path):
-    """Writes a comparison and returns its folder; keywords replace what its results hold."""
+    """Writes a comparison into the test's folder, see `write_comparison`."""
+    return functools.partial(write_comparison, tmp_path)
 
-    def make(labels=METHODS, seeds=5, *, sharp=True, name="comparison", **changed):
-        folder = tmp_path / name
-        base = [97.0 + 0.1 * seed for seed in range(seeds)]
-        rows = []
-        for place, label in enumerate(labels):
-            values = [value + 0.2 * place for value in base]
-            rows.append(
-                {
-                    "label": label,
-                    "method": label.split()[0],
-                    "settings": {"rho": 0.05},
-                    "test_accuracy": values,
-                    "accuracy": interval(values),
-                    "difference": interval([0.2 * place] * seeds),
-                    "p_value_holm": 0.01 if place == 1 else 0.5,
-                    "step_ratio": 1.0 + 0.5 * place,
-                    "extra_bytes": 1000 * place,
-                }
-            )
-            for seed in range(seeds):
-                run = folder / "runs" / f"{label.replace(' ', '-').replace('/', '_')}-seed{seed}"
-                write_run(run, label.split()[0], seed, place, sharp=sharp)
-        config = {"rows": [{"label": label, "method": label, "settings": {}} for label in labels], "recipe": RECIPE}
-        write(folder / "config.json", config)
-        results = {
-            "command": "flatmin compare --seeds 5",
-            **PLACE,
-            "recipe": RECIPE,
-            "seeds": list(range(seeds)),
-            "rows": rows,
-            "verdict": "Better than base beyond noise here: sam (+0.20 points). Not told apart from it: saf. (Paired.)",
-        }
-        write(folder / "results.json", {**results, **changed})
-        return folder
 
-    return make
+@pytest.fixture(scope="module")
+def make_comparison():
+    """Writes a comparison into a given folder."""
+    return write_comparison
 
 
 @pytest.fixture

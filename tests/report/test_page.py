@@ -2,6 +2,8 @@
 
 import json
 import re
+from importlib import resources
+from pathlib import Path
 
 import plotly.graph_objects as go
 import pytest
@@ -10,6 +12,7 @@ from flatmin.report import write_report
 from flatmin.report._page import make_section
 from flatmin.report._plotly import figures
 from flatmin.report._read import read_studies
+from flatmin.report._style import style
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=2>{{7*7}}&\"'"
 
@@ -64,7 +67,9 @@ def test_every_plot_has_its_figure_a_name_and_a_table(comparison):
     html = page(comparison())
     data, text = data_of(html), text_of(html)
     plots = re.findall(
-        r'<div class="plot" data-figure="([^"]+)"( data-landscape)? role="(?:img|group)" aria-label="[^"]+"', text
+        r'<div class="plot" data-figure="([^"]+)"( data-landscape)?(?: data-curves)?'
+        r' role="(?:img|group)" aria-label="[^"]+"',
+        text,
     )
     assert len(plots) == text.count('class="plot"') > 15
     wanted = {name + part for name, land in plots for part in (("-surface", "-map") if land else ("",))}
@@ -130,6 +135,39 @@ def test_twenty_rows(comparison):
     assert text.count('class="method"') == 20
 
 
+def test_of_many_methods_the_verdict_is_short_and_curves_show_the_front_at_first(comparison):
+    labels = ["base", *(f"saf lag={lag}" for lag in range(1, 20))]
+    folder = comparison(labels, sharp=False, verdict="Better: " + ", ".join(labels) + ".")
+    written = json.loads((folder / "results.json").read_text())
+    for row in written["rows"][1:]:
+        row.update(step_ratio=2.0, accuracy={"mean": 90.0, "half": 0.1}, p_value_holm=0.5)
+    written["rows"][3].update(p_value_holm=0.001, accuracy={"mean": 99.0, "half": 0.1})
+    written["rows"][4].update(p_value_holm=0.001, step_ratio=1.5)
+    written["rows"][5].update(p_value_holm=0.001, difference={"mean": -1.0, "half": 0.1})
+    (folder / "results.json").write_text(json.dumps(written))
+    text = text_of(page(folder))
+    assert "2 of 19 methods are better than base beyond noise here, 1 is worse, and 16 not told apart." in text
+    assert "The most accurate of them: saf lag=4 (+0.80 points at 1.50 times the step)." in text
+    assert "Better: " not in text
+    pressed = re.findall(r'data-row="(\d+)" aria-pressed="true"', text)
+    assert [int(place) for place in pressed] == [0, 3]
+    assert text.count("data-show=") == 2
+
+
+def test_no_chart_leaves_a_gap_beside_it(comparison):
+    text = text_of(page(comparison()))
+    for part in text.split('<div class="charts">')[1:]:
+        narrow = [found == "" for found in re.findall(r'<figure class="chart( wide)?"', part)]
+        assert narrow.count(True) % 2 == 0
+
+
+def test_rows_of_one_colour_differ_in_dash_and_in_marker():
+    looks = [style(place) for place in range(19)]
+    for place, look in enumerate(looks):
+        for other in looks[:place]:
+            assert look.colour != other.colour or (look.dash != other.dash and look.marker != other.marker)
+
+
 def test_several_comparisons_and_runs_in_one_page(comparison, single):
     text = text_of(page(comparison(), comparison(name="second"), single()))
     assert text.count('<article class="study"') == 3
@@ -144,3 +182,11 @@ def test_a_comparison_without_any_finished_seed(comparison):
     written["rows"] = [{"label": label, "test_accuracy": []} for label in ("base", "sam")]
     (folder / "results.json").write_text(json.dumps(written))
     assert "nothing to compare" in text_of(page(folder))
+
+
+def test_an_installed_package_has_the_templates():
+    """They are named in pyproject.toml and are where the page looks for them."""
+    names = {file.name for file in resources.files("flatmin.report").joinpath("page").iterdir()}
+    assert {"page.html", "page.css", "page.js"} <= names
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^flatmin = \[.*"report/page/\*"', project, re.MULTILINE)

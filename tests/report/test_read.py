@@ -7,7 +7,7 @@ import pytest
 from flatmin.errors import DataError, InvalidArgumentError, OutputError
 from flatmin.report import write_report
 from flatmin.report._read import read_studies
-from flatmin.report._words import plain_verdict
+from flatmin.report._verdict import plain_verdict
 
 
 def read(*sources):

@@ -14,14 +14,15 @@ from typing import Any
 
 from ..errors import require
 from . import _words
-from ._charts import Chart, Landscapes, Table
+from ._charts import Chart, Cost, Curves, Landscapes, Table
 from ._curves import curve_charts
 from ._landscapes import landscape_charts
 from ._plotly import figures
 from ._results import result_charts
 from ._sharpness import CAUTION, measure_tables, spectrum_charts
-from ._study import Json, Study
+from ._study import Json, Study, pareto
 from ._style import style
+from ._verdict import MANY, judge, split_verdict
 
 MARK = "flatmin report"
 _FOLDER = Path(__file__).parent / "page"
@@ -104,14 +105,38 @@ def make_page(sections: Sequence[Section], version: str) -> str:
         "style": style,
         "symbols": _SYMBOLS,
         "dashes": _DASHES,
-        "judge": _words.judge,
-        "split": _words.split_verdict,
+        "judge": judge,
+        "split": split_verdict,
+        "wide": _wide,
+        "shown": _shown,
         "flat": _flat,
         "is_landscape": lambda chart: isinstance(chart, Landscapes),
+        "is_curves": lambda chart: isinstance(chart, Curves),
     }
     template = environment.get_template("page.html")
     size = len(template.render(**values, size="0.0 MB").encode())
     return str(template.render(**values, size=_words.say_bytes(size))).lstrip()
+
+
+def _wide(charts: Sequence[Chart]) -> set[str]:
+    """Keys of the charts that take a whole line: the large ones, and what would else leave a gap beside it."""
+    wide: set[str] = set()
+    alone: Chart | None = None
+    for chart in charts:
+        if isinstance(chart, (Cost, Landscapes)):
+            wide |= {chart.key} | ({alone.key} if alone else set())
+            alone = None
+        else:
+            alone = chart if alone is None else None
+    return wide | ({alone.key} if alone else set())
+
+
+def _shown(study: Study) -> set[str]:
+    """Labels of the rows that curves show at first: all, or of many the base and those that no other betters."""
+    front = [row.label for row in pareto(study.rows)]
+    if len(study.rows) - 1 <= MANY or not front:
+        return {row.label for row in study.rows}
+    return {study.rows[0].label, *front}
 
 
 def _suffix(chart: Chart, place: int) -> str:

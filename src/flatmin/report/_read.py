@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import DataError
 from ._study import Interval, Json, Row, Run, Study, number, numbers
-from ._words import plain_verdict, run_verdict
+from ._verdict import MANY, plain_verdict, run_verdict
 
 CONFIG, RESULTS, METRICS, RUNS = "config.json", "results.json", "metrics.jsonl", "runs"
 
@@ -77,7 +77,9 @@ def _comparison(path: Path, found: Json, folder: Path | None) -> Study:
         _title(recipe), folder.resolve().name if folder else path.stem, True, made, runs, seeds, "", notes, recipe,
         **_provenance(found),
     )  # fmt: skip
-    return replace(study, verdict=verdict if isinstance(verdict, str) else plain_verdict(study))
+    return replace(
+        study, verdict=verdict if isinstance(verdict, str) and len(made) - 1 <= MANY else plain_verdict(study)
+    )
 
 
 def _row(values: Json) -> Row:

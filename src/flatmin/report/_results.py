@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ._charts import Chart, Cost, Dot, Strip, Table
-from ._study import Row, Study
+from ._study import Row, Study, pareto
 from ._words import join, say, say_bytes, say_interval, say_p
 
 
@@ -17,6 +17,7 @@ def result_charts(study: Study) -> list[Chart]:
 
 def _cost(study: Study) -> Chart | None:
     known = [(place, row) for place, row in enumerate(study.rows) if row.accuracy and row.step_ratio is not None]
+    front = [row.label for row in pareto(study.rows)]
     dots = [
         Dot(
             row.label,
@@ -24,19 +25,18 @@ def _cost(study: Study) -> Chart | None:
             row.accuracy.mean,
             row.accuracy.half,
             row.step_ratio,
-            not any(_betters(other, row) for _, other in known),
+            row.label in front,
         )
         for place, row in known
         if row.accuracy and row.step_ratio is not None
     ]
     if not dots:
         return None
-    front = join([dot.label for dot in Cost("", "", "", "", "", Table([], []), dots).front])
     return Cost(
         "cost",
         "Accuracy against cost",
         f"Higher is more accurate, further right is slower. On the line, no other method is at once as cheap and as "
-        f"accurate, by their means: {front}. Bars are 95 % confidence intervals. (The paper's Figure 1.)",
+        f"accurate, by their means: {join(front)}. Bars are 95 % confidence intervals. (The paper's Figure 1.)",
         f"time per step, as a multiple of {study.rows[0].label}",
         "test accuracy in %",
         Table(
@@ -48,14 +48,6 @@ def _cost(study: Study) -> Chart | None:
         ),
         dots,
     )
-
-
-def _betters(other: Row, row: Row) -> bool:
-    """Whether a row costs no more and is no less accurate than another, and is not its equal in both."""
-    if not (other.accuracy and row.accuracy and other.step_ratio is not None and row.step_ratio is not None):
-        return False
-    as_good = other.accuracy.mean >= row.accuracy.mean and other.step_ratio <= row.step_ratio
-    return as_good and (other.accuracy.mean, other.step_ratio) != (row.accuracy.mean, row.step_ratio)
 
 
 def _differences(study: Study) -> Chart | None:

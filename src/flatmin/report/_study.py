@@ -102,6 +102,16 @@ class Study:
         return sorted(kept, key=lambda run: run.seed)
 
 
+def pareto(rows: Sequence[Row]) -> list[Row]:
+    """The rows that no other betters: none costs no more, is no less accurate and is not its equal; cheapest first."""
+    known = [(row.step_ratio, -row.accuracy.mean, row) for row in rows if row.accuracy and row.step_ratio is not None]
+
+    def bettered(cost: float, loss: float) -> bool:
+        return any(a <= cost and b <= loss and (a, b) != (cost, loss) for a, b, _ in known)
+
+    return [row for cost, loss, row in sorted(known, key=lambda each: each[:2]) if not bettered(cost, loss)]
+
+
 def number(value: Any) -> float | None:
     """Returns a finite number as a float, and None for anything else.
 

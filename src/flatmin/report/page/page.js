@@ -4,8 +4,12 @@
   const plots = [...document.querySelectorAll(".plot")];
   const config = { displayModeBar: false, responsive: true, scrollZoom: false, showTips: false, doubleClick: false };
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const hidden = new Set(); // "study row" of the methods switched off
-  const printed = 290; // width of a plot on paper, in CSS pixels: two stand side by side
+  const narrow = matchMedia("(max-width: 30rem)");
+  const buttons = [...document.querySelectorAll("[data-row]")];
+  const key = ({ dataset }) => `${dataset.study} ${dataset.row}`;
+  const first = new Set(buttons.filter((button) => button.getAttribute("aria-pressed") === "true").map(key));
+  const hidden = new Set(buttons.map(key).filter((name) => !first.has(name))); // methods not shown in curves
+  const printed = { wide: 625, side: 290 }; // widths of plots on paper, in CSS pixels: two stand side by side
   let printing = false;
   let view = webgl() ? "surface" : "map";
   let camera = null;
@@ -25,14 +29,15 @@
     const [r, g, b] = [1, 3, 5].map((at) => parseInt(value.slice(at, at + 2), 16));
     return `rgba(${r},${g},${b},${opacity})`;
   }
-  function themed(value, theme, key = "") {
-    if (Array.isArray(value)) return value.map((item) => themed(item, theme, key));
+  function themed(value, theme, under = "") {
+    if (Array.isArray(value)) return value.map((item) => themed(item, theme, under));
     if (value && typeof value === "object") {
       return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, themed(item, theme, name)]));
     }
-    return typeof value === "string" && value.startsWith("@") && key.endsWith("color") ? colour(value, theme) : value;
+    return typeof value === "string" && value.startsWith("@") && under.endsWith("color") ? colour(value, theme) : value;
   }
 
+  const isCurves = (plot) => "curves" in plot.dataset;
   const isLandscape = (plot) => "landscape" in plot.dataset;
   const nameOf = (plot) => plot.dataset.figure + (isLandscape(plot) ? `-${printing ? "map" : view}` : "");
   const studyOf = (plot) => plot.dataset.figure.split("-")[0];
@@ -41,12 +46,14 @@
   function made(plot) {
     const figure = themed(figures[nameOf(plot)], getComputedStyle(document.documentElement));
     for (const trace of figure.data) {
-      if (hidden.has(`${studyOf(plot)} ${trace.meta?.row}`) && !isLandscape(plot)) trace.visible = false;
+      if (isCurves(plot) && hidden.has(`${studyOf(plot)} ${trace.meta?.row}`)) trace.visible = false;
     }
     if (isSurface(plot) && camera) figure.layout.scene.camera = camera;
+    const title = figure.layout.xaxis?.title;
+    if (title && narrow.matches && !printing) title.text = title.text.replace(/(.{18,}?) /g, "$1<br>"); // or it is cut off
     if (printing) {
       figure.layout.autosize = false;
-      figure.layout.width = printed;
+      figure.layout.width = plot.closest(".wide") && !isLandscape(plot) ? printed.wide : printed.side;
       if (!isLandscape(plot)) figure.layout.height = Math.min(figure.layout.height, 300);
     }
     return figure;
@@ -110,6 +117,16 @@
   plots.forEach((plot) => watcher.observe(plot));
   const redraw = (which = () => true) => plots.filter((plot) => plot.dataset.drawn && which(plot)).forEach(draw);
 
+  function choose(which, wanted) {
+    for (const button of which) {
+      const on = wanted(button);
+      if (on) hidden.delete(key(button));
+      else hidden.add(key(button));
+      button.setAttribute("aria-pressed", String(on));
+    }
+    redraw((plot) => isCurves(plot) && studyOf(plot) === which[0].dataset.study);
+  }
+
   function show(word) {
     view = word;
     for (const button of document.querySelectorAll("[data-view]")) {
@@ -122,12 +139,12 @@
   document.addEventListener("click", ({ target }) => {
     const button = target.closest("button");
     if (!button) return;
-    const { row, study, view: wanted, turn: how, save } = button.dataset;
+    const { row, study, view: wanted, turn: how, save, show: which } = button.dataset;
     if (row !== undefined) {
-      const name = `${study} ${row}`;
-      if (!hidden.delete(name)) hidden.add(name);
-      button.setAttribute("aria-pressed", String(!hidden.has(name)));
-      redraw((plot) => studyOf(plot) === study && !isLandscape(plot));
+      choose([button], (each) => hidden.has(key(each)));
+    } else if (which) {
+      const mine = buttons.filter((each) => each.dataset.study === study);
+      choose(mine, (each) => which === "all" || first.has(key(each)));
     } else if (wanted) {
       show(wanted === "surface" && !webgl() ? "map" : wanted);
       redraw(isLandscape);
@@ -140,7 +157,7 @@
     }
   });
 
-  dark.addEventListener("change", () => redraw());
+  for (const query of [dark, narrow]) query.addEventListener("change", () => redraw());
   addEventListener("beforeprint", () => {
     printing = true;
     plots.forEach(draw);
