@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flatmin.engine.outcome import Outcome
+from flatmin.report import write_report
 
 FLAGS = "--methods --seeds --set --minutes --jobs --out --data --model --epochs --batch-size --lr --optimizer"
 
@@ -142,8 +143,9 @@ class TestTheRealThing:
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
 
-            def interrupt_after(pattern):
+            def interrupt_after(pattern, first=lambda: None):
                 assert any(re.match(pattern, line) for line in process.stderr)
+                first()
                 os.killpg(process.pid, signal.SIGINT)  # reaches the workers too
                 out, err = process.communicate(timeout=60)
                 return out, err, process
@@ -153,7 +155,8 @@ class TestTheRealThing:
                 os.kill(left, signal.SIGKILL)
 
     def test_ctrl_c_keeps_the_finished_seeds_says_so_and_leaves_no_process(self, flatmin, started):
-        out, err, process = started(r"[1-9]\d* of 1000 seeds done")
+        out, err, process = started(r"[1-9]\d* of 1000 seeds done", lambda: write_report(["run"], "meanwhile.html"))
+        assert "has not come to its end" in Path("meanwhile.html").read_text()
         written = results("run")
         assert process.returncode == 2
         assert err.splitlines()[-1] == f"flatmin: interrupted: {len(written['seeds'])} seeds are finished, kept in run"
@@ -162,6 +165,7 @@ class TestTheRealThing:
         assert written["interrupted"] is True
         assert 1 <= len(written["seeds"]) < 1000
         assert re.search(rf"{len(written['seeds'])} seeds?, 40 epochs", out)
+        assert "The comparison was interrupted" in write_report(["run"]).read_text()
 
     def test_ctrl_c_while_the_workers_start_is_one_line_too(self, flatmin, started):
         _, err, process = started("0 of 1000 seeds done")

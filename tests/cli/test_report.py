@@ -8,6 +8,8 @@ import pytest
 
 import flatmin.cli._report as command
 from flatmin.errors import FlatminWarning
+from flatmin.report._page import make_section
+from flatmin.report._read import read_studies
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -46,3 +48,19 @@ def test_with_figures_and_tensorboard(flatmin, experiment):
     assert "1 run for tensorboard --logdir events" in found.out
     assert len(list(Path("events").glob("*-seed0/events.out.tfevents.*"))) == 1
     assert Path("figures", "test_accuracy.svg").exists()
+
+
+def test_with_what_sharpness_and_landscape_write(flatmin, experiment):
+    logging = ("--log-sharpness", 1, "--log-curvature", 1)
+    assert flatmin("train", experiment(), "--epochs", 2, *logging, "--out", "a").code == 0
+    measured = flatmin("sharpness", "a", "--eigenvalues", 2, "--trace", "--density", "--samples", 20)
+    assert measured.code == flatmin("landscape", "a", "--points", 3).code == 0
+    section = make_section(read_studies([Path("a")])[0])
+    keys = {chart.key for chart in section.charts}
+    logged = {"sharpness", "sharpness_normalised", "gradient_norm", "top_eigenvalue", "lr_times_top_eigenvalue"}
+    assert keys >= logged | {"landscape-random", "landscape-profile", "eigenvalues", "spectrum"}
+    written = json.loads(Path("a/sharpness.json").read_text())
+    assert len(section.measures) == len(written["measures"]) // 2
+    assert all("\N{EN DASH}" not in row for _, table in section.measures for row in table.rows)
+    assert flatmin("landscape", "a", "--directions", 1, "--points", 3).code == 0
+    assert "slice-random" in {chart.key for chart in make_section(read_studies([Path("a")])[0]).charts}

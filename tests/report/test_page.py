@@ -74,7 +74,7 @@ def test_every_plot_has_its_figure_a_name_and_a_table(comparison):
     assert len(plots) == text.count('class="plot"') > 15
     wanted = {name + part for name, land in plots for part in (("-surface", "-map") if land else ("",))}
     assert wanted == set(data)
-    assert text.count("<details>") == text.count('<figure class="chart"')
+    assert text.count("<details>") == text.count('<figure class="chart')
 
 
 def test_the_front_is_what_none_betters_in_both(comparison):

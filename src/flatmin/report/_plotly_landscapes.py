@@ -57,11 +57,11 @@ def surface(grid: Grid, chart: Landscapes) -> Figure:
         "zaxis": {**axis, "title": {"text": height["text"]}, "range": height["range"]},
         "aspectmode": "manual",
         "aspectratio": {"x": 1, "y": 1, "z": 0.8},
-        "camera": {"eye": {"x": 1.25, "y": -1.25, "z": 0.8}, "center": {"x": 0, "y": 0, "z": -0.1}},
+        "camera": {"eye": {"x": 1.3, "y": -1.3, "z": 0.8}, "center": {"x": 0, "y": 0, "z": -0.05}},
         "dragmode": "turntable",
     }
     margin = {"l": 0, "r": 0, "t": 0, "b": 0}
-    return {"data": [drawn], "layout": {**plain(330), "scene": scene, "margin": margin}}
+    return {"data": [drawn], "layout": {**plain(300), "scene": scene, "margin": margin}}
 
 
 def contours(grid: Grid, chart: Landscapes) -> Figure:
