@@ -7,7 +7,7 @@ JOBS ?= 2
 
 .PHONY: demo test lint types unit browser format clean
 demo: $(VENV)/cli.done
-	$(BIN)/flatmin compare --log-sharpness 2 --look 25
+	$(BIN)/flatmin compare --log-sharpness 3 --look 21
 
 test: lint types unit
 
