@@ -1,14 +1,20 @@
 """Time of a step of each optimizer, as ratios to the base optimizer's and to pytorch-optimizer's class of that name.
 
 The steps of all are interleaved in one process, in an order drawn anew each round. The base stands there twice: the
-ratio of one to the other says what the measurement is worth. Both sides are as they come, around the same SGD. The
-forward and backward passes of a step are counted, and stated with its time: by a closure the peer's LookSAM makes two
-in every step, flatmin's 1.2. ESAM's second is of half of the batch, beside a forward pass that is not counted.
+ratio of one to the other says what the measurement is worth. All are around the same SGD. Both sides stand there as
+they come and with ``foreach=True``, which the peer's pass on to SGD, so that flatmin's are then around such an SGD; it
+is off by default on a CPU. The forward and backward passes of a step are counted, and stated with its time: by a
+closure the peer's LookSAM makes two in every step, flatmin's 1.2. ESAM's second is of half of the batch, beside a
+forward pass that is not counted.
+
+In the last case there are no passes at all: the closure hands out gradients that are there already, so that what is
+timed is the optimizers' own work. The peer's GSAM and ESAM, which make or weigh passes themselves, are left out there.
 
     python benchmarks/peers.py --out benchmarks/results/peers-cpu.json
 """
 
 import argparse
+import json
 import random
 import statistics
 import time
@@ -47,31 +53,45 @@ class Constant:
         return 0.04
 
 
-def their_gsam(model: nn.Module) -> Any:
+def their_gsam(model: nn.Module, **options: Any) -> Any:
     """The peer's GSAM, which is given an instance and makes its own passes."""
-    base = torch.optim.SGD(model.parameters(), **SGD)
-    return peer.GSAM(model.parameters(), base, model, Constant(), alpha=0.01)
+    base = torch.optim.SGD(model.parameters(), **SGD, **options)
+    return peer.GSAM(model.parameters(), base, model, Constant(), alpha=0.01, **options)
 
 
-THEIRS: dict[str, Callable[[nn.Module], Any]] = {
-    "SAM": lambda m: peer.SAM(m.parameters(), torch.optim.SGD, rho=0.05, **SGD),
-    "ASAM": lambda m: peer.SAM(m.parameters(), torch.optim.SGD, rho=0.5, adaptive=True, **SGD),
+THEIRS: dict[str, Callable[..., Any]] = {
+    "SAM": lambda m, **o: peer.SAM(m.parameters(), torch.optim.SGD, rho=0.05, **SGD, **o),
+    "ASAM": lambda m, **o: peer.SAM(m.parameters(), torch.optim.SGD, rho=0.5, adaptive=True, **SGD, **o),
     "GSAM": their_gsam,
-    "LookSAM": lambda m: peer.LookSAM(m.parameters(), torch.optim.SGD, rho=0.05, k=PERIOD, **SGD),
-    "FriendlySAM": lambda m: peer.FriendlySAM(m.parameters(), torch.optim.SGD, rho=0.2, **SGD),
+    "LookSAM": lambda m, **o: peer.LookSAM(m.parameters(), torch.optim.SGD, rho=0.05, k=PERIOD, **SGD, **o),
+    "FriendlySAM": lambda m, **o: peer.FriendlySAM(m.parameters(), torch.optim.SGD, rho=0.2, **SGD, **o),
 }
+FOREACH: dict[str, Any] = {"foreach": True}
+PAIRS = {"flatmin": "peer", "flatmin, foreach": "peer, foreach"}
+
+
+def many_small() -> nn.Module:
+    """Two hundred layers of 16 x 16: 400 small tensors."""
+    return nn.Sequential(*(nn.Linear(16, 16) for _ in range(200)))
+
+
+NO_PASSES = "200 layers of 16x16, no passes"
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet18": (lambda: create_model("resnet18", 3, 10), (32, 3, 32, 32)),
-    "200 layers of 16x16": (lambda: nn.Sequential(*(nn.Linear(16, 16) for _ in range(200))), (32, 16)),
+    "resnet18, 4 images": (lambda: create_model("resnet18", 3, 10), (4, 3, 32, 32)),
+    "200 layers of 16x16": (many_small, (32, 16)),
+    NO_PASSES: (many_small, (32, 16)),
 }
 
 
-def make_step(kind: str, name: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
-    """A function that makes one step: of ``"base"``, ``"flatmin"`` or ``"peer"``, which wants a gradient beforehand."""
-    base = torch.optim.SGD(model.parameters(), **SGD)
+def make_step(
+    kind: str, name: str, model: nn.Module, x: Tensor, y: Tensor, *, no_passes: bool = False
+) -> Callable[[], object]:
+    """A function that makes one step: of ``"base"``, or of a side of ``PAIRS``; the peer's want a gradient first."""
+    options = FOREACH if kind.endswith("foreach") else {}
+    base = torch.optim.SGD(model.parameters(), **SGD, **options)
     optimizer: Any = base
     if kind != "base":
-        optimizer = OURS[name](base) if kind == "flatmin" else THEIRS[name](model)
+        optimizer = OURS[name](base) if kind in PAIRS else THEIRS[name](model, **options)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -79,12 +99,23 @@ def make_step(kind: str, name: str, model: nn.Module, x: Tensor, y: Tensor) -> C
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
+    if no_passes:
+        parameters = list(model.parameters())
+        made, loss = [torch.randn_like(parameter) for parameter in parameters], torch.zeros(())
+        gradients = [torch.empty_like(parameter) for parameter in parameters]
+
+        def closure() -> Tensor:
+            torch._foreach_copy_(gradients, made)  # a method may change them in place
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            return loss
+
     def losses(keep: Any) -> Tensor:
         return F.cross_entropy(model(x[keep]), y[keep], reduction="none")
 
-    if kind == "peer" and name == "GSAM":
+    if kind in PAIRS.values() and name == "GSAM":
         return lambda: (optimizer.set_closure(F.cross_entropy, x, y), optimizer.step())
-    if kind == "peer":
+    if kind in PAIRS.values():
         return lambda: (closure(), optimizer.step(closure))
     return lambda: optimizer.step(losses if name == "ESAM" else closure)
 
@@ -103,9 +134,12 @@ def measure(case: str, seconds: float) -> dict[str, Any]:
     """Measures all rows of one case."""
     build, shape = CASES[case]
     x, y = torch.randn(*shape), torch.randint(10, (shape[0],))
-    rows = [("base", "base"), ("base", "control"), *(("flatmin", n) for n in OURS), *(("peer", n) for n in THEIRS)]
+    rows = [("base", "base"), ("base", "control"), *(("flatmin", n) for n in OURS)]
+    rows += [(kind, name) for name in THEIRS for kind in ("flatmin, foreach", *PAIRS.values())]
+    if no_passes := case == NO_PASSES:
+        rows = [row for row in rows if row[1] not in ("GSAM", "ESAM")]
     models = {row: build() for row in rows}
-    steps = {row: make_step(*row, models[row], x, y) for row in rows}
+    steps = {row: make_step(*row, models[row], x, y, no_passes=no_passes) for row in rows}
     counts = {row: passes(steps[row], models[row]) for row in rows}
     times: dict[tuple[str, str], list[float]] = {row: [] for row in rows}
     order, end, done = random.Random(0), 0.0, -2
@@ -124,25 +158,39 @@ def measure(case: str, seconds: float) -> dict[str, Any]:
         return {"ratio": statistics.median(ratios), "quartiles": statistics.quantiles(ratios, n=4)[::2]}
 
     base = rows[0]
-    measured = [
-        {"of": kind, "method": name, "passes": counts[kind, name], "to_base": ratio((kind, name), base)}
+    measured: list[dict[str, Any]] = [
+        {
+            "of": kind,
+            "method": name,
+            "passes": None if no_passes else counts[kind, name],
+            "to_base": ratio((kind, name), base),
+        }
         for kind, name in rows[1:]
     ]
-    against = [{"method": name, "flatmin_to_peer": ratio(("flatmin", name), ("peer", name))} for name in THEIRS]
+    against: list[dict[str, Any]] = [
+        {"method": name, "of": ours, "against": theirs, "time": ratio((ours, name), (theirs, name))}
+        for name in THEIRS
+        for ours, theirs in PAIRS.items()
+        if (theirs, name) in times
+    ]
     for line in against:
-        print(case, line["method"], f"{line['flatmin_to_peer']['ratio']:.3f} of the peer's time", flush=True)  # type: ignore[index]
-    return {"case": case, "rounds": done, "base_ms": 1e3 * statistics.median(times[base]), "rows": measured + against}
+        print(f"{case}: {line['method']}, {line['time']['ratio']:.3f} of the time of {line['against']}", flush=True)
+    base_ms = 1e3 * statistics.median(times[base])
+    return {"case": case, "rounds": done, "base_ms": base_ms, "to_base": measured, "to_peer": against}
 
 
 def main() -> None:
     """Measures and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120.0, help="how long to measure each case")
-    parser.add_argument("--cases", default=",".join(CASES), help="which, with commas")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; what it has of other cases stays there")
     arguments = parser.parse_args()
-    cases = [measure(case, arguments.seconds) for case in arguments.cases.split(",")]
-    write_json(arguments.out, {"command": f"python benchmarks/{command_line()}", **environment(), "cases": cases})
+    done = json.loads(arguments.out.read_text())["cases"] if arguments.out.exists() else []
+    for case in arguments.cases:
+        measured = {**measure(case, arguments.seconds), "command": f"python benchmarks/{command_line()}"}
+        done = [each for each in done if each["case"] != case] + [measured]
+        write_json(arguments.out, {**environment(), "cases": done})  # after each: the next may take long
 
 
 if __name__ == "__main__":

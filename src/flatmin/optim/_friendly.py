@@ -19,7 +19,7 @@ from .._checks import check_number
 from ._base import SharpnessAware
 from ._scaling import Rho
 from ._step import Passes, Step
-from ._tensors import blend_, clones, plus
+from ._tensors import blend, plus
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,12 +32,12 @@ def friendly(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The directions and the new momenta; where there is no momentum yet, both are the gradient."""
     directions = list(gradients)
-    updated = clones([g if m is None else m for g, m in zip(gradients, momenta, strict=True)])
+    updated = [g.clone() if m is None else m for g, m in zip(gradients, momenta, strict=True)]
     old = [number for number, momentum in enumerate(momenta) if momentum is not None]
     known, means = [gradients[number] for number in old], [updated[number] for number in old]
-    for number, direction in zip(old, plus(known, means, alpha=-sigma), strict=True):
-        directions[number] = direction
-    blend_(means, known, 1 - lam)
+    moved = zip(old, plus(known, means, alpha=-sigma), blend(means, known, 1 - lam), strict=True)
+    for number, direction, momentum in moved:
+        directions[number], updated[number] = direction, momentum
     return directions, updated
 
 

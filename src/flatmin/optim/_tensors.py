@@ -46,15 +46,14 @@ def multiply_(tensors: list[Tensor], others: list[Tensor]) -> None:
         torch._foreach_mul_(ours, theirs)
 
 
-def blend_(tensors: list[Tensor], others: list[Tensor], share: float) -> None:
-    """``tensors += share * (others - tensors)``, in place."""
-    for ours, theirs in _alike(tensors, others):
-        torch._foreach_lerp_(ours, theirs, share)
-
-
 def plus(tensors: list[Tensor], others: list[Tensor], alpha: float) -> list[Tensor]:
     """``tensors + alpha * others``."""
     return _made(lambda ours, theirs: torch._foreach_add(ours, theirs, alpha=alpha), tensors, others)
+
+
+def blend(tensors: list[Tensor], others: list[Tensor], share: float) -> list[Tensor]:
+    """``tensors + share * (others - tensors)``."""
+    return _made(lambda ours, theirs: torch._foreach_lerp(ours, theirs, share), tensors, others)
 
 
 def times(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
