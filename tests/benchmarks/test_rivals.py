@@ -41,7 +41,8 @@ def files(tmp_path):
     ]
     paths = tmp_path / "rivals.json", tmp_path / "costs.json"
     paths[0].write_text(json.dumps(results))
-    paths[1].write_text(json.dumps({"cases": [{"model": "cnn", "rows": []}, {"model": "cnn1d", "rows": costs}]}))
+    cases = [{"model": "cnn", "image": [1, 8, 8], "rows": []}, {"model": "cnn1d", "image": [1, 40], "rows": costs}]
+    paths[1].write_text(json.dumps({"cases": cases}))
     return paths
 
 
@@ -52,6 +53,15 @@ def test_costs_front_and_edges(files):
     assert [point.cost for point in points] == pytest.approx([1.0, 0.3 * 2.0 + 0.7 * 1.1, 1.05, 2.0])
     assert {point.method for point in rivals.front(points)} == {"base", "saf", "latesam"}
     assert [point.method for point in points if point.at_the_edge] == ["sam"]
+
+
+def test_where_the_steps_were_not_measured_the_cost_is_that_of_the_comparison(files):
+    results, costs = (json.loads(path.read_text()) for path in files)
+    results["recipe"].update(model="cnn", data="idx:fashion-mnist", train_samples=10_000, label_noise=0)
+    for number, entry in enumerate(results["rows"]):
+        entry["step_ratio"] = 1 + number / 10
+    assert [point.cost for point in rivals.read(results, costs)] == pytest.approx([1.0, 1.1, 1.3, 1.2])
+    assert rivals.title(results) == "Fashion-MNIST, 10,000 images"
 
 
 def test_the_table_and_the_plot_are_written(files, tmp_path, monkeypatch):
