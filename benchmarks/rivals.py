@@ -21,8 +21,8 @@ from typing import Any
 from flatmin.engine.methods import get_method
 from flatmin.engine.stats import holm
 
-DATA = {"mnist1d": "MNIST-1D", "digits": "digits", "idx:fashion-mnist": "Fashion-MNIST"}
-SHAPES = {"mnist1d": [1, 40], "digits": [1, 8, 8], "idx:fashion-mnist": [1, 28, 28]}
+DATA = {"mnist1d": "MNIST-1D", "digits": "digits", "fashion_experiment": "Fashion-MNIST"}
+SHAPES = {"mnist1d": [1, 40], "digits": [1, 8, 8]}  # of which overhead.py measures the steps
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _merged(some: list[dict[str, Any]]) -> dict[str, Any]:
 
 def read(results: dict[str, Any], costs: dict[str, Any]) -> list[Point]:
     """The points of one comparison, the base first and then from the most accurate on."""
-    wanted = results["recipe"]["model"], SHAPES[results["recipe"]["data"]]
+    wanted = results["recipe"]["model"], SHAPES.get(data_of(results))
     cases = [case for case in costs["cases"] if (case["model"], case["image"]) == wanted]
     by_method = {row["method"]: row for case in cases for row in case["rows"]}
     edge = edges(results["selection"])
@@ -132,10 +132,16 @@ def front(points: list[Point]) -> list[Point]:
     ]
 
 
+def data_of(results: dict[str, Any]) -> str:
+    """The name of the data, or of the experiment file."""
+    recipe = results["recipe"]
+    return Path(recipe["experiment"]).stem if recipe.get("experiment") else str(recipe["data"])
+
+
 def title(results: dict[str, Any]) -> str:
     """What the comparison was on."""
     recipe = results["recipe"]
-    data = DATA[recipe["data"]]
+    data = DATA[data_of(results)]
     samples = f", {recipe['train_samples']:,} images" if recipe.get("train_samples") else ""
     noise = f", {recipe['label_noise']:.0%} wrong labels" if recipe["label_noise"] else ""
     return f"{data}{samples}{noise}"

@@ -57,7 +57,8 @@ def test_costs_front_and_edges(files):
 
 def test_where_the_steps_were_not_measured_the_cost_is_that_of_the_comparison(files):
     results, costs = (json.loads(path.read_text()) for path in files)
-    results["recipe"].update(model="cnn", data="idx:fashion-mnist", train_samples=10_000, label_noise=0)
+    results["recipe"].update(model="cnn", experiment="benchmarks/fashion_experiment.py", train_samples=10_000)
+    results["recipe"].update(label_noise=0)
     for number, entry in enumerate(results["rows"]):
         entry["step_ratio"] = 1 + number / 10
     assert [point.cost for point in rivals.read(results, costs)] == pytest.approx([1.0, 1.1, 1.3, 1.2])
