@@ -465,6 +465,47 @@ def test_gradients_may_be_zeroed_in_place(name):
         assert torch.equal(ours.model.get_parameter(n), theirs.model.get_parameter(n))
 
 
+@every
+@pytest.mark.parametrize("gradient", [0.0, 1e-7, 1e-5, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_weights_may_have_tiny_gradients(name, dtype, gradient):
+    """By which torch does not let rho be divided in float16."""
+    weights, moved = nn.Parameter(torch.zeros(1000, dtype=dtype)), []
+    optimizer = make(name, torch.optim.SGD([weights], lr=0.0, momentum=0.9))
+
+    def closure() -> torch.Tensor:
+        moved.append(weights.detach().double().norm().item())
+        weights.grad = torch.full_like(weights, gradient * (2 if len(moved) % 2 else 1))
+        return torch.zeros(())
+
+    for _ in range(6):
+        optimizer.step(closure)
+    assert optimizer.skipped_steps == 0
+    assert max(moved) == pytest.approx(0.5 if gradient else 0, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "ASAM"])
+def test_complex_weights_are_pairs_of_real_ones(name):
+    """But for ASAM, to which the size of one is that of the pair."""
+    torch.manual_seed(0)
+    start, x, y = torch.randn(3, 4, 2).double(), torch.randn(6, 4).cdouble(), torch.arange(6) % 3
+    real, imaginary = nn.Parameter(start.clone()), nn.Parameter(torch.view_as_complex(start.clone()))
+    others = [nn.Parameter(torch.zeros(3).double()) for _ in range(2)]
+    for weight, bias in ((real, others[0]), (imaginary, others[1])):
+        optimizer = make(name, torch.optim.SGD([weight, bias], lr=0.5, momentum=0.9))
+
+        def closure(weight=weight, bias=bias, optimizer=optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            full = weight if weight.is_complex() else torch.view_as_complex(weight)
+            (loss := F.cross_entropy((x @ full.T).abs() + bias, y)).backward()
+            return loss.detach()
+
+        for _ in range(6):
+            optimizer.step(closure)
+    torch.testing.assert_close(torch.view_as_real(imaginary.detach()), real.detach())
+    assert not torch.equal(real.detach(), start)
+
+
 @two_passes
 def test_statistics_move_in_the_first_pass_only(name):
     problem = Problem(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
