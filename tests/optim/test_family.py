@@ -450,6 +450,52 @@ def test_a_parameter_may_have_a_gradient_in_some_passes_only(name):
 
 
 @every
+def test_a_parameter_that_is_frozen_on_the_way_stays_where_it_is(name):
+    """In all passes, though there is a momentum of it, or a gradient that is remembered; and goes on when it may."""
+    problem = Problem()
+    optimizer = make(name, problem.sgd())
+    problem.steps(optimizer, 3)
+    problem.model.head.weight.requires_grad_(False)
+    optimizer.zero_grad()
+    done = len(problem.calls)
+    problem.steps(optimizer, 3)
+    here = problem.model.head.weight.detach().clone()
+    assert all(torch.equal(call["head.weight"], here) for call in problem.calls[done:])
+    assert any(not torch.equal(call["first.weight"], problem.calls[done]["first.weight"]) for call in problem.calls)
+    problem.model.head.weight.requires_grad_(True)
+    problem.steps(optimizer, 3)
+    assert not torch.equal(problem.model.head.weight, here)
+
+
+def test_msam_waits_for_the_momentum_of_a_subset_that_is_frozen_at_first():
+    problem = Problem()
+    problem.model.head.weight.requires_grad_(False)
+    optimizer = flatmin.MSAM(problem.sgd(), rho=0.5, parameters=[problem.model.head.weight])
+    problem.steps(optimizer, 2)
+    problem.model.head.weight.requires_grad_(True)
+    before = problem.model.head.weight.detach().clone()
+    problem.steps(optimizer, 2)
+    assert torch.equal(problem.calls[2]["head.weight"], before)
+    assert (problem.calls[3]["head.weight"] - before).norm() > 0.1
+
+
+@pytest.mark.parametrize("name", ["S2SAM", "LookSAM"])
+def test_what_is_reused_is_the_last_gradient_and_no_older_one(name):
+    weights = [nn.Parameter(torch.randn(4, dtype=torch.float64)) for _ in range(2)]
+    base = torch.optim.SGD(weights, lr=0.1)
+    optimizer = flatmin.S2SAM(base) if name == "S2SAM" else flatmin.LookSAM(base, k=1)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        (loss := sum(weight.pow(4).sum() for weight in reached)).backward()
+        return loss.detach()
+
+    for reached in (weights, weights[1:]):
+        optimizer.step(closure)
+        assert len(optimizer.state_dict()["flatmin"]["state"]) == len(reached)
+
+
+@every
 def test_gradients_may_be_zeroed_in_place(name):
     """What is kept of a gradient is a copy, or belongs to nobody else."""
     ours, theirs = Problem(), Problem()

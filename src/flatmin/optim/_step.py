@@ -105,8 +105,9 @@ class Step:
         self.scale.remove(self.gradients, last=not self.pays)
 
     def candidates(self) -> list[Tensor]:
-        """All parameters that may be perturbed, with a gradient or without."""
-        return [parameter for parameter in self._every() if self.subset is None or parameter in self.subset]
+        """All parameters that may be perturbed, with a gradient or without; not those that are frozen now."""
+        trained = [parameter for parameter in self._every() if parameter.requires_grad]
+        return [parameter for parameter in trained if self.subset is None or parameter in self.subset]
 
     def perturbed(self) -> tuple[list[Tensor], list[Tensor]]:
         """Those parameters with a gradient that may be perturbed, and their gradients."""
