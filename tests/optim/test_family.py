@@ -495,6 +495,30 @@ def test_what_is_reused_is_the_last_gradient_and_no_older_one(name):
         assert len(optimizer.state_dict()["flatmin"]["state"]) == len(reached)
 
 
+@two_passes
+def test_the_second_pass_begins_without_gradients(name):
+    """So that a closure that clears none, as loops for other optimizers have it, does not sum those of two passes."""
+    ours, theirs = Problem(), Problem()
+    optimizer, other = make(name, ours.sgd()), make(name, theirs.sgd())
+    zero, other.zero_grad = other.zero_grad, lambda: None
+    for _ in range(5):
+        assert torch.equal(ours.steps(optimizer), theirs.steps(other))
+        zero()
+    assert_same(ours.state(optimizer), theirs.state(other))
+
+
+@two_passes
+def test_a_gradient_from_before_is_none_of_the_closures(name):
+    problem = Problem()
+    optimizer = make(name, problem.sgd())
+    loss = problem.closure(optimizer)()
+    F.cross_entropy(problem.model(problem.x), problem.y).backward()
+    before = problem.state(optimizer)
+    with pytest.raises(InvalidArgumentError, match=r"left no gradient.*backward"):
+        optimizer.step(lambda: loss)
+    assert_same(problem.state(optimizer), before)
+
+
 @every
 def test_gradients_may_be_zeroed_in_place(name):
     """What is kept of a gradient is a copy, or belongs to nobody else."""

@@ -136,7 +136,8 @@ class Step:
     ) -> Passes:
         """Takes the gradient up the slope, or along ``directions``, with running statistics frozen.
 
-        The first gradients are given up, and the lists ``directions`` emptied, so that the pass can have their memory.
+        The first gradients are cleared, and the lists ``directions`` emptied, so that the pass can have their memory,
+        and a closure that does not call ``backward`` is noticed.
 
         Args:
             parameters: Those to perturb; by default all that may be.
@@ -153,6 +154,8 @@ class Step:
             frozen_statistics(self.model),
             replayed(self._random),
         ):
+            for parameter in self._every():
+                parameter.grad = None
             yield
         self._collect("second")
         self.scale.remove(self.gradients, last=True)
