@@ -144,6 +144,8 @@ def test_a_wrapped_model_is_averaged_without_its_wrapper(name):
         (lambda model: flatmin.EMA(model, decay=1.0), r"decay must be a finite number > 0 and < 1, got 1.0"),
         (lambda model: flatmin.SwitchEMA(model, decay=0), r"decay must be .* got 0"),
         (lambda model: flatmin.SwitchEMA(model, start_epoch=-1), r"start_epoch must be an integer .* got -1"),
+        (lambda model: flatmin.EMA(nn.Linear), r"model must be a network, .* got <class .*Linear"),
+        (lambda model: flatmin.LAWA(model.parameters()), r"model must be a network, .* got <generator"),
         (lambda model: flatmin.LAWA(model, k=0), r"k must be an integer of at least 1, got 0"),
     ],
 )

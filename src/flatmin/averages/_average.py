@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .._checks import check_integer, check_number
+from .._checks import check_integer, check_module, check_number
 from ..errors import FlatminWarning, InvalidArgumentError
 
 
@@ -46,8 +46,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def copied(model: nn.Module, decay: float) -> AveragedModel:
     """A copy of ``model`` to be averaged into with ``decay``, frozen and in evaluation mode."""
+    network = unwrapped(check_module("model", model))
     try:
-        average = AveragedModel(unwrapped(model), use_buffers=True)
+        average = AveragedModel(network, use_buffers=True)
     except Exception as error:
         raise InvalidArgumentError(
             f"model cannot be copied ({error}): make MESA first and then call fully_shard(model) and "
