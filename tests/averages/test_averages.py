@@ -157,3 +157,12 @@ def test_bad_arguments_are_named_with_their_value(make, message):
 def test_weights_too_coarse_for_the_decay_are_warned_of():
     with pytest.warns(FlatminWarning, match="does not move"):
         flatmin.EMA(nn.Linear(2, 2).bfloat16(), decay=0.999)
+
+
+@pytest.mark.parametrize("name", ["EMA", "SwitchEMA"])
+def test_the_average_may_be_more_precise_than_the_weights(name):
+    training = Training(lambda model: MAKERS[name](model).double(), torch.float32).epoch()
+    for number, start in enumerate(training.start):
+        values = [weights[number].double() for weights in training.after_steps]
+        expected = oracles.ema(start.double(), values, 0.8)
+        torch.testing.assert_close(training.averaged()[number], expected, rtol=1e-12, atol=1e-12)

@@ -88,11 +88,11 @@ def check_alike(average: nn.Module, model: nn.Module) -> None:
 
 
 def move(network: nn.Module, model: nn.Module, decay: float) -> None:
-    """One step of the exponential moving average: floating tensors are averaged, integer ones copied."""
+    """One step of the exponential moving average, in its dtype: floating tensors are averaged, integer ones copied."""
     # AveragedModel.update_parameters would stall an accelerator by reading its counter, and round integer buffers
     # down, which corrupts index buffers (relative_position_index) for some decays, .95 and .9996 among them.
     theirs = _tensors(unwrapped(model))
-    pairs = [(a, b.to(a.device)) for a, b in zip(_tensors(network), theirs, strict=True)]
+    pairs = [(a, b.to(a)) for a, b in zip(_tensors(network), theirs, strict=True)]
     if any(a.shape != b.shape for a, b in pairs):
         raise InvalidArgumentError(
             "model has tensors of other shapes than its average; where it is sharded, call "
