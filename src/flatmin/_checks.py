@@ -5,6 +5,8 @@ import operator
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from torch import nn
+
 from .errors import InvalidArgumentError
 
 
@@ -55,6 +57,13 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     """Returns ``value`` if it is one of ``choices``; otherwise the error names the nearest."""
     if value not in choices:
         raise InvalidArgumentError(f"unknown {name} {value!r}{nearest(value, choices)}; there are {', '.join(choices)}")
+    return value
+
+
+def check_module(name: str, value: nn.Module) -> nn.Module:
+    """Returns ``value`` if it is a network: an instance, and no class of them."""
+    if not isinstance(value, nn.Module):
+        raise InvalidArgumentError(f"{name} must be a network, an instance of torch.nn.Module, got {value!r}")
     return value
 
 

@@ -144,6 +144,8 @@ def test_a_wrapped_model_is_averaged_without_its_wrapper(name):
         (lambda model: flatmin.EMA(model, decay=1.0), r"decay must be a finite number > 0 and < 1, got 1.0"),
         (lambda model: flatmin.SwitchEMA(model, decay=0), r"decay must be .* got 0"),
         (lambda model: flatmin.SwitchEMA(model, start_epoch=-1), r"start_epoch must be an integer .* got -1"),
+        (lambda model: flatmin.EMA(nn.Linear), r"model must be a network, .* got <class .*Linear"),
+        (lambda model: flatmin.LAWA(model.parameters()), r"model must be a network, .* got <generator"),
         (lambda model: flatmin.LAWA(model, k=0), r"k must be an integer of at least 1, got 0"),
     ],
 )
@@ -155,3 +157,12 @@ def test_bad_arguments_are_named_with_their_value(make, message):
 def test_weights_too_coarse_for_the_decay_are_warned_of():
     with pytest.warns(FlatminWarning, match="does not move"):
         flatmin.EMA(nn.Linear(2, 2).bfloat16(), decay=0.999)
+
+
+@pytest.mark.parametrize("name", ["EMA", "SwitchEMA"])
+def test_the_average_may_be_more_precise_than_the_weights(name):
+    training = Training(lambda model: MAKERS[name](model).double(), torch.float32).epoch()
+    for number, start in enumerate(training.start):
+        values = [weights[number].double() for weights in training.after_steps]
+        expected = oracles.ema(start.double(), values, 0.8)
+        torch.testing.assert_close(training.averaged()[number], expected, rtol=1e-12, atol=1e-12)

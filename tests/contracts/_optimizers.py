@@ -40,7 +40,7 @@ class Training:
         base: Makes the base optimizer.
         dtype: Of the weights.
         scaler: Scales the loss.
-        autocast: Whether the forward pass is in float16.
+        autocast: What the forward pass is in, if not in the weights' dtype.
         parts: Micro-batches.
         **options: For the optimizer.
     """
@@ -53,7 +53,7 @@ class Training:
         base: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
         dtype: torch.dtype = torch.float64,
         scaler: torch.amp.GradScaler | None = None,
-        autocast: bool = False,
+        autocast: torch.dtype | None = None,
         parts: int = 1,
         **options: object,
     ) -> None:
@@ -127,7 +127,7 @@ class Training:
             raise RuntimeError("in the closure")
 
     def _loss(self, x: torch.Tensor, y: torch.Tensor, reduction: str) -> torch.Tensor:
-        with torch.autocast("cpu", torch.float16) if self.autocast else contextlib.nullcontext():
+        with torch.autocast("cpu", self.autocast) if self.autocast else contextlib.nullcontext():
             return F.cross_entropy(self.forward(x), y, reduction=reduction)
 
 

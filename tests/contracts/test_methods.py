@@ -70,8 +70,7 @@ class Loop:
 
         def losses(keep: object) -> torch.Tensor:  # of a method that chooses samples
             self.calls += 1
-            if torch.is_grad_enabled():  # in the forward that chooses, gradients are still there
-                self.in_closure()
+            self.in_closure()
             x, y = self.x[index][keep], self.y[index][keep]
             each = F.cross_entropy(self.model(x), y, reduction="none", label_smoothing=self.settings["smoothing"])
             if self.calls == self.raise_in_call:

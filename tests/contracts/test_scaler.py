@@ -1,4 +1,4 @@
-"""Training in float16: torch's GradScaler, whatever the method does with its gradients."""
+"""Training in float16 and bfloat16: torch's GradScaler, whatever the method does with its gradients."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_all_that_a_method_sees_and_keeps_is_unscaled(name, how):
 
 @every
 def test_float16_learns_what_float32_does_and_the_scale_grows(name):
-    half = Training(name, dtype=torch.float32, autocast=True, scaler=scaler(growth_interval=4))
+    half = Training(name, dtype=torch.float32, autocast=torch.float16, scaler=scaler(growth_interval=4))
     single = Training(name, dtype=torch.float32)
     half.step(8), single.step(8)
     assert half.optimizer.skipped_steps == 0
@@ -44,6 +44,24 @@ def test_float16_learns_what_float32_does_and_the_scale_grows(name):
     for key, weight in single.state()["model"].items():
         torch.testing.assert_close(half.model.state_dict()[key], weight, rtol=0.05, atol=0.02)
     assert half.model[0].weight.dtype == torch.float32
+
+
+@every
+def test_bfloat16_needs_no_scaler(name):
+    """All passes are in it, and what is perturbed, kept and trained is in float32."""
+    half = Training(name, dtype=torch.float32, autocast=torch.bfloat16)
+    single, computed = Training(name, dtype=torch.float32), []
+    half.model[4].register_forward_hook(lambda module, inputs, output: computed.append(output.dtype))
+    half.step(8), single.step(8)
+    assert half.passes == single.passes
+    assert len(computed) >= half.passes
+    assert set(computed) == {torch.bfloat16}
+    assert half.optimizer.skipped_steps == 0
+    state = half.state()
+    for key, weight in single.state()["model"].items():
+        torch.testing.assert_close(state["model"][key], weight, rtol=0.1, atol=0.1)
+    kept = [t for entries in state["optimizer"]["flatmin"]["state"].values() for t in entries.values()]
+    assert {tensor.dtype for tensor in (*half.model.parameters(), *kept)} == {torch.float32}
 
 
 @pytest.mark.parametrize(("name", "steps", "number"), each_pass())
@@ -71,7 +89,7 @@ def test_a_step_that_overflows_in_any_pass_is_dropped_whole_and_the_scale_goes_d
 @every
 def test_the_scale_is_found(name):
     """From one at which float16 overflows to one at which it does not, with no word."""
-    training = Training(name, dtype=torch.float32, autocast=True, scaler=scaler(2.0**26))
+    training = Training(name, dtype=torch.float32, autocast=torch.float16, scaler=scaler(2.0**26))
     before = training.state()
     training.step(20)
     skipped = training.optimizer.skipped_steps

@@ -100,6 +100,17 @@ def test_all_ranks_are_counted(monkeypatch):
     torch.testing.assert_close(smoothing.soft_labels, torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
 
 
+@pytest.mark.parametrize("wrong", [-100, 4])
+def test_a_class_that_is_none_is_refused_before_any_is_counted(wrong):
+    smoothing = flatmin.OnlineLabelSmoothing(C)
+    y = torch.tensor([0, 1, 2, wrong])
+    with pytest.raises(
+        InvalidArgumentError, match=rf"^y must lie in \[0, 4\), got values from .*{wrong}.*ignore_index"
+    ):
+        smoothing(10 * torch.eye(C), y)
+    assert not smoothing.sums.any()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

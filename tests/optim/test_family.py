@@ -450,6 +450,76 @@ def test_a_parameter_may_have_a_gradient_in_some_passes_only(name):
 
 
 @every
+def test_a_parameter_that_is_frozen_on_the_way_stays_where_it_is(name):
+    """In all passes, though there is a momentum of it, or a gradient that is remembered; and goes on when it may."""
+    problem = Problem()
+    optimizer = make(name, problem.sgd())
+    problem.steps(optimizer, 3)
+    problem.model.head.weight.requires_grad_(False)
+    optimizer.zero_grad()
+    done = len(problem.calls)
+    problem.steps(optimizer, 3)
+    here = problem.model.head.weight.detach().clone()
+    assert all(torch.equal(call["head.weight"], here) for call in problem.calls[done:])
+    assert any(not torch.equal(call["first.weight"], problem.calls[done]["first.weight"]) for call in problem.calls)
+    problem.model.head.weight.requires_grad_(True)
+    problem.steps(optimizer, 3)
+    assert not torch.equal(problem.model.head.weight, here)
+
+
+def test_msam_waits_for_the_momentum_of_a_subset_that_is_frozen_at_first():
+    problem = Problem()
+    problem.model.head.weight.requires_grad_(False)
+    optimizer = flatmin.MSAM(problem.sgd(), rho=0.5, parameters=[problem.model.head.weight])
+    problem.steps(optimizer, 2)
+    problem.model.head.weight.requires_grad_(True)
+    before = problem.model.head.weight.detach().clone()
+    problem.steps(optimizer, 2)
+    assert torch.equal(problem.calls[2]["head.weight"], before)
+    assert (problem.calls[3]["head.weight"] - before).norm() > 0.1
+
+
+@pytest.mark.parametrize("name", ["S2SAM", "LookSAM"])
+def test_what_is_reused_is_the_last_gradient_and_no_older_one(name):
+    weights = [nn.Parameter(torch.randn(4, dtype=torch.float64)) for _ in range(2)]
+    base = torch.optim.SGD(weights, lr=0.1)
+    optimizer = flatmin.S2SAM(base) if name == "S2SAM" else flatmin.LookSAM(base, k=1)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        (loss := sum(weight.pow(4).sum() for weight in reached)).backward()
+        return loss.detach()
+
+    for reached in (weights, weights[1:]):
+        optimizer.step(closure)
+        assert len(optimizer.state_dict()["flatmin"]["state"]) == len(reached)
+
+
+@two_passes
+def test_the_second_pass_begins_without_gradients(name):
+    """So that a closure that clears none, as loops for other optimizers have it, does not sum those of two passes."""
+    ours, theirs = Problem(), Problem()
+    optimizer, other = make(name, ours.sgd()), make(name, theirs.sgd())
+    zero, other.zero_grad = other.zero_grad, lambda: None
+    for _ in range(5):
+        assert torch.equal(ours.steps(optimizer), theirs.steps(other))
+        zero()
+    assert_same(ours.state(optimizer), theirs.state(other))
+
+
+@two_passes
+def test_a_gradient_from_before_is_none_of_the_closures(name):
+    problem = Problem()
+    optimizer = make(name, problem.sgd())
+    loss = problem.closure(optimizer)()
+    F.cross_entropy(problem.model(problem.x), problem.y).backward()
+    before = problem.state(optimizer)
+    with pytest.raises(InvalidArgumentError, match=r"left no gradient.*backward"):
+        optimizer.step(lambda: loss)
+    assert_same(problem.state(optimizer), before)
+
+
+@every
 def test_gradients_may_be_zeroed_in_place(name):
     """What is kept of a gradient is a copy, or belongs to nobody else."""
     ours, theirs = Problem(), Problem()
@@ -463,6 +533,47 @@ def test_gradients_may_be_zeroed_in_place(name):
         other.zero_grad()  # between steps too
     for n in TRAINED:
         assert torch.equal(ours.model.get_parameter(n), theirs.model.get_parameter(n))
+
+
+@every
+@pytest.mark.parametrize("gradient", [0.0, 1e-7, 1e-5, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_weights_may_have_tiny_gradients(name, dtype, gradient):
+    """By which torch does not let rho be divided in float16."""
+    weights, moved = nn.Parameter(torch.zeros(1000, dtype=dtype)), []
+    optimizer = make(name, torch.optim.SGD([weights], lr=0.0, momentum=0.9))
+
+    def closure() -> torch.Tensor:
+        moved.append(weights.detach().double().norm().item())
+        weights.grad = torch.full_like(weights, gradient * (2 if len(moved) % 2 else 1))
+        return torch.zeros(())
+
+    for _ in range(6):
+        optimizer.step(closure)
+    assert optimizer.skipped_steps == 0
+    assert max(moved) == pytest.approx(0.5 if gradient else 0, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "ASAM"])
+def test_complex_weights_are_pairs_of_real_ones(name):
+    """But for ASAM, to which the size of one is that of the pair."""
+    torch.manual_seed(0)
+    start, x, y = torch.randn(3, 4, 2).double(), torch.randn(6, 4).cdouble(), torch.arange(6) % 3
+    real, imaginary = nn.Parameter(start.clone()), nn.Parameter(torch.view_as_complex(start.clone()))
+    others = [nn.Parameter(torch.zeros(3).double()) for _ in range(2)]
+    for weight, bias in ((real, others[0]), (imaginary, others[1])):
+        optimizer = make(name, torch.optim.SGD([weight, bias], lr=0.5, momentum=0.9))
+
+        def closure(weight=weight, bias=bias, optimizer=optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            full = weight if weight.is_complex() else torch.view_as_complex(weight)
+            (loss := F.cross_entropy((x @ full.T).abs() + bias, y)).backward()
+            return loss.detach()
+
+        for _ in range(6):
+            optimizer.step(closure)
+    torch.testing.assert_close(torch.view_as_real(imaginary.detach()), real.detach())
+    assert not torch.equal(real.detach(), start)
 
 
 @two_passes
@@ -559,6 +670,9 @@ def test_no_python_loop_over_tensors_in_the_hot_path(name):
         (lambda p: flatmin.FriendlySAM(p.sgd(), sigma=-1), "^sigma must"),
         (lambda p: flatmin.FriendlySAM(p.sgd(), lam=1.0), "^lam must .* < 1, got 1.0"),
         (lambda p: flatmin.MSAM(p.sgd(), rho=-3), "^rho must .*-3.*function"),
+        (lambda p: flatmin.GSAM(p.sgd(), rho=RhoByLR), "^rho must .*RhoByLR.*function"),
+        (lambda p: flatmin.SAM(p.sgd(), model=nn.Linear), "^model must be .*nn.Module, got .*Linear"),
+        (lambda p: flatmin.SAM(p.sgd(), model=p.model.parameters()), "^model must be .*got .*generator"),
         (lambda p: flatmin.SAM(p.sgd(), when=5), "^when must be a function .*Every.* got 5"),
         (lambda p: flatmin.SAM(p.sgd(), when=Every), "^when must be a function"),
         (lambda p: flatmin.SAM(p.sgd(), scaling=0.1), "^scaling must .* got 0.1"),

@@ -394,6 +394,20 @@ def test_no_slope_means_no_perturbation():
     assert torch.equal(weight.detach(), torch.zeros(3))
 
 
+class Demanding(torch.optim.Optimizer):
+    """Not torch's, and needs a closure as its LBFGS does."""
+
+    def step(self, closure):
+        return closure()
+
+
+class Unfinished(torch.optim.Optimizer):
+    """Around another one, as Lookahead is in some libraries, whose constructor it has in place of torch's."""
+
+    def __init__(self, inner):
+        self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
+
+
 @pytest.mark.parametrize(
     ("base", "message"),
     [
@@ -402,6 +416,11 @@ def test_no_slope_means_no_perturbation():
         (None, "^base_optimizer must be .* NoneType"),
         (flatmin.SAM(torch.optim.SGD([nn.Parameter(torch.zeros(1))])), "^base_optimizer is a SAM already"),
         (torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]), "^base_optimizer must .*LBFGS"),
+        (
+            Unfinished(torch.optim.SGD([nn.Parameter(torch.zeros(1))])),
+            "^base_optimizer Unfinished .*__init__.*wrap that",
+        ),
+        (Demanding([nn.Parameter(torch.zeros(1))], {}), "^base_optimizer must step without a closure.*Demanding"),
     ],
 )
 def test_bad_base_is_explained(base, message):

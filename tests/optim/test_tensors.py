@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.optim._tensors import absolute, add_, blend_, component, plus, scale_, times
+from flatmin.optim._tensors import absolute, add_, blend, component, plus, scale_, times
 
 DTYPES = [torch.float64, torch.float32, torch.float64, torch.bfloat16, torch.float32]
 
@@ -25,9 +25,10 @@ def test_lists_keep_their_order_over_several_dtypes():
     a, b = tensors(0), tensors(1)
     assert_close(plus(a, b, alpha=0.5), [x + 0.5 * y for x, y in zip(a, b, strict=True)])
     assert_close(times(a, b), [x * y for x, y in zip(a, b, strict=True)])
+    assert_close(blend(a, b, 0.25), [0.75 * x + 0.25 * y for x, y in zip(a, b, strict=True)])
     assert_close(absolute(a, 0.25), [x.abs() + 0.25 for x in a])
     assert_close(a, tensors(0))
-    assert plus([], [], alpha=1) == times([], []) == absolute([], 1) == []
+    assert plus([], [], alpha=1) == blend([], [], 1) == times([], []) == absolute([], 1) == []
 
 
 def test_those_in_place_too():
@@ -35,7 +36,6 @@ def test_those_in_place_too():
     for change, expected in (
         (lambda a: add_(a, b, alpha=0.5), lambda x, y: x + 0.5 * y),
         (lambda a: scale_(a, 0.5), lambda x, _: 0.5 * x),
-        (lambda a: blend_(a, b, 0.25), lambda x, y: 0.75 * x + 0.25 * y),
     ):
         change(a := tensors(0))
         assert_close(a, [expected(x, y) for x, y in zip(tensors(0), b, strict=True)])

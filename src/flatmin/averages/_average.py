@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .._checks import check_integer, check_number
+from .._checks import check_integer, check_module, check_number
 from ..errors import FlatminWarning, InvalidArgumentError
 
 
@@ -46,8 +46,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def copied(model: nn.Module, decay: float) -> AveragedModel:
     """A copy of ``model`` to be averaged into with ``decay``, frozen and in evaluation mode."""
+    network = unwrapped(check_module("model", model))
     try:
-        average = AveragedModel(unwrapped(model), use_buffers=True)
+        average = AveragedModel(network, use_buffers=True)
     except Exception as error:
         raise InvalidArgumentError(
             f"model cannot be copied ({error}): make MESA first and then call fully_shard(model) and "
@@ -87,11 +88,11 @@ def check_alike(average: nn.Module, model: nn.Module) -> None:
 
 
 def move(network: nn.Module, model: nn.Module, decay: float) -> None:
-    """One step of the exponential moving average: floating tensors are averaged, integer ones copied."""
+    """One step of the exponential moving average, in its dtype: floating tensors are averaged, integer ones copied."""
     # AveragedModel.update_parameters would stall an accelerator by reading its counter, and round integer buffers
     # down, which corrupts index buffers (relative_position_index) for some decays, .95 and .9996 among them.
     theirs = _tensors(unwrapped(model))
-    pairs = [(a, b.to(a.device)) for a, b in zip(_tensors(network), theirs, strict=True)]
+    pairs = [(a, b.to(a)) for a, b in zip(_tensors(network), theirs, strict=True)]
     if any(a.shape != b.shape for a, b in pairs):
         raise InvalidArgumentError(
             "model has tensors of other shapes than its average; where it is sharded, call "

@@ -84,14 +84,14 @@ class OnlineLabelSmoothing(nn.Module):
 
         Args:
             logits: The network's outputs, floating, shape (B, C).
-            y: Class numbers, int64, shape (B,).
+            y: Class numbers, int64, shape (B,). On an accelerator one out of range is caught by the device itself.
 
         Returns:
             A scalar, float64 if ``logits`` are float64 and float32 otherwise; below 0 where the soft labels are closer
             to what the network says than the hard one. 0 after ``.eval()``.
 
         Raises:
-            InvalidArgumentError: If a shape or dtype is another.
+            InvalidArgumentError: If a shape or dtype is another, or a class number is out of range.
         """
         self._check(logits, y)
         if not self.training:
@@ -128,6 +128,13 @@ class OnlineLabelSmoothing(nn.Module):
                 f"y must be class numbers, int64 of shape ({len(logits)},), got {y.dtype} of shape {tuple(y.shape)}; "
                 "soft labels (mixup, cutmix) belong to no class"
             )
+        if y.device.type == "cpu" and len(y) > 0:  # elsewhere to look would stall the step
+            low, high = (int(bound) for bound in y.aminmax())
+            if low < 0 or high >= self.num_classes:
+                raise InvalidArgumentError(
+                    f"y must lie in [0, {self.num_classes}), got values from {low} to {high}; of samples without a "
+                    "class, such as cross_entropy's ignore_index, leave out the rows"
+                )
         if self.sums.device != logits.device:
             raise InvalidArgumentError(
                 f"logits are on {logits.device} and the soft labels on {self.sums.device}; "

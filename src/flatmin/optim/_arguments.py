@@ -1,9 +1,9 @@
 """Which optimizers can be wrapped, and which parameters are perturbed."""
 
+import inspect
 import re
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
@@ -23,8 +23,12 @@ def check_base(base: object) -> None:
         )
     if not isinstance(base, Optimizer):
         raise InvalidArgumentError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__}")
-    if isinstance(base, torch.optim.LBFGS):
-        raise InvalidArgumentError("base_optimizer must step without a closure of its own, which LBFGS cannot")
+    try:
+        inspect.signature(type(base).step).bind(base)
+    except TypeError:
+        raise InvalidArgumentError(
+            f"base_optimizer must step without a closure of its own, which {type(base).__name__} cannot"
+        ) from None
 
 
 def normalization_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -46,7 +46,14 @@ class Around(Optimizer):
 
     def _follow(self) -> None:
         """Shares what the base optimizer has, now and whenever a checkpoint gives it something else."""
-        self.base_optimizer.register_load_state_dict_post_hook(lambda _: self._share())
+        try:
+            self.base_optimizer.register_load_state_dict_post_hook(lambda _: self._share())
+        except AttributeError:
+            kind = type(self.base_optimizer).__name__
+            raise InvalidArgumentError(
+                f"base_optimizer {kind} leaves out torch.optim.Optimizer.__init__, so that it cannot be followed; "
+                f"if it wraps another, wrap that one, and {kind} around it"
+            ) from None
         self._share()
 
     def _share(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim import Optimizer
 
-from .._checks import check_choice, check_integer, check_number
+from .._checks import check_choice, check_integer, check_module, check_number
 from ._arguments import check_subset
 from ._loss_scale import LossScale
 from ._memory import Memory
@@ -97,7 +97,8 @@ class SharpnessAware(InPasses, ABC):
         self._when = check_when(common.get("when"))
         self._subset = check_subset(common.get("parameters"), base_optimizer)
         self._scaling = check_scaling(common.get("scaling"))
-        self._model = common.get("model")
+        model = common.get("model")
+        self._model = None if model is None else check_module("model", model)
         self._replay = bool(common.get("same_randomness", True))
         self._steps = 0
         self._memory = Memory()

@@ -83,7 +83,7 @@ class LookSAM(SharpnessAware):
             parameters, first = step.parameters, clones(step.gradients)
             yield from step.second()
             first, norm = step.beside(parameters, first)
-            self._memory.put("direction", step.parameters, orthogonal(first, step.gradients, norm, step.norm))
+            self._memory.replace("direction", step.parameters, orthogonal(first, step.gradients, norm, step.norm))
         elif step.rho > 0:
             known, directions = self._memory.known("direction", step.parameters)
             if known:

@@ -29,8 +29,12 @@ class Memory:
         return some, [known[parameter] for parameter in some]
 
     def put(self, name: str, parameters: list[Tensor], tensors: list[Tensor]) -> None:
-        """Remembers ``tensors`` themselves, not copies of them."""
+        """Remembers ``tensors`` themselves, not copies of them, beside those of other parameters."""
         self._tensors.setdefault(name, {}).update(zip(parameters, tensors, strict=True))
+
+    def replace(self, name: str, parameters: list[Tensor], tensors: list[Tensor]) -> None:
+        """Remembers ``tensors`` in place of all that there was under ``name``."""
+        self._tensors[name] = dict(zip(parameters, tensors, strict=True))
 
     def state_dict(self, groups: list[dict[str, Any]]) -> dict[int, dict[str, Tensor]]:
         """Returns it by the number of the parameter in ``groups``, as torch's optimizers do."""

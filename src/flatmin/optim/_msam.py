@@ -74,8 +74,9 @@ class MSAM(SharpnessAware):
         super().__init__(base_optimizer, rho=rho, **common)
 
     def _gradient(self, step: Step) -> Passes:
-        known, found = momenta(step.candidates(), self.base_optimizer.state)
-        if step.number > 0 and not found:
+        state = self.base_optimizer.state
+        known, found = momenta(step.candidates(), state)
+        if step.number > 0 and not found and not momenta(list(state), state)[0]:
             raise InvalidArgumentError(
                 f"base_optimizer {type(self.base_optimizer).__name__} keeps none of {', '.join(NAMES)}, along which "
                 "MSAM perturbs; give SGD a momentum, or use S2SAM"

@@ -57,4 +57,4 @@ class S2SAM(SharpnessAware):
     def _gradient(self, step: Step) -> Passes:
         yield from step.only(*self._memory.known("gradient", step.candidates()))
         parameters, gradients = step.perturbed()
-        self._memory.put("gradient", parameters, clones(gradients))
+        self._memory.replace("gradient", parameters, clones(gradients))

@@ -102,7 +102,9 @@ def check_scaling(scaling: Scaling | None) -> Scaling:
 def check_rho(rho: Rho) -> Rho:
     """Returns ``rho`` if it is a length > 0 or a function."""
     hint = "; or give a function of the optimizer to a number"
-    return rho if callable(rho) else check_number("rho", rho, above=0, hint=hint)
+    if callable(rho) and not isinstance(rho, type):
+        return rho
+    return check_number("rho", rho, above=0, hint=hint)  # type: ignore[arg-type]  # a class is no number
 
 
 def rho_of(rho: Rho, optimizer: Optimizer) -> float:

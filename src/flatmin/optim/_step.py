@@ -105,8 +105,9 @@ class Step:
         self.scale.remove(self.gradients, last=not self.pays)
 
     def candidates(self) -> list[Tensor]:
-        """All parameters that may be perturbed, with a gradient or without."""
-        return [parameter for parameter in self._every() if self.subset is None or parameter in self.subset]
+        """All parameters that may be perturbed, with a gradient or without; not those that are frozen now."""
+        trained = [parameter for parameter in self._every() if parameter.requires_grad]
+        return [parameter for parameter in trained if self.subset is None or parameter in self.subset]
 
     def perturbed(self) -> tuple[list[Tensor], list[Tensor]]:
         """Those parameters with a gradient that may be perturbed, and their gradients."""
@@ -135,7 +136,8 @@ class Step:
     ) -> Passes:
         """Takes the gradient up the slope, or along ``directions``, with running statistics frozen.
 
-        The first gradients are given up, and the lists ``directions`` emptied, so that the pass can have their memory.
+        The first gradients are cleared, and the lists ``directions`` emptied, so that the pass can have their memory,
+        and a closure that does not call ``backward`` is noticed.
 
         Args:
             parameters: Those to perturb; by default all that may be.
@@ -152,6 +154,8 @@ class Step:
             frozen_statistics(self.model),
             replayed(self._random),
         ):
+            for parameter in self._every():
+                parameter.grad = None
             yield
         self._collect("second")
         self.scale.remove(self.gradients, last=True)

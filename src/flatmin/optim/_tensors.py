@@ -15,6 +15,8 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     DTensors count with all their shards, so that the norm is the same on all ranks.
     """
     dtypes = {tensor.dtype for tensor in tensors}
+    if any(dtype.is_complex for dtype in dtypes):
+        return global_norm([torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors])
     widest = max((torch.promote_types(dtype, torch.float32) for dtype in dtypes), key=lambda kind: kind.itemsize)
     norms: list[Tensor] = []
     for (same,) in _alike(tensors):
@@ -31,7 +33,8 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
 def add_(tensors: list[Tensor], others: list[Tensor], alpha: float) -> None:
     """``tensors += alpha * others``, in place."""
     for ours, theirs in _alike(tensors, others):
-        torch._foreach_add_(ours, theirs, alpha=alpha)
+        terms, factor = _term(theirs, alpha)
+        torch._foreach_add_(ours, terms, alpha=factor)
 
 
 def scale_(tensors: list[Tensor], factor: float) -> None:
@@ -48,7 +51,12 @@ def multiply_(tensors: list[Tensor], others: list[Tensor]) -> None:
 
 def plus(tensors: list[Tensor], others: list[Tensor], alpha: float) -> list[Tensor]:
     """``tensors + alpha * others``."""
-    return _made(lambda ours, theirs: torch._foreach_add(ours, theirs, alpha=alpha), tensors, others)
+
+    def added(ours: list[Tensor], theirs: list[Tensor]) -> Any:
+        terms, factor = _term(theirs, alpha)
+        return torch._foreach_add(ours, terms, alpha=factor)
+
+    return _made(added, tensors, others)
 
 
 def blend(tensors: list[Tensor], others: list[Tensor], share: float) -> list[Tensor]:
@@ -95,6 +103,13 @@ def component(tensors: list[Tensor], others: list[Tensor], norm: float, other: f
 def copy_(tensors: list[Tensor], others: list[Tensor]) -> None:
     """Copies ``others`` into ``tensors``, each of which is placed like the other."""
     torch._foreach_copy_([_local(tensor) for tensor in tensors], [_local(other) for other in others])
+
+
+def _term(tensors: list[Tensor], alpha: float) -> tuple[list[Tensor], float]:
+    """``alpha * tensors``, of one dtype, as tensors and a factor that torch takes: in float16 none that overflows."""
+    if tensors[0].dtype != torch.float16 or abs(alpha) <= torch.finfo(torch.float16).max:
+        return tensors, alpha
+    return [(alpha * tensor.float()).half() for tensor in tensors], 1.0
 
 
 def _made(function: Callable[..., Any], *lists: list[Tensor]) -> list[Tensor]:
