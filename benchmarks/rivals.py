@@ -177,6 +177,7 @@ def plot(comparisons: list[tuple[dict[str, Any], list[Point]]], path: Path) -> N
     columns = min(len(comparisons), 2)
     rows = math.ceil(len(comparisons) / columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(7 * columns, 5.2 * rows), squeeze=False)
+    figure.subplots_adjust(0.06, 0.12 / rows, 0.98, 1 - 0.08 / rows, 0.14, 0.24)  # first: names are placed by it
     for axis in axes.flat[len(comparisons) :]:
         axis.set_axis_off()
     for axis, (results, points) in zip(axes.flat, comparisons, strict=False):
@@ -186,16 +187,42 @@ def plot(comparisons: list[tuple[dict[str, Any], list[Point]]], path: Path) -> N
             on = point in best
             color = "#0072B2" if on else "#777777"
             axis.errorbar(point.cost, point.accuracy, point.half, fmt="o" if on else "s", color=color, markersize=5)
-            axis.annotate(
-                point.method, (point.cost, point.accuracy), xytext=(5, 3), textcoords="offset points", fontsize=8
-            )
+        top = max(point.accuracy + point.half for point in points)
+        floor = points[0].accuracy - max(top - points[0].accuracy, points[0].half)
+        lowest = min(point.accuracy - point.half for point in points)
+        axis.set_ylim(max(floor, lowest - 0.05 * (top - lowest)), top + 0.05 * (top - points[0].accuracy))
+        axis.margins(x=0.12)
+        _name(axis, points)
         axis.axhline(points[0].accuracy, color="#999999", linewidth=0.8, linestyle=":")
         axis.set_title(title(results))
         axis.set_xlabel("time of a step, multiple of the plain optimizer's")
         axis.set_ylabel("test accuracy, %")
-    figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _name(axis: Any, points: list[Point]) -> None:
+    """Writes each method beside its point, below the names that stand there already; those out of sight at the edge."""
+    axis.autoscale_view(scaley=False)
+    bottom, _ = axis.get_ylim()
+    taken: list[tuple[float, float, float]] = []  # left, right and height of a name, in points on the paper
+    for point in sorted(points, key=lambda point: -point.accuracy):
+        seen = point.accuracy >= bottom
+        text = point.method if seen else f"{point.method} {point.accuracy:.1f} (below)"
+        x, y = axis.transData.transform((point.cost, max(point.accuracy, bottom))) * 72 / axis.figure.dpi
+        left, height = x + 5, y + (3 if seen else 6)
+        right = left + 4.6 * len(text)
+        while any(left < end and right > start and abs(height - other) < 8.5 for start, end, other in taken):
+            height += 1 if not seen else -1
+        taken.append((left, right, height))
+        axis.annotate(
+            text,
+            (point.cost, max(point.accuracy, bottom)),
+            xytext=(left - x, height - y),
+            textcoords="offset points",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#999999"} if abs(height - y) > 6 else None,
+        )
 
 
 def main() -> None:
