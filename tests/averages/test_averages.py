@@ -116,7 +116,7 @@ def test_integer_buffers_are_copied_and_the_average_is_run_without_gradient(name
 @every
 def test_resume_is_bitwise_neutral(name):
     whole, first, second = (Training(MAKERS[name]) for _ in range(3))
-    for _ in range(5):
+    for _ in range(4):
         whole.epoch()
     for _ in range(3):
         first.epoch()
@@ -124,8 +124,7 @@ def test_resume_is_bitwise_neutral(name):
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     second.average.load_state_dict(copy.deepcopy(first.average.state_dict()))
     second.seed = first.seed
-    for _ in range(2):
-        second.epoch()
+    second.epoch()  # one alone, while LAWA has an epoch from before in its mean
     for a, b in zip(second.averaged(), whole.averaged(), strict=True):
         assert torch.equal(a, b)
 

@@ -92,6 +92,21 @@ def test_no_gradient_flows_into_the_soft_labels_and_half_precision_is_summed_in_
     assert smoothing.sums.dtype == torch.float32
 
 
+def test_resume_within_an_epoch_goes_on_counting():
+    whole, first, second = (flatmin.OnlineLabelSmoothing(C) for _ in range(3))
+    for smoothing in (whole, first):
+        smoothing.set_epoch(1)
+        smoothing(torch.eye(C), torch.arange(C))
+    second.load_state_dict(first.state_dict())
+    for smoothing in (whole, second):
+        smoothing.set_epoch(1)  # as a resumed loop says again
+        smoothing(3 * torch.eye(C), torch.arange(C))
+        smoothing.set_epoch(2)
+    expected = (torch.eye(C).softmax(dim=1) + (3 * torch.eye(C)).softmax(dim=1)) / 2
+    for smoothing in (whole, second):
+        torch.testing.assert_close(smoothing.soft_labels, expected)
+
+
 def test_all_ranks_are_counted(monkeypatch):
     smoothing = flatmin.OnlineLabelSmoothing(2)
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)

@@ -328,6 +328,17 @@ def test_resume_is_bitwise_neutral_through_a_file(name):
 
 
 @pytest.mark.parametrize("name", ["LookSAM", "FriendlySAM", "S2SAM"])
+def test_what_is_remembered_is_loaded_in_the_dtype_of_the_weights(name):
+    wide, narrow = Problem(), Problem(dtype=torch.float32)
+    optimizer, other = make(name, wide.sgd()), make(name, narrow.sgd())
+    wide.steps(optimizer, 4)
+    other.load_state_dict(optimizer.state_dict())
+    kept = [t for entries in other.state_dict()["flatmin"]["state"].values() for t in entries.values()]
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
+    narrow.steps(other, 3)
+
+
+@pytest.mark.parametrize("name", ["LookSAM", "FriendlySAM", "S2SAM"])
 def test_what_a_method_remembers_matters(name):
     problem = Problem()
     optimizer = make(name, problem.sgd())
