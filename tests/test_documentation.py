@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import flatmin
+from flatmin.engine.methods import METHODS
 
 PAGE = Path(__file__).parent.parent / "docs" / "optimizers.md"
 
@@ -83,3 +84,8 @@ def test_the_code_makes_the_step_that_a_closure_makes(code, on_the_cpu):
     for name, weight in known["model"].state_dict().items():
         torch.testing.assert_close(weight, plain["model"].state_dict()[name], **loose)
         assert (weight - before[name]).abs().max() > 3e-3
+
+
+def test_the_readme_names_every_method_of_the_command():
+    names = re.findall(r"`(\w+)`", PAGE.parent.parent.joinpath("README.md").read_text())
+    assert not set(METHODS) - set(names)

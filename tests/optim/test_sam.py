@@ -420,6 +420,7 @@ class Unfinished(torch.optim.Optimizer):
             Unfinished(torch.optim.SGD([nn.Parameter(torch.zeros(1))])),
             "^base_optimizer Unfinished .*__init__.*wrap that",
         ),
+        (torch.optim.SGD([nn.Parameter(torch.zeros(1))], maximize=True), "^base_optimizer has maximize=True.*negative"),
         (Demanding([nn.Parameter(torch.zeros(1))], {}), "^base_optimizer must step without a closure.*Demanding"),
     ],
 )

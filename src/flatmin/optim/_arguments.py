@@ -29,6 +29,11 @@ def check_base(base: object) -> None:
         raise InvalidArgumentError(
             f"base_optimizer must step without a closure of its own, which {type(base).__name__} cannot"
         ) from None
+    if any(group.get("maximize") for group in base.param_groups):
+        raise InvalidArgumentError(
+            "base_optimizer has maximize=True, and the weights would be moved to where that is easiest, not worst; "
+            "minimize the negative instead"
+        )
 
 
 def normalization_parameters(model: nn.Module) -> list[nn.Parameter]:
