@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatmin.cli._terminal import Display, print_outcome
-from flatmin.engine.compare import Comparison
-from flatmin.engine.config import Recipe
-from flatmin.engine.method import Assembled, Ingredients, Method
-from flatmin.engine.methods import METHODS
-from flatmin.engine.outcome import make_rows, verdict
-from flatmin.engine.record import command_line, environment, write_json
-from flatmin.engine.select import select
+from flatmin.lab.cli._terminal import Display, print_outcome
+from flatmin.lab.comparison.compare import Comparison
+from flatmin.lab.comparison.outcome import make_rows, verdict
+from flatmin.lab.comparison.select import select
+from flatmin.lab.methods.method import Assembled, Ingredients, Method
+from flatmin.lab.methods.registry import METHODS
+from flatmin.lab.recipe import Recipe
+from flatmin.lab.runs.record import command_line, environment, write_json
 from flatmin.losses import trajectory_loss
 
 EPOCHS = {"mnist1d": 40, "digits": 60}

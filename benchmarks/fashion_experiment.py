@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from flatmin.data import load_idx
+from flatmin.lab.problems.data import load_idx
 
 FOLDER = "fashion-mnist"
 

@@ -17,13 +17,13 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from flatmin.engine.compare import Comparison
-from flatmin.engine.config import Recipe
-from flatmin.engine.measure import NOTE, fixed_batches, measures
-from flatmin.engine.outcome import make_rows
-from flatmin.engine.record import LAST, command_line, environment, write_json
-from flatmin.engine.saved import open_saved
-from flatmin.engine.stats import interval
+from flatmin.lab.comparison.compare import Comparison
+from flatmin.lab.comparison.outcome import make_rows
+from flatmin.lab.comparison.stats import interval
+from flatmin.lab.recipe import Recipe
+from flatmin.lab.runs.record import LAST, command_line, environment, write_json
+from flatmin.lab.runs.saved import open_saved
+from flatmin.lab.training.measure import NOTE, fixed_batches, measures
 
 METHODS = "base,smoothing,sam,saf,mesa"
 PROBLEMS: dict[str, dict[str, Any]] = {

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.engine.record import command_line, environment, write_json
 from flatmin.history import History, make_history
+from flatmin.lab.runs.record import command_line, environment, write_json
 
 LAG, TEMPERATURE = 3, 5.0
 DIRECTIONS, NOISE = 64, 0.3  # of the pool's rows; the noise's share lies in no few directions

@@ -23,16 +23,16 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from flatmin.cli._options import parse_settings
-from flatmin.engine.config import Recipe, Run
-from flatmin.engine.methods import COMPARED
-from flatmin.engine.outcome import Row, make_rows
-from flatmin.engine.problem import Problem, base_optimizer
-from flatmin.engine.record import command_line, environment, write_json
-from flatmin.engine.timing import measure_rows, synchronize
-from flatmin.engine.trainer import Trainer
 from flatmin.errors import MissingDependencyError
-from flatmin.models import create_model, model_names
+from flatmin.lab.cli._options import parse_settings
+from flatmin.lab.comparison.outcome import Row, make_rows
+from flatmin.lab.comparison.timing import measure_rows, synchronize
+from flatmin.lab.methods.registry import COMPARED
+from flatmin.lab.problems.models import create_model, model_names
+from flatmin.lab.problems.problem import Problem, base_optimizer
+from flatmin.lab.recipe import Recipe, Run
+from flatmin.lab.runs.record import command_line, environment, write_json
+from flatmin.lab.training.trainer import Trainer
 
 BATCHES_IN_DATASET = 4  # the batch stands among samples that are not in it, as it does in training
 

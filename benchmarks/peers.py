@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flatmin
-from flatmin.engine.record import command_line, environment, write_json
-from flatmin.models import create_model
+from flatmin.lab.problems.models import create_model
+from flatmin.lab.runs.record import command_line, environment, write_json
 
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
 OURS: dict[str, Callable[[torch.optim.Optimizer], flatmin.optim.SharpnessAware]] = {

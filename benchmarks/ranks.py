@@ -25,8 +25,8 @@ from torch import Tensor, distributed
 from torch.multiprocessing import spawn
 
 from flatmin import SAF
-from flatmin.engine.record import command_line, environment, write_json
 from flatmin.history import DenseHistory, History, LowRankHistory, QuantizedHistory, TopKHistory
+from flatmin.lab.runs.record import command_line, environment, write_json
 
 SAMPLES, CLASSES, BATCH, LAG = 50_000, 1000, 128, 3
 FORMS: dict[str, Callable[[str], History]] = {

@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from flatmin.engine.methods import get_method
-from flatmin.engine.stats import holm
+from flatmin.lab.comparison.stats import holm
+from flatmin.lab.methods.registry import get_method
 
 DATA = {"mnist1d": "MNIST-1D", "digits": "digits", "fashion_experiment": "Fashion-MNIST"}
 SHAPES = {"mnist1d": [1, 40], "digits": [1, 8, 8]}  # of which overhead.py measures the steps

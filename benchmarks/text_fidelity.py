@@ -42,10 +42,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flatmin import SAF
-from flatmin.engine.record import command_line, environment, plain, write_json
-from flatmin.engine.stats import holm, interval, paired_p_value
-from flatmin.engine.timing import synchronize
 from flatmin.errors import require
+from flatmin.lab.comparison.stats import holm, interval, paired_p_value
+from flatmin.lab.comparison.timing import synchronize
+from flatmin.lab.runs.record import command_line, environment, plain, write_json
 
 BASE, DENSE = "base", "dense"
 

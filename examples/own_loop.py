@@ -7,14 +7,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import flatmin
+from flatmin.lab.problems import data, models
 
 
 def main(method: str = "saf", epochs: int = 60, seed: int = 0) -> float:
     """Trains on scikit-learn's digits and returns the test accuracy after the last epoch."""
     torch.manual_seed(seed)
-    digits = flatmin.data.load_digits(seed)
+    digits = data.load_digits(seed)
     loader = DataLoader(digits.train, batch_size=128, shuffle=True)
-    model = flatmin.models.SmallCNN(1, digits.num_classes)
+    model = models.SmallCNN(1, digits.num_classes)
     criterion = nn.CrossEntropyLoss()
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)

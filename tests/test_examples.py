@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flatmin import cli
+from flatmin.lab import cli
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -15,47 +15,41 @@ import flatmin
 ROOT = Path(flatmin.__file__).parent
 PUBLIC = [
     "flatmin",
-    *(
-        f"flatmin.{name}"
-        for name in ("averages", "data", "history", "losses", "models", "optim", "report", "sharpness")
-    ),
+    *(f"flatmin.{name}" for name in ("averages", "history", "losses", "optim", "sharpness")),
+    *(f"flatmin.lab.{name}" for name in ("problems.data", "problems.models", "report")),
 ]
-# Who may import what of flatmin, by the first folder or file under src/flatmin.
+# Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory the second.
+SHARED = {"errors", "_checks", "_distributed", "_files", "_rng"}
+LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
+PROBLEMS = {*SHARED, *LIBRARY, "lab/recipe", "lab/problems"}
+METHODS = {*SHARED, *LIBRARY, "lab/methods"}
+TRAINING = {*PROBLEMS, *METHODS, "lab/training"}
+RUNS = {*TRAINING, "lab/runs"}
+COMPARISON = {*RUNS, "lab/comparison"}
 ALLOWED = {
     "errors": set(),
     "_checks": {"errors"},
-    "history": {"errors", "_checks"},
-    "optim": {"errors", "_checks"},
-    "data": {"errors", "_checks"},
-    "models": {"errors", "_checks"},
-    "averages": {"errors", "_checks"},
-    "sharpness": {"errors", "_checks"},
-    "losses": {"errors", "_checks", "averages", "history"},
-    "engine": {"averages", "errors", "_checks", "history", "optim", "data", "models", "sharpness", "losses"},
-    "report": {"errors", "_checks"},
-    "cli": {
-        "report",
-        "",
-        "averages",
-        "errors",
-        "_checks",
-        "history",
-        "optim",
-        "data",
-        "models",
-        "sharpness",
-        "losses",
-        "engine",
-    },
-    "__init__": {"averages", "data", "errors", "history", "losses", "models", "optim", "sharpness"},
-    "__main__": {"cli"},
+    "_distributed": {"errors", "_checks"},
+    "_files": {"errors", "_checks"},
+    "_rng": {"errors", "_checks"},
+    "history": SHARED,
+    "optim": SHARED,
+    "averages": SHARED,
+    "sharpness": SHARED,
+    "indices": SHARED,
+    "losses": {*SHARED, "averages", "history"},
+    "lab/__init__": set(),
+    "lab/recipe": SHARED,
+    "lab/problems": PROBLEMS,
+    "lab/methods": METHODS,
+    "lab/training": TRAINING,
+    "lab/runs": RUNS,
+    "lab/comparison": COMPARISON,
+    "lab/report": {"errors", "_checks", "lab/report"},
+    "lab/cli": {*COMPARISON, "", "lab/report", "lab/cli"},
+    "__init__": {"errors", *LIBRARY},
+    "__main__": {"lab/cli"},
 }
-LAZY = {
-    "engine",
-    "report",
-    "cli",
-    "__main__",
-}  # may import the extras' packages; all else torch and the standard library
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -70,37 +64,48 @@ def test_all_is_sorted_and_each_symbol_is_documented(name: str) -> None:
         assert inspect.getdoc(getattr(module, symbol)), symbol
 
 
-def _absolute(name: str) -> tuple[str, bool]:
-    first, *rest = name.split(".")
-    return (rest[0] if rest else "", True) if first == "flatmin" else (first, False)
+def room(path: Path) -> str:
+    """The room that a file or folder under src/flatmin belongs to; the empty string for the package itself."""
+    parts = [part.removesuffix(".py") for part in path.relative_to(ROOT).parts]
+    return "/".join(parts[:2] if parts[:1] == ["lab"] and len(parts) > 1 else parts[:1])
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """All modules that a file imports, with whether they are flatmin's own, as the first part of their name."""
+    """What a file imports: rooms of flatmin's, with True, and other packages' names, with False."""
     found = []
-    depth = len(path.relative_to(ROOT).parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [_absolute(alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.append(_absolute(node.module or ""))
-        elif isinstance(node, ast.ImportFrom) and node.level == depth:  # from the package's root
-            names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-            found += [
-                (name if (ROOT / name).exists() or (ROOT / f"{name}.py").exists() else "", True) for name in names
-            ]
+            names = [(alias.name.split("."), []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["flatmin", *path.relative_to(ROOT).parts[: -node.level]] if node.level else []
+            names = [([*above, *(node.module or "").split(".")], [alias.name for alias in node.names])]
+        else:
+            continue
+        for module, inner in names:
+            parts = [part for part in module if part]
+            if parts[0] != "flatmin":
+                found.append((parts[0], False))
+                continue
+            base = ROOT.joinpath(*parts[1:])
+            modules = [base / n for n in inner if (base / n).is_dir() or (base / f"{n}.py").exists()]
+            found += [(room(each), True) for each in modules or [base]]
     return found
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_who_imports_whom(path: Path) -> None:
-    layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    here = room(path)
     for name, own in imports(path):
         if own:
-            assert name in ALLOWED[layer], f"{layer} must not import {name}"
+            assert name in ALLOWED[here] | {here}, f"{here} must not import {name}"
         else:
             light = name in ("torch", "typing_extensions") or name in sys.stdlib_module_names  # torch needs the latter
-            assert light or layer in LAZY, f"{layer} must not import {name}; use errors.require where it is needed"
+            allowed = light or here.startswith("lab/") or here == "__main__"
+            assert allowed, f"{here} must not import {name}; use errors.require where it is needed"
+
+
+def test_the_rooms_are_those_that_there_are() -> None:
+    assert {room(path) for path in ROOT.rglob("*.py")} == set(ALLOWED)
 
 
 def test_importing_flatmin_loads_no_third_party_but_torch() -> None:

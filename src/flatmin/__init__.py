@@ -1,18 +1,16 @@
 """flatmin: train PyTorch networks into flat minima at the price of the plain optimizer."""
 
 from . import averages as averages
-from . import data as data
 from . import errors as errors
 from . import history as history
 from . import losses as losses
-from . import models as models
 from . import optim as optim
 from . import sharpness as sharpness
 from .averages import EMA as EMA
 from .averages import LAWA as LAWA
 from .averages import SwitchEMA as SwitchEMA
 from .averages import ema_decay as ema_decay
-from .data import with_indices as with_indices
+from .indices import with_indices as with_indices
 from .losses import MESA as MESA
 from .losses import SAF as SAF
 from .losses import OnlineLabelSmoothing as OnlineLabelSmoothing
@@ -43,12 +41,10 @@ __all__ = [
     "SAM",
     "SwitchEMA",
     "averages",
-    "data",
     "ema_decay",
     "errors",
     "history",
     "losses",
-    "models",
     "optim",
     "sharpness",
     "with_indices",

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Runs the command; without the packages it needs, says what to install."""
     try:
-        from . import cli
+        from .lab import cli
     except ImportError as error:
         if error.name is None or error.name.split(".")[0] == "flatmin":
             raise

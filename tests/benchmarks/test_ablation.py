@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.engine.method import Ingredients
+from flatmin.lab.methods.method import Ingredients
 
 N, C, EPOCHS = 12, 3, 8
 
 
 @pytest.fixture
 def ablation():
-    from flatmin.engine.methods import METHODS
+    from flatmin.lab.methods.registry import METHODS
 
     before = dict(METHODS)
     from benchmarks import ablation

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatmin.engine.config import Recipe, Run
-from flatmin.engine.methods import get_method, resolve_settings
-from flatmin.engine.train import train
+from flatmin.lab.methods.registry import get_method, resolve_settings
+from flatmin.lab.recipe import Recipe, Run
+from flatmin.lab.runs.train import train
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

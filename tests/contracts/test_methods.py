@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flatmin.engine.methods import METHODS, Ingredients, resolve_settings
+from flatmin.lab.methods.registry import METHODS, Ingredients, resolve_settings
 
 N, C, B = 24, 3, 8
 EPOCHS = 6

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatmin.engine.checkpoint import load_checkpoint
-from flatmin.engine.config import Recipe, Run
-from flatmin.engine.load import load_problem
-from flatmin.engine.methods import METHODS, resolve_settings
-from flatmin.engine.ranks import joined, rank, size
-from flatmin.engine.train import resume, train
-from flatmin.engine.trainer import Trainer
+from flatmin._distributed import joined, rank, size
 from flatmin.errors import FlatminWarning
+from flatmin.lab.methods.registry import METHODS, resolve_settings
+from flatmin.lab.problems.load import load_problem
+from flatmin.lab.recipe import Recipe, Run
+from flatmin.lab.runs.checkpoint import load_checkpoint
+from flatmin.lab.runs.train import resume, train
+from flatmin.lab.training.trainer import Trainer
 from tests.distributed._spawn import run_ranks
 
 EXPERIMENT = """
@@ -284,7 +284,7 @@ def test_more_processes_than_gpus_are_found_by_all_of_them(local: str, monkeypat
 
 
 def test_compare_is_not_for_torchrun(flatmin_environment: None) -> None:
-    from flatmin import cli
+    from flatmin.lab import cli
 
     assert cli.run(["compare", "--seeds", "1"]) == 2
 

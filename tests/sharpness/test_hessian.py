@@ -6,7 +6,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from flatmin.errors import FlatminError, MissingDependencyError
-from flatmin.models import create_model
+from flatmin.lab.problems.models import create_model
 from flatmin.sharpness import hessian_eigenvalues, hessian_trace, spectral_density
 from flatmin.sharpness._density import lanczos
 

@@ -1,0 +1,1 @@
+"""The laboratory: does any of it help on your problem, and what does it cost?"""

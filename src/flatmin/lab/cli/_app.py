@@ -1,0 +1,65 @@
+"""Runs the command: its options, its errors as one line, its exit codes."""
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from ... import __version__
+from ... import _distributed as ranks
+from ...errors import FlatminError
+from . import _compare as _compare  # each adds its command
+from . import _landscape as _landscape
+from . import _report as _report
+from . import _sharpness as _sharpness
+from . import _train as _train
+from ._shared import Interrupted, app
+from ._terminal import err_console, out_console, speaking
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Train networks into flat minima at the price of the plain optimizer, and measure what it gains."""
+    if version:
+        out_console.print(f"flatmin {__version__}")
+    elif context.invoked_subcommand is None:
+        out_console.print(context.get_help(), markup=False)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, or 2 after one line on what was wrong.
+
+    Args:
+        arguments: What follows ``flatmin`` on the command line; None for this process's own.
+    """
+    command = typer.main.get_command(app)
+    # A plain kill ends a run as Ctrl-C does: what was done is kept and said.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with speaking(quiet=ranks.rank() > 0):  # one says for all what is going on
+        try:
+            code = command.main(args=arguments, prog_name="flatmin", standalone_mode=False)
+            return code if isinstance(code, int) else 0
+        except (FlatminError, Interrupted) as error:
+            message = str(error)
+            if "flatmin.errors." in message:  # from a loader's worker: its traceback, and then what was said
+                message = message.rpartition("flatmin.errors.")[2].partition(": ")[2]
+        except KeyboardInterrupt:
+            message = "interrupted before anything was done"
+        except Exception as error:
+            # typer's own usage errors, whatever version of click they come from
+            format_message = getattr(error, "format_message", None)
+            if format_message is None and ranks.claim_failure():
+                raise
+            message = "" if format_message is None else format_message()
+    # Of several ranks the first to fail says why; what the others meet then is only that it has gone.
+    if not ranks.claim_failure():
+        os._exit(2)  # at once: torch would wait for the one that is gone
+    err_console.print(f"flatmin: {' '.join(message.split())}", markup=False)
+    return 2

@@ -1,0 +1,62 @@
+"""``flatmin report``, and the report that a comparison ends with."""
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...errors import FlatminWarning
+from ..report import write_figures, write_report, write_tensorboard
+from ._shared import app
+from ._terminal import out_console
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Folders of comparisons or of single runs, or results.json files.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="The page's file.  [default: report.html in the first folder]")
+    ] = None,
+    figures: Annotated[
+        str | None, typer.Option(help="Also write each plot as SVG and PNG, for a paper, into this folder.")
+    ] = None,
+    tensorboard: Annotated[
+        str | None, typer.Option(help="Also write what runs logged into this folder, for TensorBoard.")
+    ] = None,
+) -> None:
+    """Write one page on what was found: for a browser, with no network.
+
+    It has the verdict, accuracy against cost, paired differences, curves by epoch, loss landscapes, the Hessian's
+    spectra and measures of sharpness, memory, and how all was made; each plot's numbers too.
+    """
+    page = write_report(runs, out)
+    if figures is not None:
+        count = len(write_figures(runs, figures))
+        out_console.print(f"{count} files with figures: {figures}", markup=False)
+    if tensorboard is not None:
+        count = len(write_tensorboard(runs, tensorboard))
+        out_console.print(
+            f"{count} run{'' if count == 1 else 's'} for tensorboard --logdir {tensorboard}", markup=False
+        )
+    out_console.print(f"The report, for any browser: {page}", markup=False)
+
+
+def report_on(folder: Path) -> Path | None:
+    """Writes a comparison's report into its folder; without Plotly there is none, and an error costs nothing else."""
+    if importlib.util.find_spec("plotly") is None:
+        return None
+    try:
+        return write_report([folder])
+    except (Exception, KeyboardInterrupt) as error:  # the results are there, whatever befalls the page
+        reason = " ".join(str(error).split()) or type(error).__name__
+        warnings.warn(f"the report could not be written: {reason}", FlatminWarning, stacklevel=2)
+        return None

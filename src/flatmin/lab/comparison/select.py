@@ -1,0 +1,81 @@
+"""Chooses each method's hyperparameters on samples that are held out of the training set, before the comparison."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..recipe import Recipe
+from .compare import Comparison
+from .outcome import Row
+
+SHARE = 0.2  # of the training set that is held out
+FIRST_SEED = 1000  # apart from those of the comparison, which draw other splits
+
+
+def select(
+    recipe: Recipe,
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    seeds: int,
+    jobs: int | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[list[Row], dict[str, Any]]:
+    """Trains every candidate on four fifths of the training set and keeps the best of each method.
+
+    The best has the highest mean accuracy on the last fifth after the last epoch; of equals, the lowest mean loss. The
+    test set is not looked at. Held-out labels are wrong as often as the others, as a user's would be.
+
+    Args:
+        recipe: What the methods share.
+        rows: The candidates, from `make_rows`; a method with one row is kept as it is.
+        folder: Where the candidates' runs are kept; it is made.
+        seeds: How many seeds each candidate gets.
+        jobs: As in `Comparison`, as is ``on_progress``.
+        on_progress: Likewise.
+
+    Returns:
+        The rows to compare, in their order; and what was found, for the results.
+
+    Raises:
+        KeyboardInterrupt: If it was interrupted; the runs that are done are kept in ``folder``.
+    """
+    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row.method)]
+    contested = [row for group in groups if len(group) > 1 for row in group]
+    folder.mkdir(parents=True)
+    comparison = Comparison(
+        dataclasses.replace(recipe, validation=SHARE),
+        [rows[0], *(row for row in contested if row is not rows[0])],
+        folder,
+        seeds=seeds,
+        first_seed=FIRST_SEED,
+        timed=False,
+        jobs=jobs,
+        on_progress=on_progress,
+    )
+    outcome = comparison.run()
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+
+    def merit(row: Row) -> tuple[float, float]:
+        losses = [outcome.metrics[row.label][seed]["test_loss"] for seed in outcome.seeds]
+        return fmean(outcome.accuracies(row.label)), -fmean(losses)
+
+    chosen = [max(group, key=merit) if len(group) > 1 else group[0] for group in groups]
+    found = {
+        "held_out": SHARE,
+        "seeds": outcome.seeds,
+        "candidates": [
+            {
+                "label": row.label,
+                "method": row.method,
+                "validation_accuracy": outcome.accuracies(row.label),
+                "chosen": row in chosen,
+            }
+            for row in contested
+        ],
+    }
+    return chosen, found

@@ -1,0 +1,67 @@
+"""Intervals and tests of a paired comparison, by scipy."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...errors import require
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % confidence interval (Student's t); the half width is NaN for fewer than two values."""
+
+    mean: float
+    half: float
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % confidence interval of ``values``, taken to be independent draws.
+
+    Example:
+        >>> from flatmin.lab.comparison.stats import interval
+        >>> interval([1.0, 2.0, 3.0])
+        Interval(mean=2.0, half=2.484...)
+    """
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return Interval(mean, math.nan)
+    stats = require("scipy.stats", install="flatmin[cli]")
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    return Interval(mean, float(stats.t.ppf(0.975, count - 1)) * error)
+
+
+def paired_p_value(differences: Sequence[float]) -> float:
+    """Two-sided p-value of the paired t-test, for the mean of ``differences`` being 0; 1 for fewer than two.
+
+    Accuracies are counts of samples, so that all differences can be equal, and the statistic infinite. Then it is the
+    p-value of the sign test, ``2 ** (1 - n)``, and never less than that.
+
+    Example:
+        >>> from flatmin.lab.comparison.stats import paired_p_value
+        >>> round(paired_p_value([1.0, 2.0, 3.0]), 4)
+        0.0742
+    """
+    if len(differences) < 2:
+        return 1.0
+    largest = max(abs(value) for value in differences)
+    if max(differences) - min(differences) <= 1e-9 * largest:  # equal but for rounding
+        return 1.0 if largest == 0 else 2.0 ** (1 - len(differences))
+    stats = require("scipy.stats", install="flatmin[cli]")
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusts p-values for their number, by Holm's method, in their own order.
+
+    Example:
+        >>> from flatmin.lab.comparison.stats import holm
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = running
+    return adjusted

@@ -1,0 +1,146 @@
+"""Time per step of several methods, as ratios, their steps interleaved in one process."""
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.registry import get_method
+from ..training.trainer import Trainer
+from .outcome import Row
+
+NEVER = 10**9  # only the first of so many steps pays, in the warm-up
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Times of one method's steps, in seconds, one for each round; the rounds of all methods belong together."""
+
+    seconds: list[float]
+
+    def median(self) -> float:
+        """The median time, in seconds."""
+        return statistics.median(self.seconds)
+
+    def ratio(self, base: "StepTimes") -> float:
+        """Median over the rounds of this method's time divided by the base's in the same round."""
+        return statistics.median(a / b for a, b in zip(self.seconds, base.seconds, strict=True))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step of a row costs beside the base's: the times of one that pays, and where not all do, of the others."""
+
+    paying: StepTimes
+    plain: StepTimes | None = None
+
+
+def measure_rows(
+    rows: Sequence[Row],
+    build: Callable[[Row], Trainer],
+    batch: tuple[Tensor, Tensor, Tensor],
+    **options: Any,
+) -> tuple[list[Cost], list[Trainer]]:
+    """Measures the steps of all rows side by side; where only some steps pay for a second pass, both kinds.
+
+    Args:
+        rows: The rows.
+        build: Makes the trainer of one.
+        batch: As in `measure_steps`.
+        **options: Likewise.
+
+    Returns:
+        The rows' costs, and a trainer of each.
+    """
+    kinds = [_kinds(row) for row in rows]
+    trainers = [
+        build(replace(row, settings=settings)) for row, some in zip(rows, kinds, strict=True) for settings in some
+    ]
+    times = iter(measure_steps(trainers, batch, **options))
+    costs = [Cost(*(next(times) for _ in some)) for some in kinds]
+    places = itertools.accumulate((len(some) for some in kinds[:-1]), initial=0)
+    return costs, [trainers[place] for place in places]
+
+
+def _kinds(row: Row) -> list[Mapping[str, Any]]:
+    """Settings whose steps all cost the same: those of the row, or with a second pass in each and in none."""
+    if row.settings.get("when", "always") == "always":
+        return [row.settings]
+    get_method(row.method).pays(0, row.settings, 1)  # says what is wrong with it
+    return [{**row.settings, "when": "always"}, {**row.settings, "when": f"every:{NEVER}"}]
+
+
+def measure_steps(
+    trainers: Sequence[Trainer],
+    batch: tuple[Tensor, Tensor, Tensor],
+    *,
+    seconds: float,
+    least_rounds: int = 10,
+    warm_up: int = 2,
+    on_round: Callable[[int], None] | None = None,
+) -> list[StepTimes]:
+    """Measures the training step of several methods side by side.
+
+    In each round every trainer makes one step, in an order drawn anew, so that a machine that slows down, slows all of
+    them. The trajectory losses are at work in every step: each round is an epoch in which the
+    batch was recorded ``lag`` epochs ago. What is timed is the whole step of the loop: gradients cleared, forward,
+    penalty, backward, update. Where the loss is computed in every k-th step only, a round is the mean of k steps.
+
+    Args:
+        trainers: One for each method; they are trained by this.
+        batch: ``(index, x, y)`` as for `Trainer.step`.
+        seconds: About how long to measure.
+        least_rounds: At least so many rounds, however long they take.
+        warm_up: Rounds before the measurement.
+        on_round: Called with the number of each round that is done.
+
+    Returns:
+        One `StepTimes` for each trainer, with equally many rounds.
+    """
+    times: list[list[float]] = [[] for _ in trainers]
+    starts = [_first_active_epoch(trainer) for trainer in trainers]
+    order = random.Random(0)
+    end, done = time.perf_counter() + seconds, -warm_up
+    while done < least_rounds or time.perf_counter() < end:
+        for place in order.sample(range(len(trainers)), len(trainers)):
+            trainer = trainers[place]
+            start, lag = starts[place]
+            trainer.set_epoch(start + (done + warm_up) * lag)
+            trainer.model.train()
+            steps = getattr(trainer.trajectory, "interval", 1)
+            elapsed = sum(_timed(trainer, batch) for _ in range(steps)) / steps
+            if done >= 0:
+                times[place].append(elapsed)
+        done += 1
+        if done == 0:
+            end = time.perf_counter() + seconds
+        if on_round is not None:
+            on_round(done)
+    return [StepTimes(each) for each in times]
+
+
+def _first_active_epoch(trainer: Trainer) -> tuple[int, int]:
+    """The epoch from which on the trajectory loss is at work, and after how many epochs a batch is read again."""
+    trajectory = trainer.trajectory
+    lag = getattr(trajectory, "lag", 1)
+    return max(getattr(trajectory, "start_epoch", 0), lag), lag
+
+
+def _timed(trainer: Trainer, batch: tuple[Tensor, Tensor, Tensor]) -> float:
+    synchronize(trainer.device)
+    start = time.perf_counter()
+    trainer.step(*batch)
+    synchronize(trainer.device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for an accelerator; nothing on the CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,1 @@
+"""What is to be learnt: data sets, networks, experiment files, loading."""

@@ -1,0 +1,146 @@
+"""One run from start to end, kept on disk as it goes, and continued where it was ended."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from ... import _distributed as ranks
+from ..._files import locked, write_whole
+from ...errors import ExperimentError
+from ..problems.load import load_problem
+from ..recipe import Recipe, Run
+from ..training.trainer import Trainer
+from .keeper import Keeper, restore_files
+from .record import CONFIG, EXPERIMENT, command_line, environment, write_json
+from .resume import open_start
+
+OnEpoch = Callable[[dict[str, float]], None]
+
+
+def train(
+    run: Run,
+    folder: Path,
+    *,
+    on_epoch: OnEpoch | None = None,
+    on_step: Callable[[], None] | None = None,
+    checkpoint_minutes: float = 10.0,
+    durable: bool = True,
+) -> dict[str, float]:
+    """Trains as ``run`` says and keeps everything in ``folder``, which exists and is empty.
+
+    It receives ``config.json`` before training begins, a line of ``metrics.jsonl`` and ``checkpoints/last`` after each
+    epoch, and ``checkpoints/best`` (of the highest test accuracy) when there is a better one; the checkpoint before the
+    last is ``checkpoints/previous``. An experiment file is copied beside them.
+
+    Args:
+        run: What to train.
+        folder: Where to keep it.
+        on_epoch: Called with each epoch's metrics once they are on disk.
+        on_step: Called after each step; what it raises ends the training.
+        checkpoint_minutes: A checkpoint is also written within an epoch when the last is so old; 0 for every step.
+        durable: Whether checkpoints survive a failure of the power too, and not only of the process.
+
+    Returns:
+        The last epoch's metrics (see `Trainer.train_epoch`), ``extra_bytes`` and ``mean_closure_calls``, of a step over
+        the whole run.
+
+    Raises:
+        FlatminError: If something that the run names cannot be used, or the folder cannot be written.
+    """
+    with _alone(folder):
+        experiment = read_experiment(run.recipe)  # as it is now, when it is run; reading the data may take long
+        trainer = Trainer(run, load_problem(run.recipe, run.seed))
+        if ranks.rank() == 0:
+            write_config(folder, run.to_json(), experiment)
+        keeper = Keeper(folder, run, trainer, minutes=checkpoint_minutes, durable=durable)
+        return _train(keeper, on_epoch, on_step)
+
+
+def resume(
+    run: Run,
+    folder: Path,
+    checkpoint: Path | None = None,
+    *,
+    on_epoch: OnEpoch | None = None,
+    on_step: Callable[[], None] | None = None,
+    checkpoint_minutes: float = 10.0,
+) -> dict[str, float]:
+    """Continues what `train` began in ``folder``, as if it had never been ended.
+
+    It comes out to the bit on the CPU, with the same number of processes and workers, if the data set keeps no random
+    state of its own.
+
+    A run that had not come to a checkpoint begins at its start; one that is finished is left as it is.
+
+    Args:
+        run: From `read_run`, with another device or number of workers if need be.
+        folder: The run's.
+        checkpoint: One of its checkpoints; None for the newest.
+        on_epoch: As in `train`, as are the others and what is returned.
+        on_step: Likewise.
+        checkpoint_minutes: Likewise.
+
+    Raises:
+        FlatminError: As in `train`, and if the checkpoint is damaged or does not fit, or another process is at it.
+    """
+    with _alone(folder):
+        with ranks.first_before_others():
+            start = open_start(folder, checkpoint, run)
+        if start is not None and start.state["epoch"] == run.recipe.epochs:
+            if ranks.rank() == 0:
+                restore_files(folder, start)
+            return _conclusion(start.state["metrics"], start.state["extra_bytes"])
+        keeper = Keeper(folder, run, Trainer(run, load_problem(run.recipe, run.seed)), minutes=checkpoint_minutes)
+        if start is not None:
+            keeper.restore(start)
+        del start  # its tensors are a second copy of everything
+        return _train(keeper, on_epoch, on_step)
+
+
+def _train(keeper: Keeper, on_epoch: OnEpoch | None, on_step: Callable[[], None] | None) -> dict[str, float]:
+    trainer = keeper.trainer
+
+    def step_done() -> None:
+        keeper.step_done()
+        if on_step is not None:
+            on_step()
+
+    while trainer.epoch < keeper.run.recipe.epochs:
+        metrics = trainer.train_epoch(step_done)
+        keeper.epoch_done(metrics)
+        if on_epoch is not None:
+            on_epoch(metrics)
+    return _conclusion(keeper.metrics, trainer.extra_bytes)
+
+
+def _conclusion(metrics: list[dict[str, float]], extra_bytes: int) -> dict[str, float]:
+    calls = math.fsum(epoch["closure_calls"] for epoch in metrics) / len(metrics)
+    return {**metrics[-1], "extra_bytes": extra_bytes, "mean_closure_calls": calls}
+
+
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Keeps other runs away from a folder; that of the first rank, who is the one to write."""
+    return locked(folder) if ranks.rank() == 0 else nullcontext()
+
+
+def read_experiment(recipe: Recipe) -> bytes | None:
+    """Returns the content of the recipe's experiment file, if it has one.
+
+    Raises:
+        ExperimentError: If there is no such file.
+    """
+    if recipe.experiment is None:
+        return None
+    try:
+        return Path(recipe.experiment).read_bytes()
+    except OSError as error:
+        raise ExperimentError(f"{recipe.experiment}: no such experiment file ({error.strerror})") from error
+
+
+def write_config(folder: Path, values: dict[str, Any], experiment: bytes | None) -> None:
+    """Writes ``config.json``: ``values``, the command, versions and hardware; the experiment file beside it."""
+    if experiment is not None:
+        write_whole(folder / EXPERIMENT, experiment)
+    write_json(folder / CONFIG, {"command": command_line(), **values, **environment()})

@@ -1,0 +1,1 @@
+"""One run in memory: the trainer and its parts."""

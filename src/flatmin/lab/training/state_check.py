@@ -1,0 +1,98 @@
+"""Whether a state that was read fits the objects it is for, found out before any of them is touched."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+
+from ..._checks import check_number
+from ...errors import DataError
+
+
+def check_fit(name: str, found: Any, wanted: Any, *, exact: bool = True) -> None:
+    """Checks that ``found`` has the keys, lengths, shapes and dtypes of ``wanted``; values may differ.
+
+    Args:
+        name: What it is, for the error.
+        found: A state that was read: nested dictionaries and lists of tensors and plain values.
+        wanted: The same state of the object that is to take it.
+        exact: Whether both must have the same keys; if not, only what both have is compared.
+
+    Raises:
+        DataError: If it does not fit; it names the entry.
+    """
+    if isinstance(wanted, Mapping):
+        if not isinstance(found, Mapping) or (exact and found.keys() != wanted.keys()):
+            odd = sorted(map(str, found.keys() ^ wanted.keys())) if isinstance(found, Mapping) else []
+            raise DataError(f"{name} is {_describe(found)}, this run's is {_describe(wanted)}{_named(odd)}")
+        for key, value in wanted.items():
+            if key in found and not str(key).endswith("_extra_state"):  # torch's name for what a module checks itself
+                check_fit(f"{name}.{key}", found[key], value, exact=exact)
+    elif isinstance(wanted, (list, tuple)) and isinstance(found, (list, tuple)) and len(found) == len(wanted):
+        for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            check_fit(f"{name}.{number}", one, other, exact=exact)
+    elif _describe(found) != _describe(wanted) and (wanted is not None or isinstance(found, (Tensor, Mapping, list))):
+        raise DataError(f"{name} is {_describe(found)}, this run's is {_describe(wanted)}")
+
+
+def check_optimizer(found: Any, optimizer: Optimizer, *, exact: bool) -> None:
+    """Checks the state of an optimizer, which has none of its own to compare with before its first step.
+
+    Of an optimizer other than flatmin's choices, only it knows what fits.
+
+    Raises:
+        DataError: If it does not fit; it names the entry.
+    """
+    if type(optimizer) not in (SGD, AdamW):
+        return
+    own = optimizer.state_dict()
+    check_fit("optimizer.param_groups", found["param_groups"], own["param_groups"], exact=exact)
+    for number, (group, own_group) in enumerate(zip(found["param_groups"], own["param_groups"], strict=True)):
+        constants = {key: value for key, value in own_group.items() if key != "lr"}
+        check_values(f"optimizer.param_groups.{number}", group, constants)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    needed = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, AdamW) else set()
+    for number, entries in found["state"].items():
+        name = f"optimizer.state.{number}"
+        if type(number) is not int or not 0 <= number < len(parameters) or not isinstance(entries, Mapping):
+            raise DataError(f"{name} belongs to none of this run's {len(parameters)} parameters")
+        if missing := needed - entries.keys():
+            raise DataError(f"{name} lacks {', '.join(sorted(missing))}")
+        for key, value in entries.items():
+            if key == "step":
+                check_number(f"{name}.step", value, least=0)
+            elif value is not None or key in needed:
+                check_fit(f"{name}.{key}", value, parameters[number].detach())
+
+
+def check_values(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Checks that the numbers in ``found``, alone and in lists, are those in ``wanted``, where both have them.
+
+    Raises:
+        DataError: If one differs; it names the entry.
+    """
+    for key, value in wanted.items():
+        if isinstance(value, (list, tuple)):
+            differs = list(found.get(key, value)) != list(value)
+        else:
+            differs = isinstance(value, (int, float)) and type(value) is not bool and found.get(key, value) != value
+        if differs:
+            raise DataError(f"{name}.{key} is {found[key]!r:.60}, this run's is {value!r:.60}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{len(value)} entries"
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "a number"
+    return type(value).__name__
+
+
+def _named(names: list[str]) -> str:
+    """Some of the names that only one of both has."""
+    return f"; only one of them has {', '.join(names[:3])}" + (", ..." if len(names) > 3 else "") if names else ""

@@ -1,0 +1,310 @@
+"""The one training loop. The method is a parameter of it."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from ... import _distributed as ranks
+from ..._checks import check_integer
+from ..._rng import random_states, set_random_states
+from ...errors import DataError, InvalidArgumentError
+from ...indices import with_indices
+from ...optim import SharpnessAware
+from ..methods.registry import Ingredients, get_method
+from ..problems.batches import RankBatches, make_loader
+from ..problems.problem import Problem, augmented, class_numbers, make_criterion, seed_all
+from ..recipe import Run
+from .device import resolve_device
+from .measure import epoch_sharpness
+from .progress import Progress, StepResult
+from .state_check import check_fit, check_optimizer, check_values
+
+
+class Trainer:
+    """Trains a network on a problem as a run says.
+
+    Args:
+        run: Recipe, method, hyperparameters and seed.
+        problem: What is to be learnt, made for the same seed.
+
+    Attributes:
+        model: The network, the same on all ranks.
+        optimizer: What makes the step; the method's.
+        trajectory: SAF, MESA, online label smoothing or None.
+        average: An average of the weights, which is evaluated in place of the network, or None.
+        extra_bytes: What the method keeps in memory beyond the base optimizer.
+        epoch: Number of epochs done.
+        progress: How far the epoch after these has come.
+
+    Raises:
+        FlatminError: If the method, a hyperparameter or the device cannot be used.
+    """
+
+    def __init__(self, run: Run, problem: Problem) -> None:
+        recipe = run.recipe
+        self.run = run
+        self.problem = problem
+        self.device = resolve_device(recipe.device)
+        seed_all(run.seed)
+        self.model = problem.make_model().to(self.device)
+        self._network = ranks.parallel(self.model)
+        base = problem.make_optimizer(self.model.parameters())
+        # The scheduler holds the base optimizer; a wrapper shares its param_groups.
+        self.scheduler = CosineAnnealingLR(base, T_max=recipe.epochs)
+        self._generator = torch.Generator()
+        self._augmentation = torch.Generator()
+        self.loader = make_loader(problem.train, recipe.batch_size, workers=recipe.workers, generator=self._generator)
+        if len(self.loader) == 0:
+            raise InvalidArgumentError(
+                f"batch_size={recipe.batch_size} and {len(problem.train)} samples, shared by {ranks.size()} processes, "  # type: ignore[arg-type]
+                "leave one with less than two in every batch, and batch norm needs two: start fewer"
+            )
+        # A loader of whole batches has them in place of single samples, see `make_loader`.
+        self._batches: RankBatches = self.loader.batch_sampler or self.loader.sampler  # type: ignore[assignment]
+        self._scaler = GradScaler(self.device.type, enabled=recipe.precision == "float16")
+        method = get_method(run.method).assemble(
+            Ingredients(
+                self._network,
+                base,
+                num_samples=len(problem.train),  # type: ignore[arg-type]
+                num_classes=problem.num_classes,
+                steps_per_epoch=len(self.loader),
+                epochs=recipe.epochs,
+                scaler=self._scaler,
+            ),
+            run.settings,
+        )
+        self.optimizer, self.trajectory, self.average = method.optimizer, method.trajectory, method.average
+        self._penalty, self._chooses = method.penalty, method.chooses
+        if self._chooses and problem.criterion is not None:
+            raise InvalidArgumentError(
+                f"{run.method} needs each sample's loss, and the experiment file's criterion() gives their mean: leave "
+                f"{run.method} out, or the criterion"
+            )
+        self.extra_bytes = method.extra_bytes
+        self.criterion = make_criterion(problem, run.settings["smoothing"])
+        self.epoch = 0
+        self.progress = Progress(totals=torch.zeros(2, device=self.device))
+        self._random: Mapping[str, Any] = {}  # what `load_state_dict` was given, for the middle of an epoch
+
+    def train_epoch(self, on_step: Callable[[], None] | None = None) -> dict[str, float]:
+        """Trains for one epoch and evaluates; after `load_state_dict`, for the rest of the epoch it was in.
+
+        Args:
+            on_step: Called after each step, when `state_dict` can be taken; what it raises ends the training.
+
+        Returns:
+            ``epoch`` (from 0), ``train_loss`` (with the trajectory term), ``train_loss_vanilla`` (without),
+            ``test_loss``, ``test_accuracy`` (a share of 1), ``lr``, ``seconds`` (without the evaluation) and
+            ``closure_calls`` (of a step, on average); in epochs where it is due also what `epoch_sharpness` adds.
+        """
+        progress = self.progress
+        batches = self._begin_epoch()
+        lr = self.optimizer.param_groups[0]["lr"]
+        start = time.perf_counter() - progress.seconds
+        for index, (x, y) in batches:
+            y = class_numbers(y, self.problem.num_classes)
+            x = augmented(x, self.run.recipe, self._augmentation)
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            step = self.step(index, x, y, weight=self._batches.weight(progress.steps))
+            progress.add(step, len(y), self._batches.lengths[progress.steps], time.perf_counter() - start)
+            if on_step is not None:
+                on_step()
+        total, vanilla = progress.means()
+        seconds = time.perf_counter() - start
+        self.scheduler.step()
+        ranks.equalise([self.model])
+        if self.average is not None:
+            self.average.epoch_done()
+        test_loss, test_accuracy = self.evaluate()
+        measured = epoch_sharpness(self, lr)
+        self.epoch += 1
+        self.progress = Progress(totals=torch.zeros(2, device=self.device))
+        return {
+            "epoch": self.epoch - 1,
+            "train_loss": total,
+            "train_loss_vanilla": vanilla,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "lr": lr,
+            "seconds": seconds,
+            "closure_calls": progress.calls / progress.steps,
+            **measured,
+        }
+
+    def _begin_epoch(self) -> Iterator[tuple[Tensor, Any]]:
+        """Seeds everything and returns the epoch's batches, those that `progress` has behind it left out."""
+        # Order and augmentation follow from seed and epoch alone, whatever random numbers a method has used.
+        seed = self.run.seed * 1_000_003 + self.epoch
+        self._generator.manual_seed(seed)
+        seed += 999_983 * ranks.rank()  # each rank drops out, shifts and mirrors otherwise
+        self._augmentation.manual_seed(seed)
+        seed_all(seed)
+        self.model.train()
+        batches = iter(with_indices(self.loader))
+        if self.progress.steps == 0:
+            self.set_epoch(self.epoch)
+        else:
+            # Drawn again and thrown away, so that data sets and workers that draw random numbers come as far as then.
+            deque(islice(batches, self.progress.steps), maxlen=0)
+            self._set_random_states(self._random)
+        return batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the method which epoch begins."""
+        if self.trajectory is not None:
+            self.trajectory.set_epoch(epoch)
+
+    def step(self, index: Tensor, x: Tensor, y: Tensor, *, weight: float = 1.0) -> StepResult:
+        """Makes one step.
+
+        Args:
+            index: The samples' numbers in the data set, int64, shape (B,), on the CPU.
+            x: Inputs, on the device.
+            y: Class numbers, int64, shape (B,), on the device.
+            weight: What the mean over this rank's samples counts, see `RankBatches.weight`.
+        """
+        losses: list[tuple[Tensor, Tensor]] = []
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            with self._autocast():
+                logits = self._network(x)
+                vanilla = self.criterion(logits, y)
+                loss = vanilla if self._penalty is None else vanilla + self._penalty(logits, y, index, x)
+            self._scaler.scale(loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+            losses.append((loss.detach().float(), vanilla.detach().float()))
+            return loss
+
+        def choosing(keep: Any) -> Tensor:
+            with self._autocast():
+                each = F.cross_entropy(
+                    self._network(x[keep]), y[keep], reduction="none", label_smoothing=self.run.settings["smoothing"]
+                )
+            mean = each.detach().float().mean()
+            losses.append((mean, mean))
+            return each if weight == 1 else each * weight
+
+        if isinstance(self.optimizer, SharpnessAware):
+            self.optimizer.step(choosing if self._chooses else closure)
+        else:  # which a scaler steps without a closure
+            closure()
+            self._scaler.step(self.optimizer)
+        self._scaler.update()
+        return StepResult(*losses[0], calls=len(losses))
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated: the one that is trained, or its average."""
+        return self.model if self.average is None else self.average.average.module
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Returns the plain cross entropy and the accuracy, a share of 1, on the test set."""
+        model = self.evaluated.eval()
+        totals = torch.zeros(2, device=self.device)
+        recipe = self.run.recipe
+        for x, y in make_loader(self.problem.test, max(recipe.batch_size, 512), workers=recipe.workers):
+            y = class_numbers(y, self.problem.num_classes)
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            with self._autocast():
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), y, reduction="sum")
+            totals += torch.stack([loss, (logits.argmax(dim=1) == y).sum()])
+        loss_mean, accuracy = (ranks.total(totals) / len(self.problem.test)).tolist()  # type: ignore[arg-type]
+        return loss_mean, accuracy
+
+    def place(self) -> dict[str, str | int]:
+        """What must be the same for a run that is continued to come out to the bit."""
+        return {
+            "torch": str(torch.__version__),
+            "device": self.device.type,
+            "processes": ranks.size(),
+            "workers": self.loader.num_workers,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that changes in training, as nested dictionaries and lists of tensors and plain values.
+
+        It can be taken between epochs and after each step, on several ranks by all of them together. The tensors are
+        those in use, and no copies.
+        """
+        return {
+            **self.place(),
+            "epoch": self.epoch,
+            "progress": self.progress.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
+            "average": {} if self.average is None else self.average.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "ranks": ranks.from_all({"totals": self.progress.totals.cpu(), "random": self._random_states()}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from where `state_dict` was taken.
+
+        Raises:
+            FlatminError: If it is the state of something else; what else may be raised, says the same.
+        """
+        own = self.state_dict()
+        same_torch = state["torch"] == own["torch"]  # other versions have other entries
+        for name in ("model", "trajectory", "average", "scaler", "progress"):
+            check_fit(name, state[name], own[name])
+        check_optimizer(state["optimizer"], self.scheduler.optimizer, exact=same_torch)
+        check_fit("scheduler", state["scheduler"], own["scheduler"], exact=same_torch)
+        epoch = check_integer("epoch", state["epoch"], least=0)
+        constants = {name: own["scheduler"][name] for name in ("T_max", "eta_min", "base_lrs")}
+        check_values("scheduler", state["scheduler"], {**constants, "last_epoch": epoch, "_step_count": epoch + 1})
+        part = self._own_part(state["ranks"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self.trajectory is not None:
+            self.trajectory.load_state_dict(state["trajectory"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.epoch = epoch
+        self.progress = Progress.from_state(state["progress"], part["totals"].to(self.device, copy=True))
+        # On fewer processes an epoch may have more steps, see `RankBatches`; then nothing of it is left to do here.
+        if self.progress.steps >= len(self.loader) and len(state["ranks"]) == ranks.size():
+            raise DataError(f"progress.steps is {self.progress.steps}, and an epoch has {len(self.loader)} steps")
+        self._random = part["random"]
+        self._set_random_states(self._random)
+
+    def _own_part(self, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What a checkpoint has of this rank alone."""
+        for number, part in enumerate(parts):
+            check_fit(f"ranks.{number}.totals", part["totals"], self.progress.totals)
+        if len(parts) == ranks.size():
+            return parts[ranks.rank()]
+        # On another number of ranks the first goes on with what all had seen, and the epoch with other random numbers.
+        every = torch.stack([part["totals"] for part in parts]).sum(dim=0)
+        return {**parts[0], "totals": every if ranks.rank() == 0 else torch.zeros_like(every)}
+
+    def _random_states(self) -> dict[str, Any]:
+        return {
+            **random_states(self.device),
+            "order": self._generator.get_state(),
+            "augmentation": self._augmentation.get_state(),
+        }
+
+    def _set_random_states(self, states: Mapping[str, Any]) -> None:
+        set_random_states(states, self.device)
+        self._generator.set_state(states["order"])
+        self._augmentation.set_state(states["augmentation"])
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.run.recipe.precision
+        dtype = torch.float16 if precision == "float16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=precision != "float32")

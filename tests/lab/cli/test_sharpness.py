@@ -1,0 +1,91 @@
+"""The commands that measure saved runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flatmin.lab.runs.checkpoint import load_checkpoint
+
+
+@pytest.fixture
+def run(flatmin, experiment):
+    """Trains a run of a method and returns its folder."""
+
+    def train(method="base", *options):
+        found = flatmin("train", experiment(), "--method", method, "--epochs", 2, "--out", method, *options)
+        assert found.code == 0, found.err
+        return method
+
+    return train
+
+
+def test_sharpness_of_a_run(flatmin, run):
+    folder = run("mesa")
+    found = flatmin("sharpness", folder, "--eigenvalues", 2, "--trace", "--density", "--samples", 20)
+    assert found.code == 0, found.err
+    assert "compare the values of normalised logits" in found.out
+    written = json.loads(Path(f"{folder}/sharpness.json").read_text())
+    names = [(entry["name"], entry["logits"]) for entry in written["measures"]]
+    assert ("sam_sharpness", "raw") in names
+    assert ("hessian_trace", "normalised") in names
+    assert written["data"] == {"set": "train", "samples": 20, "seed": 0}
+    assert written["checkpoint_epoch"] == 2
+    assert len(written["eigenvalues"]) == 2
+    assert len(written["spectral_density"]["grid"]) == len(written["spectral_density"]["density"])
+    again = flatmin("sharpness", f"{folder}/checkpoints/best", "--float64", "--train-mode", "--eigenvalues", 0)
+    assert again.code == 0, again.err
+
+
+def test_landscapes_of_runs_and_the_plane_through_three(flatmin, run):
+    runs = [run("base"), run("smoothing"), run("ema")]
+    assert flatmin("landscape", *runs, "--points", 3).code == 0
+    written = [json.loads(Path(f"{folder}/landscape.json").read_text()) for folder in runs]
+    assert [len(row) for row in written[2]["loss"]] == [3, 3, 3]
+    assert written[0]["x"] == written[1]["x"]
+    assert flatmin("landscape", "--plane", *runs, "--points", 3).code == 0
+    plane = json.loads(Path("base/landscape.json").read_text())
+    assert plane["kind"] == "plane"
+    assert [place["name"] for place in plane["checkpoints"]] == runs
+    assert flatmin("landscape", "base", "--directions", 1, "--points", 4).code == 0
+    assert json.loads(Path("base/landscape.json").read_text())["y"] is None
+
+
+def test_the_average_is_what_is_measured(flatmin, run):
+    from flatmin.lab.runs.saved import open_saved
+
+    folder = run("ema")
+    model, state = open_saved(folder).model, load_checkpoint(open_saved(folder).folder / "checkpoints/last")
+    assert not torch.equal(model[0].weight, state["model"]["0.weight"])
+    assert any(torch.equal(model[0].weight, v) for v in state["average"].values() if isinstance(v, torch.Tensor))
+
+
+def test_what_cannot_be_measured_is_said_in_a_line(flatmin, run, experiment, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for command in ("sharpness", "landscape"):
+        found = flatmin(command, "empty")
+        assert found.code == 2
+        assert "no run there" in found.err
+    folder = run("base")
+    assert "rho must be" in flatmin("sharpness", folder, "--rho", 0).err
+    assert "radius must be" in flatmin("landscape", folder, "--radius", -1).err
+    assert "three runs" in flatmin("landscape", "--plane", folder).err
+    (tmp_path / "base" / "config.json").write_text(
+        (tmp_path / "base" / "config.json").read_text().replace('"tiny_experiment.py"', '"other.py"')
+    )
+    other = (tmp_path / "tiny_experiment.py").read_text().replace("nn.Linear(4, 8)", "nn.Linear(4, 9)")
+    (tmp_path / "base" / "experiment.py").write_text(
+        other.replace("BatchNorm1d(8)", "BatchNorm1d(9)").replace("(8, 3)", "(9, 3)")
+    )
+    (tmp_path / "other.py").write_text((tmp_path / "base" / "experiment.py").read_text())
+    found = flatmin("sharpness", folder)
+    assert found.code == 2
+    assert "not a checkpoint of this run's network: model.0.weight" in found.err
+
+
+def test_only_what_is_asked_for_is_read_of_a_checkpoint(flatmin, run):
+    folder = Path(run("saf")) / "checkpoints/last"
+    whole, part = load_checkpoint(folder), load_checkpoint(folder, only=("model", "epoch"))
+    assert set(part) == {"model", "epoch"}
+    assert all(torch.equal(whole["model"][name], tensor) for name, tensor in part["model"].items())

@@ -1,0 +1,370 @@
+"""The comparison: its rows, what it claims, what it writes, and when it ends."""
+
+import json
+import math
+import signal
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flatmin.errors import DataError, InvalidArgumentError
+from flatmin.lab.comparison import compare
+from flatmin.lab.comparison.compare import Comparison
+from flatmin.lab.comparison.outcome import Outcome, Row, make_rows, verdict
+from flatmin.lab.comparison.timing import Cost
+from flatmin.lab.recipe import Recipe
+from flatmin.lab.training.trainer import Trainer
+
+NOISE = [0.3, -0.2, 0.1, -0.4, 0.2]
+
+
+def outcome(*, costs=None, **accuracies):
+    """An outcome with these accuracies in percent, seed by seed, for each row; ``None`` for a run that is missing."""
+    found = Outcome(Recipe(), [Row(label, label, {}) for label in accuracies], step_ratio=costs or {})
+    for label, values in accuracies.items():
+        found.metrics[label] = {
+            seed: {"test_accuracy": value / 100} for seed, value in enumerate(values) if value is not None
+        }
+    return found
+
+
+def gains(*differences):
+    """Accuracies of a base and of a method that differs from it by so much."""
+    base = [97.0 + noise for noise in (NOISE * 4)[: len(differences)]]
+    return {"base": base, "saf": [value + difference for value, difference in zip(base, differences, strict=True)]}
+
+
+def test_the_cost_of_a_row_is_the_mean_over_steps_that_pay_and_others():
+    found = Outcome(
+        Recipe(),
+        make_rows(["base", "latesam", "esam"], {"esam": {"when": ["every:2"]}}, epochs=5),
+        step_ratio={"base": 1.0, "latesam": 2.0, "esam when=every:2": 2.4},
+        plain_ratio={"latesam": 1.1, "esam when=every:2": 1.2},
+    )
+    for label, calls in (("base", 1.0), ("latesam", 1.25), ("esam when=every:2", 2.0)):
+        found.metrics[label] = {0: {"test_accuracy": 0.9, "mean_closure_calls": calls}}
+    ratios = [entry["step_ratio"] for entry in found.table()]
+    assert ratios == pytest.approx([1.0, 0.25 * 2.0 + 0.75 * 1.1, 0.5 * 2.4 + 0.5 * 1.2])
+
+
+class Inline:
+    """Runs in this process, and at once, what a pool would run in others."""
+
+    def __init__(self, jobs, context, initializer, arguments):
+        compare._ticks, compare._stop, _ = arguments
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        compare._ticks = compare._stop = None
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_):
+        pass
+
+
+@pytest.fixture
+def run_comparison(tmp_path, monkeypatch, experiment):
+    """Runs a comparison of tiny runs in this process; returns its outcome and what it wrote."""
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Inline)
+    folder = tmp_path / "comparison"
+    folder.mkdir()
+
+    def run(methods=("base", "saf"), *, epochs=2, settings=None, **options):
+        recipe = Recipe(experiment=experiment, epochs=epochs, batch_size=16, device="cpu")
+        rows = make_rows(methods, settings or {}, epochs=epochs)
+        found = Comparison(recipe, rows, folder, **{"minutes": 1e-4, **options}).run()
+        return found, json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail), folder
+
+    return run
+
+
+class TestRows:
+    def test_the_base_comes_first_and_the_others_as_they_come(self):
+        assert [row.label for row in make_rows(["mesa", "base", "sam"], {}, epochs=60)] == ["base", "mesa", "sam"]
+
+    def test_every_combination_of_settings_is_a_row_of_its_own(self):
+        rows = make_rows(["base", "saf"], {"saf": {"coefficient": [0.3, 0.8], "lag": [1, 2]}}, epochs=60)
+        assert [row.label for row in rows] == [
+            "base",
+            "saf coefficient=0.3 lag=1",
+            "saf coefficient=0.3 lag=2",
+            "saf coefficient=0.8 lag=1",
+            "saf coefficient=0.8 lag=2",
+        ]
+        assert rows[2].settings == {
+            "coefficient": 0.3,
+            "temperature": 5.0,
+            "lag": 2,
+            "start_epoch": 5,
+            "history": "dense",
+            "mean_momentum": None,
+            "smoothing": 0.0,
+        }
+
+    def test_the_base_may_have_settings_too(self):
+        rows = make_rows(["base"], {"base": {"smoothing": [0.0, 0.2]}}, epochs=60)
+        assert [(row.label, row.method) for row in rows] == [
+            ("base smoothing=0", "base"),
+            ("base smoothing=0.2", "base"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("methods", "settings", "message"),
+        [
+            (["saf"], {}, "must include base"),
+            ([], {}, "must include base"),
+            (["base", "saf", "saf"], {}, "names one twice.*--set"),
+            (["base", "sff"], {}, "unknown method 'sff', did you mean"),
+            (["base"], {"saf": {"lag": [1]}}, "setting is given for saf, which is not among"),
+            (["base"], {"suf": {"lag": [1]}}, "unknown method 'suf'"),
+            (["base", "saf"], {"saf": {"rho": [1]}}, "saf has no hyperparameter 'rho'"),
+        ],
+    )
+    def test_what_cannot_be(self, methods, settings, message):
+        with pytest.raises(InvalidArgumentError, match=message):
+            make_rows(methods, settings, epochs=60)
+
+    @pytest.mark.parametrize("values", [[0.3, 0.3], [0.9999991, 0.9999992]], ids=["equal", "equal when printed"])
+    def test_no_two_rows_have_one_label(self, values):
+        try:
+            rows = make_rows(["base", "saf"], {"saf": {"coefficient": values}}, epochs=60)
+        except InvalidArgumentError:
+            return
+        assert len({row.label for row in rows}) == 3
+
+
+class TestVerdict:
+    def test_clearly_better_with_its_cost(self):
+        text = verdict(outcome(**gains(1.0, 1.1, 0.9, 1.2, 0.8), costs={"base": 1.0, "saf": 1.0149}))
+        assert text.startswith("Better than base beyond noise here: saf (+1.00 points at 1.01 times the step).")
+        assert "Worse" not in text
+        assert "Not told apart" not in text
+
+    def test_clearly_worse(self):
+        text = verdict(outcome(**gains(-1.0, -1.1, -0.9, -1.2, -0.8)))
+        assert text.startswith("Better than base beyond noise here: none. Worse: saf (-1.00 points).")
+
+    @pytest.mark.parametrize("differences", [(0.5, -0.6, 0.4, -0.2, 0.3), (0.0,) * 5, (3.0, 0.0, 0.0, 0.0, 0.0)])
+    def test_noise_is_not_told_apart(self, differences):
+        text = verdict(outcome(**gains(*differences)))
+        assert "beyond noise here: none. Not told apart from it: saf" in text
+        assert "Worse" not in text
+
+    def test_a_large_mean_is_no_evidence(self):
+        assert "here: none." in verdict(outcome(**gains(20.0, -5.0, 15.0, -8.0, 1.0)))
+
+    def test_the_paired_difference_counts_and_not_the_spread_over_seeds(self):
+        base = [90.0, 95.0, 85.0, 99.0, 80.0]
+        text = verdict(outcome(base=base, saf=[value + 0.1 * number for number, value in enumerate(base, start=3)]))
+        assert "here: saf (+0.50 points)" in text
+
+    @pytest.mark.parametrize("accuracies", [{"base": [97], "saf": [99]}, {"base": [], "saf": []}])
+    def test_too_little_gives_no_claim(self, accuracies):
+        text = verdict(outcome(**accuracies))
+        assert "too few for a claim" in text
+        assert "Better" not in text
+
+    def test_the_base_alone(self):
+        assert "nothing to compare" in verdict(outcome(base=[9, 9, 9]))
+
+    def test_equal_gains_of_every_one_of_many_seeds_are_better(self):
+        assert "here: saf" in verdict(outcome(**gains(*[1.0] * 10)))
+
+    def test_equal_gains_of_two_seeds_are_not(self):
+        samples = {"base": [170, 168], "saf": [172, 170]}  # right answers out of 179
+        text = verdict(outcome(**{label: [100 * right / 179 for right in rights] for label, rights in samples.items()}))
+        assert text == "2 finished seeds: too few for a claim, which takes 5."
+
+    def test_many_comparisons_ask_for_more_evidence(self):
+        one = gains(0.9, 0.1, 0.5, 0.2, 0.6)
+        assert outcome(**one).table()[1]["p_value"] == pytest.approx(0.0319, abs=1e-3)
+        assert "here: saf" in verdict(outcome(**one))
+        noise = {f"m{number}": [value + 0.01 * number for value in one["base"][::-1]] for number in range(3)}
+        many = outcome(**one, **noise)
+        assert many.table()[1]["p_value_holm"] == pytest.approx(4 * many.table()[1]["p_value"])
+        assert "here: none." in verdict(many)
+
+    def test_it_says_how_it_was_found(self):
+        text = verdict(outcome(**gains(*NOISE), sam=[97] * 5))
+        assert "Paired over 5 seeds, two-sided t-test at 5 %, Holm-corrected for 2 comparisons" in text
+        assert "this data, network and recipe only" in text
+
+    def test_each_method_is_in_one_sentence(self):
+        found = gains(1.0, 1.1, 0.9, 1.2, 0.8)
+        base = found["base"]
+        text = verdict(outcome(**found, sam=[value - 2 - 0.01 * value for value in base], mesa=base[::-1]))
+        better, worse, rest = text.split(". ")[:3]
+        assert ("saf" in better, "sam" in worse, "mesa" in rest) == (True, True, True)
+        assert text.count("points") == 3
+
+
+class TestTable:
+    def test_mean_interval_paired_difference_and_cost(self):
+        base, saf = outcome(base=[90, 92, 94], saf=[91, 94, 97], costs={"base": 1.0, "saf": 1.5}).table()
+        assert base["accuracy"] == pytest.approx({"mean": 92, "half": 4.3027 * 2 / math.sqrt(3)}, rel=1e-4)
+        assert saf["accuracy"]["mean"] == pytest.approx(94)
+        assert saf["difference"] == pytest.approx({"mean": 2, "half": 4.3027 / math.sqrt(3)}, rel=1e-4)
+        assert base["difference"]["mean"] == 0
+        assert saf["p_value"] == pytest.approx(0.0742, abs=1e-4)
+        assert (saf["step_ratio"], saf["extra_bytes"]) == (1.5, None)
+
+    def test_seeds_that_only_some_rows_have_finished_are_not_used(self):
+        found = outcome(base=[90, 92, 50, None], saf=[91, 93, None, 99])
+        assert found.seeds == [0, 1]
+        assert [entry["accuracy"]["mean"] for entry in found.table()] == pytest.approx([91, 92])
+        written = found.to_json()
+        assert written["seeds"] == [0, 1]
+        assert written["metrics"]["base"].keys() == {"0", "1"}
+        assert written["partial"] == {
+            "base": {"2": {"test_accuracy": 0.5}},
+            "saf": {"3": {"test_accuracy": 0.99}},
+        }
+
+    def test_a_row_without_any_run_leaves_no_seeds(self):
+        found = outcome(base=[90, 92], saf=[None, None])
+        assert found.seeds == []
+        assert "accuracy" not in found.table()[0]
+
+
+class TestComparison:
+    def test_it_writes_every_number_and_a_folder_for_each_run(self, run_comparison):
+        found, results, folder = run_comparison(("base", "saf", "sam"), settings={"saf": {"lag": [1, 2]}}, seeds=2)
+        labels = ["base", "saf lag=1", "saf lag=2", "sam"]
+        assert [row["label"] for row in results["rows"]] == labels
+        assert results["seeds"] == [0, 1]
+        assert (results["base"], results["interrupted"]) == ("base", False)
+        assert {"command", "versions", "hardware", "recipe"} <= results.keys()
+        for row in results["rows"]:
+            for seed in (0, 1):
+                run = folder / "runs" / f"{row['label'].replace(' ', '-')}-seed{seed}"
+                last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+                assert results["metrics"][row["label"]][str(seed)].items() >= last.items()
+                assert row["test_accuracy"][seed] == 100 * last["test_accuracy"]
+        assert len(list((folder / "runs").iterdir())) == 8
+        assert json.loads((folder / "config.json").read_text())["recipe"]["epochs"] == 2
+        assert found.extra_bytes == {"base": 0, "saf lag=1": 960, "saf lag=2": 1920, "sam": 4 * (40 + 16 + 27)}
+
+    def test_the_table_is_of_the_last_epoch_and_never_of_the_best(self, run_comparison, monkeypatch):
+        coming = iter([0.9, 0.5] * 4)
+        monkeypatch.setattr(Trainer, "evaluate", lambda self: (1.0, next(coming)))
+        found, results, _ = run_comparison(seeds=2)
+        assert found.accuracies("base") == found.accuracies("saf") == [50, 50]
+        assert [row["test_accuracy"] for row in results["rows"]] == [[50, 50]] * 2
+
+    def test_the_json_is_strict_when_a_loss_is_not_a_number(self, run_comparison, monkeypatch):
+        monkeypatch.setattr(Trainer, "evaluate", lambda self: (math.nan, 0.5))
+        _, results, _ = run_comparison(seeds=1)
+        assert results["metrics"]["base"]["0"]["test_loss"] is None
+        assert results["rows"][0]["accuracy"] == {"mean": 50, "half": None}
+
+    def test_steps_are_timed_for_every_row_against_the_base(self, run_comparison, monkeypatch):
+        def costs(rows, build, batch, **_):
+            times = [compare_times(seconds) for seconds in (0.1, 0.15, 0.21)]
+            return [Cost(each) for each in times], [build(row) for row in rows]
+
+        def compare_times(seconds):
+            return SimpleNamespace(ratio=lambda base: seconds / 0.1, median=lambda: seconds)
+
+        monkeypatch.setattr(compare, "measure_rows", costs)
+        found, results, _ = run_comparison(("mesa", "base", "sam"), seeds=1)
+        assert found.step_ratio == pytest.approx({"base": 1.0, "mesa": 1.5, "sam": 2.1})
+        assert [row["step_seconds"] for row in results["rows"]] == [0.1, 0.15, 0.21]
+
+    @pytest.mark.parametrize(("minutes", "seconds", "seeds"), [(3, 10, 8), (3, 100, 5), (1e9, 10, 3)])
+    def test_it_takes_as_many_seeds_as_fit_in_the_time_and_five_at_least(
+        self, run_comparison, monkeypatch, minutes, seconds, seeds
+    ):
+        clock = SimpleNamespace(now=0.0)
+
+        def train(run, folder, *, on_epoch, on_step, durable):
+            clock.now += seconds
+            for _ in range(run.recipe.epochs):
+                on_epoch({})
+            return {"test_accuracy": 0.5}
+
+        monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=lambda: clock.now))
+        monkeypatch.setattr(compare, "train", train)
+        monkeypatch.setattr(Comparison, "_measure", lambda self: None)
+        found, _, _ = run_comparison(minutes=minutes, seeds=3 if minutes == 1e9 else None)
+        assert found.seeds == list(range(seeds))
+        assert clock.now == 2 * seeds * seconds
+
+    @pytest.mark.parametrize(("after", "finished"), [(0, []), (3, [0]), (4, [0, 1])])
+    def test_ctrl_c_keeps_the_runs_that_are_done(self, run_comparison, monkeypatch, after, finished):
+        runs = iter(range(after))
+
+        def train(run, folder, **_):
+            if next(runs, None) is None:
+                raise KeyboardInterrupt
+            return {"test_accuracy": 0.5}
+
+        class Late(Inline):
+            def submit(self, function, *arguments):
+                try:
+                    return super().submit(function, *arguments)
+                except KeyboardInterrupt:
+                    return Future()  # never done
+
+        def wait(futures, **_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(compare, "ProcessPoolExecutor", Late)
+        monkeypatch.setattr(compare, "wait", wait)
+        monkeypatch.setattr(compare, "train", train)
+        found, results, _ = run_comparison(seeds=3)
+        assert found.interrupted is results["interrupted"] is True
+        assert found.seeds == results["seeds"] == finished
+        assert sum(len(seeds) for seeds in found.metrics.values()) == after
+
+    def test_progress_is_told(self, run_comparison):
+        said = []
+        run_comparison(seeds=2, on_progress=lambda *what: said.append(what))
+        assert said[0] == (0, 0, "timing the steps")
+        assert said[-1] == (8, 8, "2 of 2 seeds done")
+
+    def test_an_error_in_a_run_ends_the_comparison_as_it_is(self, run_comparison, monkeypatch, experiment):
+        with open(experiment, "a") as file:
+            file.write(
+                "\n_good = train_set\ndef train_set():\n    d = _good()\n    d.tensors[1][50] = 9\n    return d\n"
+            )
+        with pytest.raises(DataError, match="outside the 3 classes: 9"):
+            run_comparison(seeds=1)
+
+    def test_a_worker_leaves_ctrl_c_to_the_command(self, monkeypatch):
+        handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+        monkeypatch.setattr(compare, "_ticks", None)
+        monkeypatch.setattr(compare, "_stop", None)
+        try:
+            compare._start_worker("ticks", "stop", 1)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert (compare._ticks, compare._stop, torch.get_num_threads()) == ("ticks", "stop", 1)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            torch.set_num_threads(threads)
+
+    def test_a_worker_stops_at_its_next_step_when_it_is_told(self, monkeypatch, make_run, tmp_path, experiment):
+        stop = SimpleNamespace(is_set=lambda: False)
+        monkeypatch.setattr(compare, "_stop", stop)
+        monkeypatch.setattr(compare, "_ticks", SimpleNamespace(put=lambda one: setattr(stop, "is_set", lambda: True)))
+        with pytest.raises(compare._Stopped):
+            compare._train_one(make_run("base", experiment=experiment, epochs=50), tmp_path / "run")
+        assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+        with pytest.raises(compare._Stopped):
+            compare._train_one(make_run("base", experiment=experiment), tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
+def test_a_setting_that_is_a_word_makes_a_row_too():
+    rows = make_rows(["base", "saf"], {"saf": {"history": ["int8", "mean"]}}, epochs=9)
+    assert [row.label for row in rows] == ["base", "saf history=int8", "saf history=mean"]
