@@ -1,50 +1,130 @@
-"""The states of all random number generators that a training may draw from."""
+"""States of random number generators (torch's on every device, Python's, numpy's): the one place that touches them."""
 
 import random
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .errors import DataError, require
+from .errors import DataError
+
+CPU = torch.device("cpu")
+States = list[tuple[torch.device, Tensor]]
 
 
-def random_states(device: torch.device) -> dict[str, Any]:
-    """Returns the states of torch's generators, on the CPU and on all devices of ``device``'s type, Python's, numpy's.
+def torch_states(devices: Iterable[torch.device]) -> States:
+    """The states of torch's generators on ``devices``. The host holds an accelerator's too, so nothing waits for it."""
+    return [(device, _module(device).get_rng_state(*_which(device))) for device in devices if _module(device)]
 
-    They are tensors and plain values, as a checkpoint stores them.
+
+def set_torch_states(states: States) -> None:
+    """Sets what `torch_states` returned."""
+    for device, state in states:
+        _module(device).set_rng_state(state, *_which(device))
+
+
+@contextmanager
+def replayed(states: States) -> Iterator[None]:
+    """Goes back to ``states`` inside, and on leaving to where the generators were before."""
+    now = torch_states(device for device, _ in states)
+    try:
+        set_torch_states(states)
+        yield
+    finally:
+        set_torch_states(now)
+
+
+@contextmanager
+def preserved(device: torch.device) -> Iterator[None]:
+    """On leaving, the generators of torch (CPU and ``device``), Python and numpy are as they were before."""
+    python, numpy = random.getstate(), _numpy()
+    words = None if numpy is None else numpy.random.get_state()
+    states = torch_states({CPU, device})
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(words)
+        set_torch_states(states)
+
+
+def seed_all(seed: int, *, accelerators: bool = True) -> None:
+    """Seeds what data sets and networks draw from: torch's generators, Python's and, if it is imported, numpy's.
+
+    Args:
+        seed: At least 0.
+        accelerators: Whether torch's generators on accelerators are seeded too.
+    """
+    if accelerators:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if (numpy := _numpy()) is not None:
+        numpy.random.seed(seed % 2**32)
+
+
+def state_dict(device: torch.device) -> dict[str, Any]:
+    """Returns all generators' states as tensors and plain values, which a checkpoint can store.
+
+    Those are torch's on the CPU and on all devices of ``device``'s type, Python's and, if it is imported, numpy's.
     """
     version, numbers, gauss = random.getstate()
-    _, words, *rest = require("numpy", install="flatmin[cli]").random.get_state()
-    return {
+    states = {
         "torch": torch.get_rng_state(),
         device.type: _device_states(device),
         "python": [version, torch.tensor(numbers), gauss],
-        "numpy": [torch.tensor(words.tolist()), *rest],
     }
+    if (numpy := _numpy()) is not None:
+        _, words, *rest = numpy.random.get_state()
+        states["numpy"] = [torch.tensor(words.tolist()), *rest]
+    return states
 
 
-def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Sets what `random_states` returned; a device that is not here now, or was not then, is left as it is.
+def load_state_dict(states: Mapping[str, Any], device: torch.device) -> None:
+    """Sets what `state_dict` returned; devices that are missing on either side are left as they are.
 
     Raises:
-        DataError: If numpy's is none; what torch and Python raise says the same of theirs.
+        DataError: If numpy's state is invalid. What torch and Python raise says the same of theirs.
     """
     torch.set_rng_state(states["torch"])
     _set_device_states(device, states.get(device.type, []))
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
+    if (numpy := _numpy()) is None or "numpy" not in states:
+        return
     words, place, has_gauss, gauss = states["numpy"]
     words = words.tolist()
     # numpy takes any place, and crashes at the next number that it draws.
     fits = len(words) == 624 and all(type(word) is int and 0 <= word < 2**32 for word in words)
     if not (fits and type(place) is int and 0 <= place <= 624 and has_gauss in (0, 1) and isinstance(gauss, float)):
-        raise DataError(f"numpy's random state is none: {len(words)} words, {place!r:.40}, {has_gauss!r:.40}")
-    numpy = require("numpy", install="flatmin[cli]")
+        raise DataError(f"numpy's random state is invalid: {len(words)} words, {place!r:.40}, {has_gauss!r:.40}")
     numpy.random.set_state(("MT19937", numpy.array(words, dtype="uint32"), place, has_gauss, gauss))
 
 
-def _device_states(device: torch.device) -> list[torch.Tensor]:
+def _numpy() -> Any:
+    """The numpy module if it is imported: it is no dependency, and what is not imported draws no numbers."""
+    return sys.modules.get("numpy")
+
+
+def _module(device: torch.device) -> Any:
+    """The torch module that holds the generator of ``device``; None if there is none."""
+    if device == CPU:
+        return torch
+    module = None if device.type == "meta" else torch.get_device_module(device)
+    return module if hasattr(module, "get_rng_state") else None
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """The argument that names the device to that module's functions; the CPU and mps have one generator each."""
+    return () if device.type in ("cpu", "mps") else (device,)
+
+
+def _device_states(device: torch.device) -> list[Tensor]:
     if device.type == "cpu":
         return []
     module = torch.get_device_module(device)
@@ -53,7 +133,7 @@ def _device_states(device: torch.device) -> list[torch.Tensor]:
     return [module.get_rng_state()]  # mps, of which there is one
 
 
-def _set_device_states(device: torch.device, states: list[torch.Tensor]) -> None:
+def _set_device_states(device: torch.device, states: list[Tensor]) -> None:
     if device.type == "cpu":
         return
     module = torch.get_device_module(device)

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatmin._distributed import joined, rank, size
+from flatmin._distributed import rank, size
 from flatmin.errors import FlatminWarning
 from flatmin.lab.methods.registry import METHODS, resolve_settings
 from flatmin.lab.problems.load import load_problem
 from flatmin.lab.recipe import Recipe, Run
 from flatmin.lab.runs.checkpoint import load_checkpoint
 from flatmin.lab.runs.train import resume, train
+from flatmin.lab.training.torchrun import joined
 from flatmin.lab.training.trainer import Trainer
 from tests.distributed._spawn import run_ranks
 

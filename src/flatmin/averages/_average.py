@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .._checks import check_integer, check_module, check_number
+from .._distributed import local, unwrapped, wrappers_and_network
 from ..errors import FlatminWarning, InvalidArgumentError
 
 
@@ -37,11 +38,6 @@ def ema_decay(epochs: float, steps_per_epoch: int) -> float:
             f"epochs * steps_per_epoch must be more than one step, got {epochs!r} * {steps_per_epoch}"
         )
     return 1 - 1 / horizon
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and torch.compile's wrapper."""
-    return _layers(model)[-1]
 
 
 def copied(model: nn.Module, decay: float) -> AveragedModel:
@@ -135,19 +131,6 @@ def evaluating(average: nn.Module) -> Iterator[None]:
         _reshard(average)
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The wrappers around a network, from the outside, and the network."""
-    layers = [model]
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-            model = original  # torch.compile's; naming its class would import the whole compiler
-        else:
-            return layers
-        layers.append(model)
-
-
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
 
@@ -157,14 +140,7 @@ def _is_averaged(tensor: Tensor) -> bool:
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:
-    return [_local(tensor) for tensor in (*network.parameters(), *network.buffers())]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's shard of a DTensor, in the same memory; a plain tensor is its own."""
-    tensor = tensor.detach()
-    to_local = getattr(tensor, "to_local", None)  # naming DTensor would take half a second of import
-    return tensor if to_local is None else to_local()
+    return [local(tensor.detach()) for tensor in (*network.parameters(), *network.buffers())]
 
 
 def _share_buffers(network: nn.Module, model: nn.Module) -> None:
@@ -173,7 +149,7 @@ def _share_buffers(network: nn.Module, model: nn.Module) -> None:
     After a step each replica has batch-norm statistics of its own: DistributedDataParallel broadcasts the first one's
     only when the next forward pass begins.
     """
-    for layer in _layers(model):
+    for layer in wrappers_and_network(model):
         if isinstance(layer, nn.parallel.DistributedDataParallel) and layer.broadcast_buffers:
             buffers = [buffer for buffer in network.buffers() if _is_averaged(buffer)]
             if buffers and distributed.get_world_size(layer.process_group) > 1:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _distributed
 from ..errors import InvalidArgumentError
 
 
@@ -27,12 +28,12 @@ class Ranks:
     @property
     def size(self) -> int:
         """Number of ranks; 1 where nothing is distributed."""
-        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return _distributed.size()
 
     @property
     def rank(self) -> int:
         """This rank, from 0."""
-        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return _distributed.rank()
 
     def meet(self, index: Tensor, epoch: int) -> list[Tensor]:
         """Returns every rank's ``index``, int64 on the host; called by all ranks.
@@ -95,16 +96,11 @@ class Ranks:
 
     def add(self, tensor: Tensor) -> Tensor:
         """Returns the sum of ``tensor`` over all ranks."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        return _distributed.total(tensor)
 
     def from_first(self, value: str) -> str:
         """Returns what the first rank has; called by all ranks."""
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+        return str(_distributed.from_first(value))
 
     def assemble(self, part: Tensor, length: int) -> Tensor:
         """Puts together, on every host, what the ranks keep: ``part`` is ``whole[:, rank::size]``."""

@@ -7,9 +7,10 @@
 """
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from .._checks import check_integer, check_number
+from .._distributed import total
 from ..errors import InvalidArgumentError
 
 
@@ -73,8 +74,7 @@ class OnlineLabelSmoothing(nn.Module):
         if check_integer("epoch", epoch, least=0) == self._epoch:
             return
         self._epoch = epoch
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(self.sums)
+        total(self.sums)
         counts = self.sums.sum(dim=1, keepdim=True)  # a row of probabilities sums to 1
         self.soft_labels = torch.where(counts > 0, self.sums / counts.clamp(min=1e-12), self.soft_labels)
         self.sums.zero_()

@@ -8,9 +8,9 @@ from contextlib import closing
 from typing import Any, ClassVar
 
 import torch
-from torch import distributed
 from torch.optim import Optimizer
 
+from .._distributed import size
 from ..errors import InvalidArgumentError, NonFiniteGradientWarning
 from ._around import Around
 from ._step import NotFiniteError, Passes, Step
@@ -128,8 +128,7 @@ class InPasses(Around, ABC):
         Raises:
             InvalidArgumentError: If there is no gradient, or one step is under way already.
         """
-        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        if self.norm == "rank" and several:
+        if self.norm == "rank" and size() > 1:
             raise InvalidArgumentError(
                 "first_step comes after the gradients are averaged, and norm='rank' is for those of one rank; "
                 f"make it {type(self).__name__}(..., norm='global'), or use passes()"

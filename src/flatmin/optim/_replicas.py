@@ -8,6 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
+from .._distributed import initialized
 from ._modules import each_module
 
 
@@ -24,7 +25,7 @@ def local_gradients(model: nn.Module | None, *, wanted: bool) -> Iterator[list[P
         The process groups of those that were found, complete on leaving.
     """
     groups: list[ProcessGroup] = []
-    if not (wanted and distributed.is_available() and distributed.is_initialized()):
+    if not (wanted and initialized()):
         yield groups
         return
     stopped: list[DistributedDataParallel] = []

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from .._rng import CPU, States, replayed, torch_states
 from ..errors import InvalidArgumentError
 from ._batchnorm import frozen_statistics
 from ._loss_scale import LossScale
-from ._randomness import CPU, States, random_states, replayed
 from ._replicas import agreed, local_gradients
 from ._scaling import Scaling
 from ._tensors import add_, clones, copy_, global_norm, scale_
@@ -95,7 +95,7 @@ class Step:
         """Takes the gradient at the weights, and finds out whether the step pays for a second."""
         local = self.local and self.pays and not isinstance(self.when, Adaptive)
         if self.pays and self.replay:
-            self._random = random_states({CPU, *(parameter.device for parameter in self._every())})
+            self._random = torch_states({CPU, *(parameter.device for parameter in self._every())})
         with local_gradients(self.model, wanted=local) as self._ranks:
             yield
         self._collect("first")

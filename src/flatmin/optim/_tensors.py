@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._distributed import local
+
 _PLAIN = {Tensor, nn.Parameter}
 
 
@@ -102,7 +104,7 @@ def component(tensors: list[Tensor], others: list[Tensor], norm: float, other: f
 
 def copy_(tensors: list[Tensor], others: list[Tensor]) -> None:
     """Copies ``others`` into ``tensors``, each of which is placed like the other."""
-    torch._foreach_copy_([_local(tensor) for tensor in tensors], [_local(other) for other in others])
+    torch._foreach_copy_([local(tensor) for tensor in tensors], [local(other) for other in others])
 
 
 def _term(tensors: list[Tensor], alpha: float) -> tuple[list[Tensor], float]:
@@ -136,9 +138,3 @@ def _alike(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
 def _mesh(tensor: Tensor) -> object:
     """The mesh of a DTensor, naming which would take half a second of import; None for a plain tensor."""
     return getattr(tensor, "device_mesh", None)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor, in the same memory; a plain tensor is its own."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()

@@ -11,8 +11,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import check_integer
+from .._rng import seed_all
 from ..errors import InvalidArgumentError, NonFiniteLossError
-from ._state import seed_all, undisturbed
+from ._state import undisturbed
 
 Loss = Callable[[Any, Any], Tensor]
 Batch = tuple[Tensor, Any]
@@ -68,7 +69,7 @@ class Objective:
         if self._kept is not None:
             yield from self._kept
             return
-        seed_all(self.seed)
+        seed_all(self.seed, accelerators=False)  # what loading draws from
         empty = True
         for batch in self._batches:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import DataError, OutputError
+from .._files import write_whole
+from ..errors import DataError
 
 
 class Partial:
@@ -49,15 +49,8 @@ class Partial:
         """
         if self._path is None:
             return
-        fresh = self._path.with_name(self._path.name + ".new")
-        try:
-            with fresh.open("w") as file:
-                json.dump({"key": self._key, "origin": self._origin, "losses": self.losses}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(self._path)
-        except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written: {error}") from error
+        found = {"key": self._key, "origin": self._origin, "losses": self.losses}
+        write_whole(self._path, json.dumps(found).encode())
 
 
 def fingerprint(tensors: list[Tensor], *values: object) -> str:

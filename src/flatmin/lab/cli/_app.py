@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ... import __version__
-from ... import _distributed as ranks
 from ...errors import FlatminError
+from ..training import torchrun
 from . import _compare as _compare  # each adds its command
 from . import _landscape as _landscape
 from . import _report as _report
@@ -42,7 +42,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     # A plain kill ends a run as Ctrl-C does: what was done is kept and said.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with speaking(quiet=ranks.rank() > 0):  # one says for all what is going on
+    with speaking(quiet=torchrun.rank() > 0):  # one says for all what is going on
         try:
             code = command.main(args=arguments, prog_name="flatmin", standalone_mode=False)
             return code if isinstance(code, int) else 0
@@ -55,11 +55,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             # typer's own usage errors, whatever version of click they come from
             format_message = getattr(error, "format_message", None)
-            if format_message is None and ranks.claim_failure():
+            if format_message is None and torchrun.claim_failure():
                 raise
             message = "" if format_message is None else format_message()
     # Of several ranks the first to fail says why; what the others meet then is only that it has gone.
-    if not ranks.claim_failure():
+    if not torchrun.claim_failure():
         os._exit(2)  # at once: torch would wait for the one that is gone
     err_console.print(f"flatmin: {' '.join(message.split())}", markup=False)
     return 2

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from ... import _distributed as ranks
 from ...errors import InvalidArgumentError
 from ..comparison.compare import Comparison
 from ..comparison.outcome import make_rows
@@ -15,6 +14,7 @@ from ..problems.load import has_criterion
 from ..recipe import Recipe
 from ..runs.record import run_folder
 from ..runs.saved import open_saved
+from ..training import torchrun
 from ..training.measure import LOGGED, fixed_batches
 from ._landscape import write_landscape
 from ._options import parse_settings, with_options
@@ -74,7 +74,7 @@ def compare(
     test_set(), takes the place of --data and --model: does it help on my problem, and what does it cost? With
     flatmin[report] installed, the folder also gets report.html, the same and more for a browser.
     """
-    if ranks.launched() > 1:
+    if torchrun.launched() > 1:
         raise InvalidArgumentError("compare starts processes of its own: run it without torchrun, with --jobs")
     if look == 1:
         raise InvalidArgumentError("look takes two points along each direction at least, got 1")

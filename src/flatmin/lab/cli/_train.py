@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ... import _distributed as ranks
+from ... import _distributed
 from ..methods.registry import METHODS, get_method, resolve_settings
 from ..recipe import Recipe, Run
 from ..runs.record import LAST, METRICS, run_folder
 from ..runs.resume import find_run, read_run
 from ..runs.train import resume as resume_run
 from ..runs.train import train as train_run
+from ..training import torchrun
 from ._options import check_resumed, given_options, with_options
 from ._shared import Interrupted, app, warn_if_idle
 from ._terminal import out_console
@@ -51,11 +52,11 @@ def train(
         _resume(Path(resume), given_options(context), checkpoint_minutes)
         return
     run = Run(recipe, method, resolve_settings(get_method(method), settings, epochs=recipe.epochs), seed)
-    with ranks.joined(recipe.device):
+    with torchrun.joined(recipe.device):
         # The folder is the first rank's, who alone makes it and writes into it.
-        own = run_folder(out, f"{method}-seed{seed}") if ranks.rank() == 0 else nullcontext(Path())
+        own = run_folder(out, f"{method}-seed{seed}") if torchrun.rank() == 0 else nullcontext(Path())
         with own as made:
-            folder = Path(ranks.from_first(str(made)))  # of which the others only speak
+            folder = Path(_distributed.from_first(str(made)))  # of which the others only speak
             warn_if_idle(method, run.settings, recipe.epochs)
             with _interruptible(run, folder):
                 last = train_run(run, folder, on_epoch=_show(recipe.epochs), checkpoint_minutes=checkpoint_minutes)
@@ -77,7 +78,7 @@ def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float) -> Non
         shown.append(metrics)
         show(metrics)
 
-    with ranks.joined(run.recipe.device):
+    with torchrun.joined(run.recipe.device):
         with _interruptible(run, folder):
             last = resume_run(run, folder, checkpoint, on_epoch=note, checkpoint_minutes=checkpoint_minutes)
         if not shown:

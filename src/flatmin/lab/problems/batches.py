@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, TensorDataset
 
-from ... import _distributed as ranks
+from ... import _distributed
 
 
 class RankBatches(Sampler[list[int]]):
@@ -28,22 +28,22 @@ class RankBatches(Sampler[list[int]]):
     def __init__(self, batches: BatchSampler, size: int, *, least: int) -> None:
         self.batches = batches
         lengths = (min(batches.batch_size, size - start) for start in range(0, size, batches.batch_size))
-        self.lengths = [length for length in lengths if length // ranks.size() >= least]
+        self.lengths = [length for length in lengths if length // _distributed.size() >= least]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[list[int]]:
         for length, batch in zip(self.lengths, self.batches, strict=False):
-            own = batch[ranks.share(length)]
+            own = batch[_distributed.share(length)]
             if own:  # in evaluation a rank may have none of the last
                 yield own
 
     def weight(self, step: int) -> float:
         """What the mean over this rank's share counts, so that the mean over the ranks is that over the batch."""
         length = self.lengths[step]
-        share = ranks.share(length)
-        return float((share.stop - share.start) * ranks.size() / length)
+        share = _distributed.share(length)
+        return float((share.stop - share.start) * _distributed.size() / length)
 
 
 def make_loader(

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..._checks import nearest
-from ...errors import ExperimentError, InvalidArgumentError
+from ..._rng import seed_all
+from ...errors import ExperimentError, InvalidArgumentError, require
 from ..recipe import Recipe
 from .data import Split, load_digits, load_folder, load_idx, load_mnist1d
 from .models import create_model, input_dimensions
-from .problem import Problem, base_optimizer, check_size, class_numbers, held_out, reduced, seed_all, with_noise
+from .problem import Problem, base_optimizer, check_size, class_numbers, held_out, reduced, with_noise
 
 
 def load_problem(recipe: Recipe, seed: int) -> Problem:
@@ -30,6 +31,7 @@ def load_problem(recipe: Recipe, seed: int) -> Problem:
     Raises:
         FlatminError: If data, model or experiment file cannot be used.
     """
+    require("numpy", install="flatmin[cli]")  # seed_all reaches it only once it is imported
     if recipe.experiment is not None:
         problem = _from_experiment(Path(recipe.experiment), recipe, seed)
     else:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from ...errors import DataError, InvalidArgumentError, require
+from ...errors import DataError, InvalidArgumentError
 from ..recipe import Recipe
 from .data import add_label_noise, random_crop, random_flip
 
@@ -75,13 +74,6 @@ def class_numbers(labels: Any, num_classes: int) -> Tensor:
     if low < 0 or high >= num_classes:
         raise DataError(f"a label is outside the {num_classes} classes: {low if low < 0 else high}")
     return labels.long()
-
-
-def seed_all(seed: int) -> None:
-    """Seeds every generator that a data set or a network may draw from: torch's, Python's and numpy's."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    require("numpy", install="flatmin[cli]").random.seed(seed % 2**32)
 
 
 def check_size(name: str, train: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ... import _distributed as ranks
+from ... import _distributed
 from ...errors import DataError, FlatminError, FlatminWarning, OutputError
 from ..recipe import Run
 from ..training.trainer import Trainer
@@ -77,7 +77,7 @@ class Keeper:
                 FlatminWarning,
                 stacklevel=2,
             )
-        if ranks.rank() == 0:
+        if _distributed.rank() == 0:
             restore_files(self.folder, start)
         self.metrics = state["metrics"]
         self._start = start.checkpoint
@@ -89,23 +89,23 @@ class Keeper:
         if steps == len(self.trainer.loader):
             return
         # The state is gathered from all ranks, so they have to agree on when; asking at every step would cost time.
-        if ranks.size() == 1 or self.minutes == 0 or steps % ASK_EVERY == 0:
+        if _distributed.size() == 1 or self.minutes == 0 or steps % ASK_EVERY == 0:
             due = time.monotonic() - self._saved >= 60 * self.minutes
-            if ranks.from_first(due):
+            if _distributed.from_first(due):
                 self._save()
 
     def epoch_done(self, metrics: dict[str, float]) -> None:
         """Writes an epoch's checkpoint first, and then what can be made from it."""
         self.metrics.append(metrics)
         self._save()
-        if ranks.rank() == 0:
+        if _distributed.rank() == 0:
             _keep_best(self.folder, self.folder / LAST, self.metrics, durable=self.durable)
             append_line(self.folder / METRICS, metrics)
 
     def _save(self) -> None:
         state = self.gather()
         self._saved = time.monotonic()
-        if ranks.rank() > 0:
+        if _distributed.rank() > 0:
             return
         # What is at `last` and was not continued from, damaged or given up, must not push out the good one before it.
         previous = self.folder / PREVIOUS if self._last_is_good else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ... import _distributed as ranks
+from ... import _distributed
 from ..._checks import check_integer
 from ...errors import DataError, ExperimentError, FlatminError, OutputError
 from ..methods.registry import get_method, resolve_settings
@@ -93,7 +93,7 @@ def open_start(folder: Path, wanted: Path | None, run: Run) -> Start | None:
         DataError: If it is damaged or of another run; the message says which others there are.
     """
     every = [folder / name for name in (LAST, PREVIOUS, BEST)]
-    if ranks.rank() == 0:  # the others come after it, when it may be writing already
+    if _distributed.rank() == 0:  # the others come after it, when it may be writing already
         for path in every:
             try:
                 settle(path)

@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ... import _distributed as ranks
+from ... import _distributed
 from ..._files import locked, write_whole
 from ...errors import ExperimentError
 from ..problems.load import load_problem
 from ..recipe import Recipe, Run
+from ..training import torchrun
 from ..training.trainer import Trainer
 from .keeper import Keeper, restore_files
 from .record import CONFIG, EXPERIMENT, command_line, environment, write_json
@@ -52,7 +53,7 @@ def train(
     with _alone(folder):
         experiment = read_experiment(run.recipe)  # as it is now, when it is run; reading the data may take long
         trainer = Trainer(run, load_problem(run.recipe, run.seed))
-        if ranks.rank() == 0:
+        if _distributed.rank() == 0:
             write_config(folder, run.to_json(), experiment)
         keeper = Keeper(folder, run, trainer, minutes=checkpoint_minutes, durable=durable)
         return _train(keeper, on_epoch, on_step)
@@ -86,10 +87,10 @@ def resume(
         FlatminError: As in `train`, and if the checkpoint is damaged or does not fit, or another process is at it.
     """
     with _alone(folder):
-        with ranks.first_before_others():
+        with torchrun.first_before_others():
             start = open_start(folder, checkpoint, run)
         if start is not None and start.state["epoch"] == run.recipe.epochs:
-            if ranks.rank() == 0:
+            if _distributed.rank() == 0:
                 restore_files(folder, start)
             return _conclusion(start.state["metrics"], start.state["extra_bytes"])
         keeper = Keeper(folder, run, Trainer(run, load_problem(run.recipe, run.seed)), minutes=checkpoint_minutes)
@@ -122,7 +123,7 @@ def _conclusion(metrics: list[dict[str, float]], extra_bytes: int) -> dict[str, 
 
 def _alone(folder: Path) -> AbstractContextManager[None]:
     """Keeps other runs away from a folder; that of the first rank, who is the one to write."""
-    return locked(folder) if ranks.rank() == 0 else nullcontext()
+    return locked(folder) if _distributed.rank() == 0 else nullcontext()
 
 
 def read_experiment(recipe: Recipe) -> bytes | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
-from ..._rng import random_states, set_random_states
+from ..._rng import preserved
 from ...errors import NonFiniteLossError
 from ...sharpness import average_sharpness, hessian_eigenvalues, hessian_trace, sam_sharpness
 from ..problems.problem import Problem, class_numbers
@@ -41,12 +41,9 @@ def fixed_batches(problem: Problem, samples: int, seed: int, device: torch.devic
     """Draws training samples, at most all, and reads them as batches; random states stay as they are."""
     size = len(problem.train)  # type: ignore[arg-type]
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:samples].sort().values.tolist()
-    states = random_states(device)
-    try:
+    with preserved(device):
         loader = DataLoader(Subset(problem.train, chosen), batch_size=batch_size)
         return [(x.to(device), class_numbers(y, problem.num_classes).to(device)) for x, y in loader]
-    finally:
-        set_random_states(states, device)
 
 
 def epoch_sharpness(trainer: "Trainer", lr: float) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _distributed as ranks
+from ... import _distributed
 from ..._checks import check_integer, check_number
 
 
@@ -54,7 +54,7 @@ class Progress:
 
     def means(self) -> tuple[float, float]:
         """The mean loss and criterion, over all ranks."""
-        loss, vanilla = (ranks.total(self.totals.clone()) / self.samples).tolist()
+        loss, vanilla = (_distributed.total(self.totals.clone()) / self.samples).tolist()
         return loss, vanilla
 
     def state_dict(self) -> dict[str, Any]:

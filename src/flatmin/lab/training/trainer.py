@@ -12,16 +12,16 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from ... import _distributed as ranks
+from ... import _distributed, _rng
 from ..._checks import check_integer
-from ..._rng import random_states, set_random_states
 from ...errors import DataError, InvalidArgumentError
 from ...indices import with_indices
 from ...optim import SharpnessAware
 from ..methods.registry import Ingredients, get_method
 from ..problems.batches import RankBatches, make_loader
-from ..problems.problem import Problem, augmented, class_numbers, make_criterion, seed_all
+from ..problems.problem import Problem, augmented, class_numbers, make_criterion
 from ..recipe import Run
+from . import torchrun
 from .device import resolve_device
 from .measure import epoch_sharpness
 from .progress import Progress, StepResult
@@ -53,9 +53,9 @@ class Trainer:
         self.run = run
         self.problem = problem
         self.device = resolve_device(recipe.device)
-        seed_all(run.seed)
+        _rng.seed_all(run.seed)
         self.model = problem.make_model().to(self.device)
-        self._network = ranks.parallel(self.model)
+        self._network = torchrun.parallel(self.model)
         base = problem.make_optimizer(self.model.parameters())
         # The scheduler holds the base optimizer; a wrapper shares its param_groups.
         self.scheduler = CosineAnnealingLR(base, T_max=recipe.epochs)
@@ -64,8 +64,9 @@ class Trainer:
         self.loader = make_loader(problem.train, recipe.batch_size, workers=recipe.workers, generator=self._generator)
         if len(self.loader) == 0:
             raise InvalidArgumentError(
-                f"batch_size={recipe.batch_size} and {len(problem.train)} samples, shared by {ranks.size()} processes, "  # type: ignore[arg-type]
-                "leave one with less than two in every batch, and batch norm needs two: start fewer"
+                f"batch_size={recipe.batch_size} and {problem.sizes()['training samples']} samples, shared by "
+                f"{_distributed.size()} processes, leave one with less than two in every batch, and batch norm needs "
+                "two: start fewer"
             )
         # A loader of whole batches has them in place of single samples, see `make_loader`.
         self._batches: RankBatches = self.loader.batch_sampler or self.loader.sampler  # type: ignore[assignment]
@@ -121,7 +122,7 @@ class Trainer:
         total, vanilla = progress.means()
         seconds = time.perf_counter() - start
         self.scheduler.step()
-        ranks.equalise([self.model])
+        _distributed.broadcast_buffers([self.model])
         if self.average is not None:
             self.average.epoch_done()
         test_loss, test_accuracy = self.evaluate()
@@ -145,9 +146,9 @@ class Trainer:
         # Order and augmentation follow from seed and epoch alone, whatever random numbers a method has used.
         seed = self.run.seed * 1_000_003 + self.epoch
         self._generator.manual_seed(seed)
-        seed += 999_983 * ranks.rank()  # each rank drops out, shifts and mirrors otherwise
+        seed += 999_983 * _distributed.rank()  # each rank drops out, shifts and mirrors otherwise
         self._augmentation.manual_seed(seed)
-        seed_all(seed)
+        _rng.seed_all(seed)
         self.model.train()
         batches = iter(with_indices(self.loader))
         if self.progress.steps == 0:
@@ -219,7 +220,7 @@ class Trainer:
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), y, reduction="sum")
             totals += torch.stack([loss, (logits.argmax(dim=1) == y).sum()])
-        loss_mean, accuracy = (ranks.total(totals) / len(self.problem.test)).tolist()  # type: ignore[arg-type]
+        loss_mean, accuracy = (_distributed.total(totals) / len(self.problem.test)).tolist()  # type: ignore[arg-type]
         return loss_mean, accuracy
 
     def place(self) -> dict[str, str | int]:
@@ -227,7 +228,7 @@ class Trainer:
         return {
             "torch": str(torch.__version__),
             "device": self.device.type,
-            "processes": ranks.size(),
+            "processes": _distributed.size(),
             "workers": self.loader.num_workers,
         }
 
@@ -247,7 +248,7 @@ class Trainer:
             "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
             "average": {} if self.average is None else self.average.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "ranks": ranks.from_all({"totals": self.progress.totals.cpu(), "random": self._random_states()}),
+            "ranks": _distributed.from_all({"totals": self.progress.totals.cpu(), "random": self._random_states()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -277,7 +278,7 @@ class Trainer:
         self.epoch = epoch
         self.progress = Progress.from_state(state["progress"], part["totals"].to(self.device, copy=True))
         # On fewer processes an epoch may have more steps, see `RankBatches`; then nothing of it is left to do here.
-        if self.progress.steps >= len(self.loader) and len(state["ranks"]) == ranks.size():
+        if self.progress.steps >= len(self.loader) and len(state["ranks"]) == _distributed.size():
             raise DataError(f"progress.steps is {self.progress.steps}, and an epoch has {len(self.loader)} steps")
         self._random = part["random"]
         self._set_random_states(self._random)
@@ -286,21 +287,21 @@ class Trainer:
         """What a checkpoint has of this rank alone."""
         for number, part in enumerate(parts):
             check_fit(f"ranks.{number}.totals", part["totals"], self.progress.totals)
-        if len(parts) == ranks.size():
-            return parts[ranks.rank()]
+        if len(parts) == _distributed.size():
+            return parts[_distributed.rank()]
         # On another number of ranks the first goes on with what all had seen, and the epoch with other random numbers.
         every = torch.stack([part["totals"] for part in parts]).sum(dim=0)
-        return {**parts[0], "totals": every if ranks.rank() == 0 else torch.zeros_like(every)}
+        return {**parts[0], "totals": every if _distributed.rank() == 0 else torch.zeros_like(every)}
 
     def _random_states(self) -> dict[str, Any]:
         return {
-            **random_states(self.device),
+            **_rng.state_dict(self.device),
             "order": self._generator.get_state(),
             "augmentation": self._augmentation.get_state(),
         }
 
     def _set_random_states(self, states: Mapping[str, Any]) -> None:
-        set_random_states(states, self.device)
+        _rng.load_state_dict(states, self.device)
         self._generator.set_state(states["order"])
         self._augmentation.set_state(states["augmentation"])
 
