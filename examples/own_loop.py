@@ -1,4 +1,4 @@
-"""flatmin in a training loop of your own: ``python examples/own_loop.py --method saf``."""
+"""flatmin in a loop of your own: ``python examples/own_loop.py --method saf``."""
 
 import argparse
 
@@ -19,8 +19,7 @@ def main(method: str = "saf", epochs: int = 60, seed: int = 0) -> float:
     criterion = nn.CrossEntropyLoss()
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-
-    # The method: a loss that is added to the criterion (SAF, MESA) or a wrapper of the optimizer (SAM).
+    # A loss added to the criterion (SAF, MESA) or a wrapper around the optimizer (SAM).
     trajectory: flatmin.SAF | flatmin.MESA | None = None
     if method == "saf":
         trajectory = flatmin.SAF(len(digits.train), digits.num_classes)  # type: ignore[arg-type]
@@ -47,7 +46,7 @@ def main(method: str = "saf", epochs: int = 60, seed: int = 0) -> float:
 
             optimizer.step(closure)
         scheduler.step()
-        if (epoch + 1) % 10 == 0 or epoch + 1 == epochs:
+        if epoch % 10 == 9 or epoch + 1 == epochs:
             model.eval()
             x, y = digits.test[:]
             accuracy = float((model(x).argmax(dim=1) == y).float().mean())
@@ -58,4 +57,4 @@ def main(method: str = "saf", epochs: int = 60, seed: int = 0) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--method", choices=["saf", "mesa", "sam"], default="saf")
-    main(**vars(parser.parse_args()))
+    main(parser.parse_args().method)
