@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.lab.methods.registry import METHODS
+from flatmin.lab.methods import METHODS
 
 PAGE = Path(__file__).parent.parent / "docs" / "optimizers.md"
 

@@ -12,7 +12,7 @@ N, C, EPOCHS = 12, 3, 8
 
 @pytest.fixture
 def ablation():
-    from flatmin.lab.methods.registry import METHODS
+    from flatmin.lab.methods import METHODS
 
     before = dict(METHODS)
     from benchmarks import ablation
