@@ -75,7 +75,7 @@ CARDS = (
     ),
     Card(
         "switch_ema",
-        "the same, and each epoch continues from the moving average",
+        "the moving average of the weights, from which each epoch continues",
         {**taken(SwitchEMA, "start_epoch"), **taken(None, ema_epochs=1.0, decay=None)},
         _switch_ema,
         stands_for=SwitchEMA,
