@@ -10,6 +10,7 @@ samples from the same four candidates, and so is the strength of label smoothing
 import argparse
 import functools
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatmin.lab.cli._terminal import Display, print_outcome
 from flatmin.lab.comparison.compare import Comparison
 from flatmin.lab.comparison.outcome import make_rows, verdict
 from flatmin.lab.comparison.select import select
-from flatmin.lab.methods.method import Assembled, Ingredients, Method
-from flatmin.lab.methods.registry import METHODS
+from flatmin.lab.methods import Assembled, Card, Ingredients, register
 from flatmin.lab.recipe import Recipe
 from flatmin.lab.runs.record import command_line, environment, write_json
 from flatmin.losses import trajectory_loss
@@ -115,17 +114,25 @@ class Recall(nn.Module):
 
 def _assemble(given: Ingredients, settings: Mapping[str, Any], *, target: str) -> Assembled:
     recall = Recall(target, given, coefficient=settings["coefficient"])
-    return Assembled(given.optimizer, recall, lambda logits, y, index, inputs: recall(logits, y, index))  # type: ignore[arg-type]
+    return Assembled(given.optimizer, recall, lambda logits, y, index, inputs: recall(logits, y, index))
 
 
 # At import, so that the processes that train know them too.
 for _target, _summary in TARGETS.items():
-    METHODS[f"saf-{_target}"] = Method(
-        f"saf-{_target}",
-        _summary,
-        {"coefficient": COEFFICIENTS[0], "smoothing": 0.0},
-        functools.partial(_assemble, target=_target),
-    )
+    _assemble_it = functools.partial(_assemble, target=_target)
+    register(Card(f"saf-{_target}", _summary, {"coefficient": COEFFICIENTS[0]}, _assemble_it))
+
+
+class Progress:
+    """Prints what is going on, once for each word."""
+
+    def __init__(self) -> None:
+        self.said = ""
+
+    def __call__(self, done: int, planned: int, word: str) -> None:
+        if word != self.said:
+            print(word, file=sys.stderr, flush=True)
+        self.said = word
 
 
 def main() -> None:
@@ -149,12 +156,12 @@ def main() -> None:
     variants = [f"saf-{target}" for target in arguments.targets.split(",")]
     tried = {
         "smoothing": {"smoothing": (0.05, 0.1, 0.2, 0.4)},
-        "ols": {"coefficient": (0.1, 0.3, 0.5, 0.8)},
+        "online_label_smoothing": {"coefficient": (0.1, 0.3, 0.5, 0.8)},
         **{name: {"coefficient": COEFFICIENTS} for name in variants},
     }
-    rows = make_rows(["base", "smoothing", "ols", *variants], tried, epochs=recipe.epochs)
-    with tempfile.TemporaryDirectory() as folder, Display() as display:
-        options: dict[str, Any] = {"jobs": arguments.jobs, "on_progress": display.tell}
+    rows = make_rows(["base", "smoothing", "online_label_smoothing", *variants], tried, epochs=recipe.epochs)
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"jobs": arguments.jobs, "on_progress": Progress()}
         rows, selection = select(recipe, rows, Path(folder, "selection"), seeds=arguments.select, **options)
         compared = Path(folder, "compared")
         compared.mkdir()
@@ -164,7 +171,11 @@ def main() -> None:
         results = json.loads((compared / "results.json").read_text())
     summary = {"targets": TARGETS, "verdict": verdict(outcome)}
     write_json(arguments.out, {**results, **summary, "command": f"python benchmarks/{command_line()}", **environment()})
-    print_outcome(outcome, arguments.out)
+    for row in outcome.table():
+        accuracy, difference = row["accuracy"], row["difference"]
+        spread = f"{difference['mean']:+.2f} ± {difference['half']:.2f}"
+        print(f"{row['label']}: {accuracy['mean']:.2f} ± {accuracy['half']:.2f} %, {spread} to the base")
+    print(verdict(outcome))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatmin.errors import MissingDependencyError
-from flatmin.lab.cli._options import parse_settings
 from flatmin.lab.comparison.outcome import Row, make_rows
 from flatmin.lab.comparison.timing import measure_rows, synchronize
-from flatmin.lab.methods.registry import COMPARED
+from flatmin.lab.methods import COMPARED, parse_settings
 from flatmin.lab.problems.models import create_model, model_names
 from flatmin.lab.problems.problem import Problem, base_optimizer
 from flatmin.lab.recipe import Recipe, Run

@@ -1,26 +1,31 @@
-r"""The comparison of all methods: a table and a plot of accuracy against cost, from what was measured.
+"""The comparison of all methods: a table and a plot of accuracy against cost, from what was measured.
 
 Accuracies come from ``flatmin compare`` (the commands stand in benchmarks/README.md), costs of a step from
-``benchmarks/overhead.py`` on an idle machine. Where a method pays for a second pass in some steps only, its cost is the
-mean by the closure calls that were counted in training. On data whose steps were not measured there, the cost is the
-comparison's own. Comparisons of one recipe, whose bases came out the same, are
-put together, and p-values corrected for all of their rows.
+``benchmarks/overhead.py`` on an idle machine. Where the second pass runs in some steps only, the cost is the mean by
+the closure calls counted in training. On data whose steps were not measured there, the cost is the comparison's
+own. Comparisons of one recipe, whose bases came out the same, are put together, and p-values corrected for all of their
+rows. Methods have their names of today, whatever they were called when the results were written.
 
-    python benchmarks/rivals.py --costs benchmarks/results/overhead-cpu.json --out benchmarks/results/rivals \
-        benchmarks/results/rivals-*.json
+    python benchmarks/rivals.py
 """
 
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from flatmin.lab.comparison.stats import holm
-from flatmin.lab.methods.registry import get_method
+from flatmin.lab.methods import FORMER_NAMES, get_method
 
+RESULTS = Path(__file__).parent / "results"
+COMPARISONS = (
+    *("rivals-mnist1d-noise", "rivals-mnist1d", "rivals-digits", "rivals-digits-noise", "rivals-fashion"),
+    *("looksam-mnist1d-noise", "looksam-digits", "squeeze-mnist1d-noise", "squeeze-digits"),
+)
 DATA = {"mnist1d": "MNIST-1D", "digits": "digits", "fashion_experiment": "Fashion-MNIST"}
 SHAPES = {"mnist1d": [1, 40], "digits": [1, 8, 8]}  # of which overhead.py measures the steps
 
@@ -38,6 +43,28 @@ class Point:
     p_value: float | None
     cost: float
     at_the_edge: bool
+
+
+def renamed(results: dict[str, Any]) -> dict[str, Any]:
+    """A comparison with the names that its methods have today."""
+    selection = results["selection"]
+    if selection is not None:
+        selection = {**selection, "candidates": [_renamed(each) for each in selection["candidates"]]}
+    return {
+        **results,
+        "rows": [_renamed(row) for row in results["rows"]],
+        "metrics": {_label(label): by_seed for label, by_seed in results["metrics"].items()},
+        "selection": selection,
+    }
+
+
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "label": _label(row["label"]), "method": FORMER_NAMES.get(row["method"], row["method"])}
+
+
+def _label(label: str) -> str:
+    method, space, settings = label.partition(" ")
+    return f"{FORMER_NAMES.get(method, method)}{space}{settings}"
 
 
 def cost_of(row: dict[str, Any], metrics: dict[str, Any], costs: dict[str, dict[str, Any]]) -> float:
@@ -99,7 +126,7 @@ def read(results: dict[str, Any], costs: dict[str, Any]) -> list[Point]:
     """The points of one comparison, the base first and then from the most accurate on."""
     wanted = results["recipe"]["model"], SHAPES.get(data_of(results))
     cases = [case for case in costs["cases"] if (case["model"], case["image"]) == wanted]
-    by_method = {row["method"]: row for case in cases for row in case["rows"]}
+    by_method = {_label(row["method"]): row for case in cases for row in case["rows"]}
     edge = edges(results["selection"])
     points = [
         Point(
@@ -147,6 +174,18 @@ def title(results: dict[str, Any]) -> str:
     return f"{data}{samples}{noise}"
 
 
+def read_all(results: Sequence[Path], costs: Path) -> list[tuple[dict[str, Any], list[Point]]]:
+    """The comparisons in these files, with their points."""
+    every = merged([renamed(json.loads(path.read_text())) for path in results])
+    measured = json.loads(costs.read_text())
+    return [(each, read(each, measured)) for each in every]
+
+
+def tables(comparisons: list[tuple[dict[str, Any], list[Point]]]) -> str:
+    """A Markdown table of each comparison."""
+    return "\n".join(table(*each) for each in comparisons)
+
+
 def table(results: dict[str, Any], points: list[Point]) -> str:
     """A Markdown table; the Pareto front in bold."""
     best = {point.label for point in front(points)}
@@ -161,7 +200,7 @@ def table(results: dict[str, Any], points: list[Point]) -> str:
         name = f"**{label}**" if point.label in best else label
         difference = "" if number == 0 else f"{point.difference:+.2f} ± {point.difference_half:.2f}"
         p_value = "" if point.p_value is None else f"{point.p_value:.3f}" if point.p_value >= 0.001 else "< 0.001"
-        cost = "not measured" if math.isnan(point.cost) else f"{point.cost:.2f} x"
+        cost = "not measured" if math.isnan(point.cost) else f"{point.cost:.2f}x"
         lines.append(f"| {name} | {point.accuracy:.2f} ± {point.half:.2f} | {difference} | {p_value} | {cost} |")
     return "\n".join(lines) + "\n"
 
@@ -228,14 +267,14 @@ def _name(axis: Any, points: list[Point]) -> None:
 def main() -> None:
     """Writes the tables and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="results.json of flatmin compare")
-    parser.add_argument("--costs", type=Path, required=True, help="result of benchmarks/overhead.py")
-    parser.add_argument("--out", type=Path, required=True, help="name of the .md and the .svg without its ending")
+    every = [RESULTS / f"{name}.json" for name in COMPARISONS]
+    parser.add_argument("results", type=Path, nargs="*", default=every, help="results.json of flatmin compare")
+    costs = RESULTS / "overhead-cpu.json"
+    parser.add_argument("--costs", type=Path, default=costs, help="result of benchmarks/overhead.py")
+    parser.add_argument("--out", type=Path, default=RESULTS / "rivals", help="the .md and the .svg without its ending")
     arguments = parser.parse_args()
-    costs = json.loads(arguments.costs.read_text())
-    every = merged([json.loads(path.read_text()) for path in arguments.results])
-    comparisons = [(results, read(results, costs)) for results in every]
-    arguments.out.with_suffix(".md").write_text("\n".join(table(*each) for each in comparisons))
+    comparisons = read_all(arguments.results, arguments.costs)
+    arguments.out.with_suffix(".md").write_text(tables(comparisons))
     plot(comparisons, arguments.out.with_suffix(".svg"))
 
 

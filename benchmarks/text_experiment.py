@@ -3,7 +3,7 @@
 The task, the network and the optimizer are those of `text_fidelity.py`; here for all methods of the command, and with
 the settings chosen on held-out windows. It needs `pip install '.[benchmarks]'`.
 
-    flatmin compare benchmarks/text_experiment.py --batch-size 512 --epochs 10 --methods base,saf,squeeze ...
+    flatmin compare benchmarks/text_experiment.py --batch-size 512 --epochs 10 --methods base,saf,logit_squeezing ...
 """
 
 from collections.abc import Iterable

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.lab.methods.registry import METHODS
+from flatmin.lab.methods import METHODS
 
 PAGE = Path(__file__).parent.parent / "docs" / "optimizers.md"
 
@@ -86,6 +86,6 @@ def test_the_code_makes_the_step_that_a_closure_makes(code, on_the_cpu):
         assert (weight - before[name]).abs().max() > 3e-3
 
 
-def test_the_readme_names_every_method_of_the_command():
-    names = re.findall(r"`(\w+)`", PAGE.parent.parent.joinpath("README.md").read_text())
+def test_the_docs_name_every_method_of_the_command():
+    names = re.findall(r"`(\w+)`", PAGE.with_name("methods.md").read_text())
     assert not set(METHODS) - set(names)

@@ -16,7 +16,7 @@ ROOT = Path(flatmin.__file__).parent
 PUBLIC = [
     "flatmin",
     *(f"flatmin.{name}" for name in ("averages", "history", "losses", "optim", "sharpness")),
-    *(f"flatmin.lab.{name}" for name in ("problems.data", "problems.models", "report")),
+    *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report")),
 ]
 # Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory the second.
 SHARED = {"errors", "_checks", "_distributed", "_files", "_rng"}

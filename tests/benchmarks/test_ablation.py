@@ -5,21 +5,18 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.lab.methods.method import Ingredients
+from flatmin.lab.methods import Ingredients
+from tests.registry import restored
 
 N, C, EPOCHS = 12, 3, 8
 
 
 @pytest.fixture
 def ablation():
-    from flatmin.lab.methods.registry import METHODS
+    with restored():
+        from benchmarks import ablation
 
-    before = dict(METHODS)
-    from benchmarks import ablation
-
-    yield ablation
-    METHODS.clear()
-    METHODS.update(before)
+        yield ablation
 
 
 def made(ablation, target):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flatmin.lab.methods.registry import get_method, resolve_settings
+from flatmin.lab.methods import get_method, resolve_settings
 from flatmin.lab.recipe import Recipe, Run
 from flatmin.lab.runs.train import train
 

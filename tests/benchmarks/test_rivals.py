@@ -1,11 +1,15 @@
 """The table and the plot of the comparison: costs, the Pareto front, and what was chosen at the edge."""
 
 import json
+import re
 import sys
 
 import pytest
 
 from benchmarks import rivals
+from flatmin.lab.methods import FORMER_NAMES
+
+COSTS = rivals.RESULTS / "overhead-cpu.json"
 
 
 def row(method, accuracy, label=None):
@@ -47,11 +51,10 @@ def files(tmp_path):
 
 
 def test_costs_front_and_edges(files):
-    results, costs = (json.loads(path.read_text()) for path in files)
-    points = rivals.read(results, costs)
-    assert [point.method for point in points] == ["base", "latesam", "saf", "sam"]
+    ((_, points),) = rivals.read_all([files[0]], files[1])
+    assert [point.method for point in points] == ["base", "late_sam", "saf", "sam"]
     assert [point.cost for point in points] == pytest.approx([1.0, 0.3 * 2.0 + 0.7 * 1.1, 1.05, 2.0])
-    assert {point.method for point in rivals.front(points)} == {"base", "saf", "latesam"}
+    assert {point.method for point in rivals.front(points)} == {"base", "saf", "late_sam"}
     assert [point.method for point in points if point.at_the_edge] == ["sam"]
 
 
@@ -72,8 +75,8 @@ def test_the_table_and_the_plot_are_written(files, tmp_path, monkeypatch):
     rivals.main()
     lines = out.with_suffix(".md").read_text().splitlines()
     assert lines[0] == "### MNIST-1D, 20% wrong labels, 2 seeds"
-    assert "| sam rho=0.2 (edge) | 91.00 ± 0.10 | +1.00 ± 0.20 | 0.030 | 2.00 x |" in lines
-    assert "| **latesam** | 92.00 ± 0.10 | +2.00 ± 0.20 | 0.030 | 1.37 x |" in lines
+    assert "| sam rho=0.2 (edge) | 91.00 ± 0.10 | +1.00 ± 0.20 | 0.030 | 2.00x |" in lines
+    assert "| **late_sam** | 92.00 ± 0.10 | +2.00 ± 0.20 | 0.030 | 1.37x |" in lines
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
 
 
@@ -87,3 +90,12 @@ def test_comparisons_of_one_recipe_are_one_if_their_bases_are(files):
     assert len(rivals.merged([first, apart])) == 2
     with pytest.raises(SystemExit, match="bases that came out differently"):
         rivals.merged([first, {**other, "rows": [row("base", 90.1)]}])
+
+
+def test_the_committed_tables_are_those_of_the_committed_results_with_the_names_of_today():
+    comparisons = rivals.read_all([rivals.RESULTS / f"{name}.json" for name in rivals.COMPARISONS], COSTS)
+    text = (rivals.RESULTS / "rivals.md").read_text()
+    assert rivals.tables(comparisons) == text
+    assert "| **sam_on rho=2 (edge)** |" in text
+    assert "| look_sam alpha=0.2 rho=0.05 | 94.26 ± 0.62 | +2.20 ± 0.72 | < 0.001 | 1.27x |" in text
+    assert not re.search(rf"\b({'|'.join(FORMER_NAMES)})\b", text)

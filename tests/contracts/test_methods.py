@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flatmin.lab.methods.registry import METHODS, Ingredients, resolve_settings
+from flatmin.lab.methods import METHODS, Ingredients, resolve_settings
 
 N, C, B = 24, 3, 8
 EPOCHS = 6
@@ -28,7 +28,7 @@ class Loop:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(base, EPOCHS)
         # short enough that every mechanism is at work within the few epochs here
         short = {"start_epoch": 1, "lag": 1, "ema_epochs": 1.0, "k": 2, "beta": 1.0, "gamma": 0.75}
-        short |= {"when": "late:0.9"} if method == "latesam" else {}
+        short |= {"when": "late:0.9"} if method == "late_sam" else {}
         given = {name: value for name, value in short.items() if name in METHODS[method].defaults}
         self.settings = resolve_settings(METHODS[method], given, epochs=EPOCHS)
         self.method = METHODS[method].assemble(
@@ -195,7 +195,8 @@ def test_loss_of_the_unperturbed_weights_is_returned(method: str) -> None:
     loop.model[4].p = 0.0
     before = copy.deepcopy(loop.model)
     loss = loop.step(torch.arange(B))
-    smoothing = loop.settings["coefficient" if method == "ols" else "smoothing"]  # ols begins with plain smoothing
+    first = "coefficient" if method == "online_label_smoothing" else "smoothing"  # it begins with plain smoothing
+    smoothing = loop.settings[first]
     expected = F.cross_entropy(before(loop.x[:B]), loop.y[:B], label_smoothing=smoothing)
     if loop.method.penalty is not None and loop.method.trajectory is None:  # at work from the start
         expected = expected + loop.method.penalty(before(loop.x[:B]), loop.y[:B], torch.arange(B), loop.x[:B])

@@ -13,7 +13,7 @@ import torch
 
 from flatmin._distributed import rank, size
 from flatmin.errors import FlatminWarning
-from flatmin.lab.methods.registry import METHODS, resolve_settings
+from flatmin.lab.methods import METHODS, resolve_settings
 from flatmin.lab.problems.load import load_problem
 from flatmin.lab.recipe import Recipe, Run
 from flatmin.lab.runs.checkpoint import load_checkpoint
@@ -79,7 +79,7 @@ def resume_here(run: Run, folder: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_equal_one_process(method: str, tmp_path: Path) -> None:
-    norm = "nn.LayerNorm(16), " if method == "samon" else ""
+    norm = "nn.LayerNorm(16), " if method == "sam_on" else ""
     run = make_run(write_experiment(tmp_path, norm), method)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

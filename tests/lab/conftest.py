@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from flatmin.lab.methods.registry import get_method, resolve_settings
+from flatmin.lab.methods import get_method, resolve_settings
 from flatmin.lab.problems.problem import Problem, base_optimizer
 from flatmin.lab.recipe import Recipe, Run
 from flatmin.lab.training.trainer import Trainer

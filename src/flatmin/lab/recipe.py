@@ -88,12 +88,22 @@ class Run:
 
     The seed draws the split (where the data set has none of its own), the initial weights, the order of the batches
     and the augmentation, so that runs of different methods with one seed differ in the method alone.
+
+    Raises:
+        InvalidArgumentError: If a hyperparameter has the name of a part of the recipe.
     """
 
     recipe: Recipe
     method: str
     settings: Mapping[str, Any]
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        taken = {"method", "seed", *(field.name for field in dataclasses.fields(Recipe))}
+        for name in taken & set(self.settings):
+            raise InvalidArgumentError(
+                f"{self.method} has a hyperparameter {name!r}, and {name} is a part of every run; give it another name"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Returns a dictionary that `from_json` takes."""

@@ -7,7 +7,7 @@ import pytest
 
 WRONG_VALUES = {
     "--method saff": "unknown method 'saff', did you mean saf?",
-    "--method xyz": "there are base, smoothing, sam, samon, latesam, aesam, asam, esam, gsam",
+    "--method xyz": "there are base, smoothing, sam, sam_on, late_sam, ae_sam, asam, esam, gsam",
     "--model resnet19": "did you mean resnet18?",
     "--model wrn28-10": "did you mean wrn-28-10?",
     "--model cnn1d": "model 'cnn1d' takes signals, and the data 'digits' are images",

@@ -39,11 +39,11 @@ def gains(*differences):
 def test_the_cost_of_a_row_is_the_mean_over_steps_that_pay_and_others():
     found = Outcome(
         Recipe(),
-        make_rows(["base", "latesam", "esam"], {"esam": {"when": ["every:2"]}}, epochs=5),
-        step_ratio={"base": 1.0, "latesam": 2.0, "esam when=every:2": 2.4},
-        plain_ratio={"latesam": 1.1, "esam when=every:2": 1.2},
+        make_rows(["base", "late_sam", "esam"], {"esam": {"when": ["every:2"]}}, epochs=5),
+        step_ratio={"base": 1.0, "late_sam": 2.0, "esam when=every:2": 2.4},
+        plain_ratio={"late_sam": 1.1, "esam when=every:2": 1.2},
     )
-    for label, calls in (("base", 1.0), ("latesam", 1.25), ("esam when=every:2", 2.0)):
+    for label, calls in (("base", 1.0), ("late_sam", 1.25), ("esam when=every:2", 2.0)):
         found.metrics[label] = {0: {"test_accuracy": 0.9, "mean_closure_calls": calls}}
     ratios = [entry["step_ratio"] for entry in found.table()]
     assert ratios == pytest.approx([1.0, 0.25 * 2.0 + 0.75 * 1.1, 0.5 * 2.4 + 0.5 * 1.2])

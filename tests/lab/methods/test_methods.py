@@ -6,7 +6,8 @@ from torch import nn
 
 import flatmin
 from flatmin.errors import InvalidArgumentError
-from flatmin.lab.methods.registry import COMPARED, HYPERPARAMETERS, METHODS, Ingredients, get_method, resolve_settings
+from flatmin.lab.methods import COMPARED, FORMER_NAMES, METHODS, Ingredients, get_method, resolve_settings
+from flatmin.lab.methods.hyperparameters import HYPERPARAMETERS
 
 
 def assemble(name, **given):
@@ -18,9 +19,22 @@ def assemble(name, **given):
 
 
 def test_the_methods_of_the_issue():
-    family = ["sam", "samon", "latesam", "aesam", "asam", "esam", "gsam", "looksam", "fsam", "msam", "s2sam"]
-    assert list(METHODS) == ["base", "smoothing", *family, "saf", "mesa", "ols", "squeeze", "ema", "sema", "lawa"]
-    assert list(COMPARED) == ["base", "smoothing", "sam", "saf", "mesa"]
+    family = [
+        "sam",
+        "sam_on",
+        "late_sam",
+        "ae_sam",
+        "asam",
+        "esam",
+        "gsam",
+        "look_sam",
+        "friendly_sam",
+        "msam",
+        "s2sam",
+    ]
+    others = ["saf", "mesa", "online_label_smoothing", "logit_squeezing", "ema", "switch_ema", "lawa"]
+    assert list(METHODS) == ["base", "smoothing", *family, *others]
+    assert list(COMPARED) == ["base", "smoothing", "logit_squeezing", "sam", "saf", "mesa"]
 
 
 def test_every_default_has_an_option_and_every_option_a_method():
@@ -32,6 +46,13 @@ def test_every_default_has_an_option_and_every_option_a_method():
 def test_an_unknown_method_gets_the_nearest(name, near):
     with pytest.raises(InvalidArgumentError, match=f"unknown method '{name}', did you mean.* {near}"):
         get_method(name)
+
+
+@pytest.mark.parametrize(("former", "name"), FORMER_NAMES.items())
+def test_a_former_name_says_what_it_is_now(former, name):
+    with pytest.raises(InvalidArgumentError, match=f"^unknown method '{former}'; it is now {name}$"):
+        get_method(former)
+    assert get_method(name).name == name
 
 
 def test_an_unknown_hyperparameter_gets_the_nearest():
@@ -128,11 +149,11 @@ def test_a_when_that_cannot_be_read_is_explained(text, message):
 
 
 def test_looksam_has_its_k_unless_when_says_otherwise():
-    method = METHODS["looksam"]
+    method = METHODS["look_sam"]
     pays = [method.pays(step, resolve_settings(method, {"k": 3}, epochs=1), 6) for step in range(6)]
     assert pays == [True, False, False, True, False, False]
     for text, when in (("late:0.1", flatmin.optim.Late(0.1, 50)), ("always", flatmin.optim.Every(1))):
-        assert assemble("looksam", when=text)[2].optimizer._when == when
+        assert assemble("look_sam", when=text)[2].optimizer._when == when
 
 
 def test_averages_follow_the_base_optimizer():
@@ -141,8 +162,8 @@ def test_averages_follow_the_base_optimizer():
     model(torch.ones(2, 4)).sum().backward()
     base.step()
     torch.testing.assert_close(method.average.average.module.weight, (before + model.weight) / 2)
-    assert assemble("sema", decay=0.5)[2].average.decay == 0.5
-    assert assemble("sema")[2].average.decay == 1 - 1 / 5
+    assert assemble("switch_ema", decay=0.5)[2].average.decay == 0.5
+    assert assemble("switch_ema")[2].average.decay == 1 - 1 / 5
     assert assemble("lawa", k=3)[2].average.k == 3
 
 
@@ -150,7 +171,7 @@ def test_squeezing_is_label_smoothing_at_temperature_1_and_the_variance_of_the_l
     logits, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
 
     def penalty(temperature):
-        return assemble("squeeze", coefficient=1.0, temperature=temperature)[2].penalty(logits, y, y, None)
+        return assemble("logit_squeezing", coefficient=1.0, temperature=temperature)[2].penalty(logits, y, y, None)
 
     # CE(uniform) is KL(uniform || softmax) and the entropy of the uniform distribution
     uniform = nn.functional.cross_entropy(logits, torch.full((6, 3), 1 / 3, dtype=torch.float64))

@@ -16,7 +16,7 @@ import torch
 
 from flatmin._files import locked
 from flatmin.errors import DataError, ExperimentError, FlatminWarning, OutputError
-from flatmin.lab.methods.registry import METHODS
+from flatmin.lab.methods import METHODS
 from flatmin.lab.runs import checkpoint as checkpoint_module
 from flatmin.lab.runs import keeper as keeper_module
 from flatmin.lab.runs import resume as resume_module

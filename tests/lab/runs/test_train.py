@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flatmin.errors import ExperimentError
-from flatmin.lab.methods.registry import METHODS
+from flatmin.lab.methods import METHODS
 from flatmin.lab.recipe import Run
 from flatmin.lab.runs import train as train_module
 from flatmin.lab.runs.checkpoint import load_checkpoint

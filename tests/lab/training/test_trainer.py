@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from flatmin.errors import DataError, InvalidArgumentError
 from flatmin.indices import with_indices
-from flatmin.lab.methods.registry import METHODS
+from flatmin.lab.methods import METHODS
 from flatmin.lab.problems.load import load_problem
 from flatmin.lab.runs.checkpoint import load_checkpoint, save_checkpoint
 from flatmin.lab.training.device import resolve_device
@@ -108,7 +108,7 @@ class TestMetrics:
         trainer = make_trainer("sam", settings={"when": when}, epochs=2)
         assert trainer.train_epoch()["closure_calls"] == pytest.approx(calls)
 
-    @pytest.mark.parametrize("method", ["ema", "sema", "lawa"])
+    @pytest.mark.parametrize("method", ["ema", "switch_ema", "lawa"])
     def test_an_average_is_evaluated_in_place_of_the_network(self, make_trainer, method):
         trainer = make_trainer(method)
         trainer.train_epoch()
@@ -118,7 +118,7 @@ class TestMetrics:
             logits = trainer.average(x)
             plain = trainer.model.eval()(x)
         assert metrics["test_loss"] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-5)
-        assert torch.equal(logits, plain) == (method == "sema")
+        assert torch.equal(logits, plain) == (method == "switch_ema")
 
     @pytest.mark.parametrize("method", ["base", "smoothing", "sam"])
     def test_without_a_trajectory_loss_both_losses_are_one(self, make_trainer, method):

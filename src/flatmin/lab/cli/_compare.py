@@ -9,7 +9,7 @@ from ...errors import InvalidArgumentError
 from ..comparison.compare import Comparison
 from ..comparison.outcome import make_rows
 from ..comparison.select import select as select_rows
-from ..methods.registry import COMPARED
+from ..methods import COMPARED
 from ..problems.load import has_criterion
 from ..recipe import Recipe
 from ..runs.record import run_folder

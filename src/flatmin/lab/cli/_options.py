@@ -3,21 +3,26 @@
 import dataclasses
 import inspect
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from ...errors import InvalidArgumentError
-from ..methods.registry import HYPERPARAMETERS, get_method, resolve_settings
+from ..methods import METHODS
+from ..methods import parse_settings as parse_settings
+from ..methods.hyperparameters import HYPERPARAMETERS, option_help
+from ..problems.load import import_experiment
 from ..recipe import Recipe, Run
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command an option for each field of the recipe, which it receives as one ``recipe``.
 
-    A parameter ``settings`` likewise becomes an option for each hyperparameter of the methods.
+    A parameter ``settings`` becomes an option for each hyperparameter of flatmin's own methods; those of methods that
+    an experiment file registers are given by ``--set``. The file is run before the command is called, so that they are
+    known; where a run is resumed, that run names its own.
     """
     own = inspect.signature(command).parameters
     hints = get_type_hints(Recipe)
@@ -27,15 +32,19 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         option = typer.Argument(help=text) if field.name == "experiment" else typer.Option(help=text)
         recipe.append(_parameter(field.name, Annotated[hints[field.name], option], field.default))
     if "settings" in own:
-        for name, (kind, text) in HYPERPARAMETERS.items():
-            settings.append(_parameter(name, Annotated[kind | None, typer.Option(help=text)], None))
+        for name, (kind, _) in HYPERPARAMETERS.items():
+            option = typer.Option(help=option_help(name, METHODS.values()))
+            settings.append(_parameter(name, Annotated[kind | None, option], None))
 
     def wrapper(**values: Any) -> None:
         arguments = {name: values[name] for name in own if name in values}
         if "settings" in own:
             given = {parameter.name: values[parameter.name] for parameter in settings}
             arguments["settings"] = {name: value for name, value in given.items() if value is not None}
-        command(recipe=Recipe(**{parameter.name: values[parameter.name] for parameter in recipe}), **arguments)
+        made = Recipe(**{parameter.name: values[parameter.name] for parameter in recipe})
+        if values.get("resume") is None:
+            import_experiment(made)
+        command(recipe=made, **arguments)
 
     rest = [parameter for name, parameter in own.items() if name not in ("recipe", "settings")]
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*rest, *settings, *recipe)]
@@ -79,29 +88,3 @@ def check_resumed(run: Run, folder: Path, given: dict[str, Any]) -> None:
             f"{folder} continues with its own options, from which these differ: {', '.join(differ)}; leave them out, "
             "or start a new run; only --device, --workers and --checkpoint-minutes may be others beside --resume"
         )
-
-
-def parse_settings(texts: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """Reads the values of ``--set``: for a method, for a hyperparameter, the values to try.
-
-    Raises:
-        InvalidArgumentError: If one cannot be read, or names what there is not.
-    """
-    settings: dict[str, dict[str, list[Any]]] = {}
-    for text in texts:
-        name, equals, values = text.partition("=")
-        method, dot, hyperparameter = name.partition(".")
-        if not (equals and dot and values):
-            raise InvalidArgumentError(f"--set {text!r} must look like saf.coefficient=0.8 or saf.coefficient=0.3,0.8")
-        if hyperparameter not in get_method(method).defaults:
-            resolve_settings(get_method(method), {hyperparameter: 0}, epochs=1)  # says what there is
-        kind = HYPERPARAMETERS[hyperparameter][0]
-        for value in values.split(","):
-            try:
-                settings.setdefault(method, {}).setdefault(hyperparameter, []).append(kind(value))
-            except ValueError:
-                wanted = "an integer" if kind is int else "a number"
-                raise InvalidArgumentError(
-                    f"--set {text!r}: {hyperparameter} must be {wanted}, got {value!r}"
-                ) from None
-    return settings

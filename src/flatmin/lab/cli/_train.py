@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ... import _distributed
-from ..methods.registry import METHODS, get_method, resolve_settings
+from ...errors import InvalidArgumentError
+from ..methods import METHODS, get_method, parse_own_settings, resolve_settings
 from ..recipe import Recipe, Run
 from ..runs.record import LAST, METRICS, run_folder
 from ..runs.resume import find_run, read_run
@@ -22,6 +23,7 @@ from ._shared import Interrupted, app, warn_if_idle
 from ._terminal import out_console
 
 _METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
+_METHOD_HELP = f"{_METHOD_HELP}; or one that EXPERIMENT registers.".replace("`", "")
 
 
 @app.command()
@@ -31,6 +33,15 @@ def train(
     recipe: Recipe,
     settings: dict[str, Any],
     method: Annotated[str, typer.Option(help=_METHOD_HELP)] = "saf",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A hyperparameter of the method, the only way for those of a method that EXPERIMENT registers. May be "
+            "repeated.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws split, initial weights, order and augmentation.", min=0)] = 0,
     out: Annotated[str | None, typer.Option(help="Folder of the run.  [default: a new one under runs/]")] = None,
     resume: Annotated[
@@ -51,11 +62,15 @@ def train(
     if resume is not None:
         _resume(Path(resume), given_options(context), checkpoint_minutes)
         return
-    run = Run(recipe, method, resolve_settings(get_method(method), settings, epochs=recipe.epochs), seed)
+    card = get_method(method)
+    own = parse_own_settings(card, set_ or [])
+    for name in own.keys() & settings.keys():
+        raise InvalidArgumentError(f"{name} is given twice, by --set and by --{name.replace('_', '-')}: give it once")
+    run = Run(recipe, method, resolve_settings(card, {**settings, **own}, epochs=recipe.epochs), seed)
     with torchrun.joined(recipe.device):
         # The folder is the first rank's, who alone makes it and writes into it.
-        own = run_folder(out, f"{method}-seed{seed}") if torchrun.rank() == 0 else nullcontext(Path())
-        with own as made:
+        new = run_folder(out, f"{method}-seed{seed}") if torchrun.rank() == 0 else nullcontext(Path())
+        with new as made:
             folder = Path(_distributed.from_first(str(made)))  # of which the others only speak
             warn_if_idle(method, run.settings, recipe.epochs)
             with _interruptible(run, folder):
@@ -68,8 +83,9 @@ def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float) -> Non
     folder, checkpoint = find_run(path)
     run = read_run(folder)
     place = {name: given.pop(name) for name in ("device", "workers") if name in given}
+    own = parse_own_settings(get_method(run.method), given.pop("set_", None) or [])
     given = {name: value for name, value in given.items() if name not in ("resume", "checkpoint_minutes")}
-    check_resumed(run, folder, given)
+    check_resumed(run, folder, {**given, **own})
     run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **place))
     shown: list[dict[str, float]] = []
     show = _show(run.recipe.epochs)

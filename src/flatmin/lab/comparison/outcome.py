@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...errors import InvalidArgumentError
-from ..methods.registry import get_method, resolve_settings
+from ..methods import get_method, resolve_settings
 from ..recipe import Recipe
 from .stats import holm, interval, paired_p_value
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.registry import get_method
+from ..methods import get_method
 from ..training.trainer import Trainer
 from .outcome import Row
 
@@ -70,9 +70,10 @@ def measure_rows(
 
 def _kinds(row: Row) -> list[Mapping[str, Any]]:
     """Settings whose steps all cost the same: those of the row, or with a second pass in each and in none."""
-    if row.settings.get("when", "always") == "always":
+    method = get_method(row.method)
+    if method.closure_calls == 1 or row.settings.get("when", "always") == "always":
         return [row.settings]
-    get_method(row.method).pays(0, row.settings, 1)  # says what is wrong with it
+    method.pays(0, row.settings, 1)  # says what is wrong with it
     return [{**row.settings, "when": "always"}, {**row.settings, "when": f"every:{NEVER}"}]
 
 

@@ -1,15 +1,33 @@
-"""What a training method is to the engine."""
+"""What a training method is made from, and what the training loop gets of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ...averages import WeightAverage
-from ...losses import MESA, SAF, OnlineLabelSmoothing
+
+
+class Trajectory(Protocol):
+    """A module that is told which epoch begins, such as SAF; ``state_dict`` has all that a resumed run needs."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch begins, from 0."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of ``torch.nn.Module``."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """As of ``torch.nn.Module``."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of ``torch.nn.Module``."""
+
+    def buffers(self) -> Iterator[Tensor]:
+        """As of ``torch.nn.Module``."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +35,12 @@ class Ingredients:
     """What a method is put together from.
 
     Attributes:
+        model: The network, on its device; under ``DistributedDataParallel`` wrapped in it.
+        optimizer: The base optimizer.
+        num_samples: Samples of the training set; their indices run from 0.
+        num_classes: Classes.
+        steps_per_epoch: Steps of an epoch.
+        epochs: Length of the run.
         scaler: Scales the loss where it trains in float16; one that does nothing elsewhere.
     """
 
@@ -34,7 +58,8 @@ class Assembled:
     """A method, ready for the loop: what makes the step, and what is added to the criterion.
 
     Attributes:
-        optimizer: Called as ``optimizer.step(closure)``.
+        optimizer: Called as ``optimizer.step(closure)``: the base optimizer, a `flatmin.optim.SharpnessAware`, or
+            another around the base one that shares its ``param_groups`` and ``state``.
         trajectory: The module with ``set_epoch`` and state, or None.
         penalty: Called as ``penalty(logits, y, index, inputs)`` in the closure, or None.
         average: What is evaluated in place of the network, or None. Attached to the optimizer already.
@@ -43,31 +68,8 @@ class Assembled:
     """
 
     optimizer: Optimizer
-    trajectory: SAF | MESA | OnlineLabelSmoothing | None = None
+    trajectory: Trajectory | None = None
     penalty: Callable[[Tensor, Tensor, Tensor, Any], Tensor] | None = None
     extra_bytes: int = 0
     average: WeightAverage | None = None
     chooses: bool = False
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to train: its name, its hyperparameters with their defaults, and how to put it together.
-
-    Attributes:
-        closure_calls: How often a step that pays calls the closure; the others call it once.
-        pays: Whether step number ``step``, from 0, of ``steps`` pays, by ``(step, settings, steps)``; None where only
-            the gradients tell. All do if it is not given.
-    """
-
-    name: str
-    summary: str
-    defaults: Mapping[str, float | str | None]
-    assemble: Callable[[Ingredients, Mapping[str, Any]], Assembled]
-    closure_calls: int = 1
-    pays: Callable[[int, Mapping[str, Any], int], bool | None] = lambda step, settings, steps: True
-
-    def calls(self, step: int, settings: Mapping[str, Any], steps: int) -> int | None:
-        """How often step number ``step`` of ``steps`` calls the closure; None where only the gradients tell."""
-        pays = self.pays(step, settings, steps)
-        return None if pays is None else self.closure_calls if pays else 1

@@ -1,233 +1,162 @@
-"""The registry: each training method by name, and how it is put together."""
+"""The registry: every method by name, those of flatmin and those registered from outside."""
 
+import functools
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import CodeType, FunctionType, MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from ..._checks import check_choice, check_number, nearest
-from ...averages import EMA, LAWA, SwitchEMA, WeightAverage, ema_decay
+from ..._checks import check_choice, nearest
 from ...errors import InvalidArgumentError
-from ...losses import MESA, SAF, OnlineLabelSmoothing, trajectory_loss
-from .method import Assembled, Ingredients, Method
-from .sam_family import FAMILY
+from . import averages, losses, plain, sam_family
+from .card import Card, Hyperparameter
 
-# A moving average looks back over this share of the run where nothing else is said: 12 of 60 epochs. The paper's .9998
-# is 5,000 steps, or 18 % of its 90 epochs of ImageNet.
-EMA_SHARE = 0.2
+# Names that methods once had, under which committed results have them.
+FORMER_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "samon": "sam_on",
+        "latesam": "late_sam",
+        "aesam": "ae_sam",
+        "looksam": "look_sam",
+        "fsam": "friendly_sam",
+        "ols": "online_label_smoothing",
+        "squeeze": "logit_squeezing",
+        "sema": "switch_ema",
+    }
+)
 
-# Those that are compared where no others are named: each of the paper, and what costs nothing.
-COMPARED = ("base", "smoothing", "sam", "saf", "mesa")
-
-HYPERPARAMETERS: dict[str, tuple[type, str]] = {
-    "smoothing": (
-        float,
-        "Label smoothing of the criterion (every method; 0.1 for the method smoothing, else 0).",
-    ),
-    "rho": (float, "The SAM family: length of the perturbation; gsam: at the highest learning rate."),
-    "rho_min": (float, "gsam: rho at a learning rate of 0."),
-    "subset": (str, "The SAM family: which parameters are perturbed: all | norm (normalisation layers only)."),
-    "when": (
-        str,
-        "The SAM family: which steps pay for a second pass: always | every:K | late:SHARE | sometimes:PROBABILITY | "
-        "adaptive.",
-    ),
-    "norm": (
-        str,
-        "sam, asam, esam: on several processes, along whose gradient to perturb: rank (each its own) | global.",
-    ),
-    "eta": (float, "asam: added to each weight's size."),
-    "beta": (float, "esam: probability with which a tensor is perturbed."),
-    "gamma": (float, "esam: share of the samples in the second pass."),
-    "alpha": (float, "gsam: weight of the part that is removed; looksam: of the part that is reused."),
-    "k": (int, "looksam: steps from one second pass to the next; lawa: epochs whose ends are averaged."),
-    "sigma": (float, "fsam: share of the gradients' moving mean that is taken off."),
-    "lam": (float, "fsam: momentum of that mean."),
-    "coefficient": (float, "saf, mesa, squeeze: weight of the trajectory loss; ols: of the soft labels."),
-    "temperature": (float, "saf, mesa, squeeze: temperature of the trajectory loss."),
-    "start_epoch": (int, "saf, mesa: first epoch, from 0, with the trajectory loss."),
-    "lag": (int, "saf: epochs between an output and the one it is compared with."),
-    "history": (str, "saf: what it remembers: dense | half | int8 | int6 | int4 | topk | lowrank | mean | auto."),
-    "mean_momentum": (float, "saf: momentum of the running mean of outputs that takes the place of the lag."),
-    "ema_epochs": (
-        float,
-        "mesa, ema, sema: horizon of the average in epochs; 1 for sema, a fifth of the run, at least 2, for the others "
-        "where not given.",
-    ),
-    "decay": (float, "mesa, ema, sema: decay of the average, in place of ema_epochs."),
-    "fraction": (float, "mesa: share of each batch on which the average is run."),
-    "interval": (int, "mesa: the average is run in every interval-th step; the loss is 0 in the others."),
+_methods: dict[str, Card] = {
+    card.name: card for card in (*plain.CARDS, *sam_family.CARDS, *losses.CARDS, *averages.CARDS)
 }
 
+# What `register` puts in is seen here.
+METHODS: Mapping[str, Card] = MappingProxyType(_methods)
 
-def _base(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    return Assembled(given.optimizer)
-
-
-def _saf(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    names = ("coefficient", "temperature", "lag", "start_epoch", "history")
-    options = {name: settings[name] for name in names}
-    if settings["mean_momentum"] is not None or settings["history"] == "mean":
-        options["lag"] = None  # there is but one slot
-    saf = SAF(given.num_samples, given.num_classes, momentum=settings["mean_momentum"], **options)
-    saf.to(next(given.model.parameters()).device)
-    return Assembled(given.optimizer, saf, lambda logits, y, index, inputs: saf(logits, index), saf.history.nbytes)
+# Those that are compared where no others are named: what costs nothing, and each of the paper.
+COMPARED = ("base", "smoothing", "logit_squeezing", "sam", "saf", "mesa")
 
 
-def _mesa(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    names = ("coefficient", "temperature", "start_epoch", "fraction", "interval")
-    mesa = MESA(given.model, decay=_decay(given, settings), **{name: settings[name] for name in names})
-    mesa.attach(given.optimizer)
-    return Assembled(given.optimizer, mesa, lambda logits, y, index, inputs: mesa(logits, inputs), _size(mesa.average))
+@dataclass(frozen=True)
+class _Origin:
+    """Where a method was registered: the namespace of the module, and the line."""
+
+    namespace: dict[str, Any]
+    line: int
+
+    def superseded(self) -> bool:
+        """Whether the module has been executed anew since, as an experiment file is by each load, or is gone."""
+        module = sys.modules.get(self.namespace["__name__"])
+        return module is None or vars(module) is not self.namespace
+
+    def __str__(self) -> str:
+        return f"{self.namespace.get('__file__', self.namespace['__name__'])}:{self.line}"
 
 
-def _ols(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    smoothing = OnlineLabelSmoothing(given.num_classes, coefficient=settings["coefficient"])
-    smoothing.to(next(given.model.parameters()).device)
-    return Assembled(
-        given.optimizer, smoothing, lambda logits, y, index, inputs: smoothing(logits, y), _size(smoothing)
-    )
+# What is compared by value; everything else that a card holds on to, by identity.
+_PLAIN = (str, bytes, int, float, type(None), CodeType)
+
+_origins: dict[str, _Origin] = {}
 
 
-def _squeeze(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    coefficient = check_number("coefficient", settings["coefficient"], least=0)
-    temperature = check_number("temperature", settings["temperature"], above=0)
+def register(card: Card) -> None:
+    """Adds a method, which then takes part in everything as flatmin's own do, under its name.
 
-    def penalty(logits: Tensor, y: Tensor, index: Tensor, inputs: Any) -> Tensor:
-        return coefficient * trajectory_loss(logits, torch.zeros_like(logits), temperature=temperature)
+    Call it at the top level of an experiment file: the command runs that file before it reads which methods are meant,
+    and so does each process that trains. The same card may be registered again, since an experiment file is run several
+    times: the last one counts. Same is what has the same fields, functions being compared by their code; and whatever
+    a file registers when it is run anew, takes the place of what it registered before.
 
-    return Assembled(given.optimizer, penalty=penalty)
-
-
-def _ema(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    return _averaged(given, EMA(given.model, decay=_decay(given, settings)))
-
-
-def _sema(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    return _averaged(given, SwitchEMA(given.model, decay=_decay(given, settings), start_epoch=settings["start_epoch"]))
-
-
-def _lawa(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    return _averaged(given, LAWA(given.model, k=settings["k"]))
-
-
-def _averaged(given: Ingredients, average: WeightAverage) -> Assembled:
-    average.attach(given.optimizer)
-    return Assembled(given.optimizer, average=average, extra_bytes=_size(average))
-
-
-def _decay(given: Ingredients, settings: Mapping[str, Any]) -> float:
-    decay: float | None = settings["decay"]
-    return ema_decay(settings["ema_epochs"], given.steps_per_epoch) if decay is None else decay
-
-
-def _size(module: nn.Module) -> int:
-    """Bytes of a module's tensors, those of its extra state aside."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("base", "the plain optimizer", {"smoothing": 0.0}, _base),
-        Method("smoothing", "the plain optimizer with label smoothing", {"smoothing": 0.1}, _base),
-        *FAMILY,
-        Method(
-            "saf",
-            "against the network's outputs some epochs ago",
-            {
-                "coefficient": 0.3,
-                "temperature": 5.0,
-                "lag": 3,
-                "start_epoch": 5,
-                "history": "dense",
-                "mean_momentum": None,
-                "smoothing": 0.0,
-            },
-            _saf,
-        ),
-        Method(
-            "mesa",
-            "against the network's moving average",
-            {
-                "coefficient": 0.8,
-                "temperature": 5.0,
-                "ema_epochs": None,
-                "decay": None,
-                "start_epoch": 5,
-                "fraction": 1.0,
-                "interval": 1,
-                "smoothing": 0.0,
-            },
-            _mesa,
-        ),
-        Method(
-            "ols",
-            "online label smoothing: soft labels from what the network said of each class",
-            {"coefficient": 0.5, "smoothing": 0.0},
-            _ols,
-        ),
-        Method(
-            "squeeze",
-            "SAF's loss with a uniform target: label smoothing at a temperature",
-            {"coefficient": 0.8, "temperature": 5.0, "smoothing": 0.0},
-            _squeeze,
-        ),
-        Method(
-            "ema",
-            "the plain optimizer, whose moving average is evaluated",
-            {"ema_epochs": None, "decay": None, "smoothing": 0.0},
-            _ema,
-        ),
-        Method(
-            "sema",
-            "Switch EMA: each epoch goes on from the moving average",
-            {"ema_epochs": 1.0, "decay": None, "start_epoch": 0, "smoothing": 0.0},
-            _sema,
-        ),
-        Method(
-            "lawa",
-            "the plain optimizer, whose last k epochs' ends are averaged",
-            {"k": 6, "smoothing": 0.0},
-            _lawa,
-        ),
-    )
-}
-
-
-def get_method(name: str) -> Method:
-    """Returns a method of the registry.
+    Args:
+        card: The method.
 
     Raises:
-        InvalidArgumentError: If there is none of that name; the message names the nearest.
+        InvalidArgumentError: (a ValueError) if another method has the name, or once had it.
+
+    Example:
+        >>> register(METHODS["sam"])
+        >>> register(Card("sam", "mine", {}, METHODS["base"].assemble))
+        Traceback (most recent call last):
+            ...
+        flatmin.errors.InvalidArgumentError: there is another method 'sam' already, flatmin's own; ...
     """
-    return METHODS[check_choice("method", name, tuple(METHODS))]
+    if card.name in FORMER_NAMES:
+        raise InvalidArgumentError(
+            f"{card.name!r} was the name of {FORMER_NAMES[card.name]}, under which old results have it; take another"
+        )
+    caller = sys._getframe(1)
+    known, origin = _methods.get(card.name), _origins.get(card.name)
+    if known is not None and known is not card and not _same(known, card) and not (origin and origin.superseded()):
+        place = "flatmin's own" if origin is None else f"registered in {origin}"
+        raise InvalidArgumentError(
+            f"there is another method {card.name!r} already, {place}; give this one a name of its own"
+        )
+    if known is None or origin is not None:
+        _methods[card.name] = card
+        _origins[card.name] = _Origin(caller.f_globals, caller.f_lineno)
 
 
-def resolve_settings(method: Method, given: Mapping[str, Any], *, epochs: int) -> dict[str, Any]:
+def _same(one: Card, other: Card) -> bool:
+    return all(_essence(getattr(one, each.name)) == _essence(getattr(other, each.name)) for each in fields(Card))
+
+
+def _essence(value: Any) -> Any:
+    """What stays equal when the file that made a value is run again, or a copy of it: of a function, its code."""
+    if isinstance(value, functools.partial):
+        return "partial", _essence(value.func), _essence(value.args), _essence(value.keywords)
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        # A function among what it closes over may close over this one again: of those only the code is compared.
+        inner = [cell.__code__ if isinstance(cell, FunctionType) else _essence(cell) for cell in cells]
+        return value.__qualname__, value.__code__, _essence((value.__defaults__, value.__kwdefaults__)), inner
+    if isinstance(value, type):
+        return "type", value.__qualname__
+    if isinstance(value, Hyperparameter):
+        return value.default, value.kind, value.help
+    if isinstance(value, Mapping):
+        return {key: _essence(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_essence(item) for item in value]
+    return value if isinstance(value, _PLAIN) else id(value)
+
+
+def get_method(name: str) -> Card:
+    """Returns the card of a method.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if there is none of that name; the message names the nearest, or what it is
+            called now.
+
+    Example:
+        >>> get_method("saf").defaults["lag"]
+        3
+    """
+    if name not in _methods and name in FORMER_NAMES:
+        raise InvalidArgumentError(f"unknown method {name!r}; it is now {FORMER_NAMES[name]}")
+    return _methods[check_choice("method", name, tuple(_methods))]
+
+
+def resolve_settings(method: Card, given: Mapping[str, Any], *, epochs: int) -> dict[str, Any]:
     """Fills in a method's defaults.
 
     Args:
         method: The method.
         given: Hyperparameters that differ from its defaults.
-        epochs: Length of the run, to which the horizon of an average is tied where neither it nor a decay is given.
+        epochs: Length of the run, to which some defaults are tied.
 
     Raises:
-        InvalidArgumentError: If a name is none of the method's hyperparameters, or two exclude each other.
+        InvalidArgumentError: (a ValueError) if a name is none of the method's hyperparameters, or two exclude each
+            other.
+
+    Example:
+        >>> resolve_settings(METHODS["ema"], {}, epochs=60)["ema_epochs"]
+        12.0
     """
+    defaults = method.defaults
     for name in given:
-        if name not in method.defaults:
+        if name not in defaults:
             raise InvalidArgumentError(
-                f"{method.name} has no hyperparameter {name!r}{nearest(name, tuple(method.defaults))}; "
-                f"it has {', '.join(method.defaults)}"
+                f"{method.name} has no hyperparameter {name!r}{nearest(name, tuple(defaults))}; "
+                f"it has {', '.join(defaults)}"
             )
-    settings: dict[str, Any] = {**method.defaults, **given}
-    if "ema_epochs" in settings:
-        if settings["decay"] is not None and given.get("ema_epochs") is None:
-            settings["ema_epochs"] = None
-        if settings["ema_epochs"] is not None and settings["decay"] is not None:
-            raise InvalidArgumentError("ema_epochs and decay exclude each other: give one of them")
-        if settings["ema_epochs"] is None and settings["decay"] is None:
-            settings["ema_epochs"] = max(EMA_SHARE * epochs, 2.0)  # an epoch may be a single step
-    return settings
+    return method.complete({**defaults, **given}, given, epochs)

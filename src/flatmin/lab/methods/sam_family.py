@@ -1,6 +1,6 @@
-"""The rows of the registry that wrap the optimizer."""
+"""The cards of the methods that wrap the optimizer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -25,9 +25,10 @@ from ...optim import (
     Sometimes,
     normalization_parameters,
 )
-from .method import Assembled, Ingredients, Method
+from .card import Card, Settings
+from .hyperparameters import taken
+from .method import Assembled, Ingredients
 
-Settings = Mapping[str, Any]
 When = Callable[[int], bool] | Adaptive | None
 
 
@@ -77,49 +78,66 @@ def _pays(own: Callable[[Settings], str]) -> Callable[[int, Settings, int], bool
     return pays
 
 
-def _row(
+def _card(
     name: str,
     summary: str,
-    defaults: Mapping[str, float | str | None],
-    make: Callable[..., SharpnessAware],
+    source: type[SharpnessAware],
+    own: Iterable[str] = (),
     *,
-    passes: int = 2,
-    own: Callable[[Settings], str] = lambda settings: "always",
+    make: Callable[..., SharpnessAware] | None = None,
+    closure_calls: int = 2,
     moved: int = 1,
     whole: int = 0,
     subset: str = "all",
     when: str | None = "always",
-) -> Method:
-    """A method whose optimizer takes its hyperparameters by name.
+    own_when: Callable[[Settings], str] = lambda settings: "always",
+    stated: Settings | None = None,
+    **facts: Any,
+) -> Card:
+    """The card of a method whose optimizer takes its hyperparameters by name.
 
     Args:
         name: Its name.
         summary: A line on it.
-        defaults: Its hyperparameters but for those of all of the family.
-        make: Makes the optimizer.
-        passes: How often a step that pays calls the closure; 1 for a method of one pass, which has no ``when``.
-        own: Which steps pay where its ``when`` is None.
+        source: The optimizer's class.
+        own: Its hyperparameters beside rho, with the defaults of the class.
+        make: Makes the optimizer, if not the class alone.
+        closure_calls: How often a step with a second pass calls the closure; 1 for a method of one pass.
         moved: Tensors that it has for each perturbed one during a pass.
         whole: Tensors that it has for each parameter during a pass.
         subset: Which parameters it perturbs by default.
-        when: Which steps pay by default.
+        when: In which steps the second pass runs by default.
+        own_when: The same, where its ``when`` is None.
+        stated: Hyperparameters that the class has not, or whose default is another here.
+        **facts: What else stands on the card.
     """
+    hyperparameters = taken(source, *own, **(stated or {}))
+    taking = tuple(hyperparameters)
 
     def assemble(given: Ingredients, settings: Settings) -> Assembled:
         norm_layers = check_choice("subset", settings["subset"], ("all", "norm")) == "norm"
         parameters = normalization_parameters(given.model) if norm_layers else None
-        options = {option: settings[option] for option in defaults}
-        if passes > 1:
+        options = {option: settings[option] for option in taking}
+        if closure_calls > 1:
             options["when"] = parse_when(settings["when"], given.epochs * given.steps_per_epoch)
-        optimizer = make(given.optimizer, parameters=parameters, scaler=given.scaler, **options)
+        optimizer = (make or source)(given.optimizer, parameters=parameters, scaler=given.scaler, **options)
         every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         size = moved * _bytes(every if parameters is None else parameters) + whole * _bytes(every)
         return Assembled(optimizer, extra_bytes=size, chooses=isinstance(optimizer, ESAM))
 
-    shared: dict[str, float | str | None] = {"subset": subset, "smoothing": 0.0}
-    if passes == 1:
-        return Method(name, summary, {**defaults, **shared}, assemble)
-    return Method(name, summary, {**defaults, **shared, "when": when}, assemble, passes, _pays(own))
+    # The class perturbs all parameters, in all steps, and takes objects for either; here a word says it.
+    words = {"subset": subset} if closure_calls == 1 else {"subset": subset, "when": when}
+    if closure_calls > 1:
+        facts["pays"] = _pays(own_when)
+    return Card(
+        name,
+        summary,
+        {**hyperparameters, **taken(None, **words)},
+        assemble,
+        stands_for=source,
+        closure_calls=closure_calls,
+        **facts,
+    )
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -133,32 +151,138 @@ def _gsam(base: Optimizer, *, rho: float, rho_min: float, alpha: float, **more: 
     return GSAM(base, rho=RhoByLR(rho, rho_min, lr_max=lr) if rho_min != rho else rho, alpha=alpha, **more)
 
 
-_SAM: Mapping[str, float | str | None] = {"rho": 0.05, "norm": "rank"}
+_NORM = {"norm": "rank"}  # as the class has it
 
-FAMILY = (
-    _row("sam", "two passes a step", _SAM, SAM),
-    _row("samon", "SAM on normalisation layers only", {**_SAM, "rho": 0.5}, SAM, subset="norm"),
-    _row("latesam", "SAM in the last part of the run", _SAM, SAM, when="late:0.2"),
-    _row("aesam", "SAM where the gradient is large beside its past", _SAM, SAM, when="adaptive"),
-    _row("asam", "SAM relative to each weight's size", {"rho": 0.5, "eta": 0.01, "norm": "rank"}, ASAM),
-    _row(
+CARDS = (
+    _card(
+        "sam",
+        "the gradient taken `rho` up the slope",
+        SAM,
+        ("rho",),
+        stated=_NORM,
+        paper="Foret et al. 2021, arXiv 2010.01412",
+        choose="twice the time is fine; try a larger `rho` than the default",
+        memory="one copy of the weights",
+        passes="a second pass",
+    ),
+    _card(
+        "sam_on",
+        "SAM that perturbs the normalisation layers alone",
+        SAM,
+        subset="norm",
+        stated={"rho": 0.5, **_NORM},  # the least that its paper recommends; SAM's own would do nothing here
+        use="SAM(parameters=normalization_parameters(model))",
+        paper="Mueller et al. 2023, arXiv 2306.04226",
+        choose="as SAM; its paper has `rho` 0.5 to 1, our comparisons chose 1 and 2",
+        memory="one copy of those layers' weights",
+        passes="a second pass",
+    ),
+    _card(
+        "late_sam",
+        "SAM in the last fifth of the run, the plain optimizer before",
+        SAM,
+        ("rho",),
+        when="late:0.2",
+        stated=_NORM,
+        use="SAM(when=Late(0.2, steps))",
+        paper="Zhou et al. 2025, arXiv 2410.10373",
+        choose="half of SAM's gain is enough",
+        memory="one copy of the weights",
+        passes="a second pass in the last fifth of the run",
+    ),
+    _card(
+        "ae_sam",
+        "SAM in the steps whose gradient is large beside its past",
+        SAM,
+        ("rho",),
+        when="adaptive",
+        stated=_NORM,
+        use="SAM(when=Adaptive(steps))",
+        paper="Jiang et al. 2023, arXiv 2304.14647",
+        choose="part of SAM's gain is enough",
+        memory="one copy of the weights",
+        passes="a second pass in some steps",
+    ),
+    _card(
+        "asam",
+        "SAM relative to each weight's size",
+        ASAM,
+        ("rho", "eta"),
+        stated=_NORM,
+        paper="Kwon et al. 2021, arXiv 2102.11600",
+        choose="layers of very different scale",
+        memory="one copy of the weights",
+        passes="a second pass",
+    ),
+    _card(
         "esam",
         "SAM on random tensors and half of the samples",
-        {"rho": 0.05, "beta": 0.6, "gamma": 0.5, "norm": "rank"},
         ESAM,
-        passes=3,
+        ("rho", "beta", "gamma"),
+        closure_calls=3,
+        stated=_NORM,
+        paper="Du et al. 2022, arXiv 2110.03141",
+        choose="SAM's gain for large networks, a little cheaper",
+        memory="one copy of the weights",
+        passes="a forward pass, and a second pass on `gamma` of the samples",
     ),
-    _row("gsam", "SAM that closes the gap too", {"rho": 0.04, "rho_min": 0.02, "alpha": 0.01}, _gsam, whole=1),
-    _row(
-        "looksam",
-        "SAM in every k-th step, reused in the others",
-        {"rho": 0.05, "k": 5, "alpha": 0.7},
+    _card(
+        "gsam",
+        "SAM, and the gap to the loss at the weights closed",
+        GSAM,
+        ("rho", "alpha"),
+        make=_gsam,
+        whole=1,
+        stated={"rho_min": 0.02},  # the class has a constant rho; the paper's falls with the learning rate
+        use="GSAM(rho=RhoByLR(...))",
+        paper="Zhuang et al. 2022, arXiv 2203.08065",
+        choose="ViTs, as in its paper",
+        memory="two copies of the weights",
+        passes="a second pass",
+    ),
+    _card(
+        "look_sam",
+        "SAM in every `k`-th step, what it brought reused in the others",
         LookSAM,
-        own=lambda settings: f"every:{settings['k']}",
+        ("rho", "k", "alpha"),
         whole=2,
         when=None,
+        own_when=lambda settings: f"every:{settings['k']}",
+        paper="Liu et al. 2022, arXiv 2203.02714",
+        choose="large batches; tune `alpha` first, 0.7 can hurt",
+        memory="three copies of the weights",
+        passes="a second pass in every `k`-th step",
     ),
-    _row("fsam", "SAM along what is peculiar to a batch", {"rho": 0.2, "sigma": 1.0, "lam": 0.9}, FriendlySAM, moved=3),
-    _row("msam", "down the momentum, in one pass", {"rho": 3.0}, MSAM, passes=1),
-    _row("s2sam", "up the last step's gradient, in one pass", {"rho": 0.05}, S2SAM, passes=1, moved=2),
+    _card(
+        "friendly_sam",
+        "SAM along what is peculiar to the batch",
+        FriendlySAM,
+        ("rho", "sigma", "lam"),
+        moved=3,
+        paper="Li et al. 2024, arXiv 2403.12350",
+        choose="small batches",
+        memory="three copies of the weights",
+        passes="a second pass",
+    ),
+    _card(
+        "msam",
+        "the gradient taken ahead along the momentum",
+        MSAM,
+        ("rho",),
+        closure_calls=1,
+        paper="Becker et al. 2024, arXiv 2401.12033",
+        choose="no time for a second pass; tune `rho`",
+        memory="one copy of the weights",
+    ),
+    _card(
+        "s2sam",
+        "the gradient taken up the slope of the step before",
+        S2SAM,
+        ("rho",),
+        closure_calls=1,
+        moved=2,
+        paper="Ji et al. 2024, NeurIPS",
+        choose="no time for a second pass, and no momentum",
+        memory="two copies of the weights",
+    ),
 )

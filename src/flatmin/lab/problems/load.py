@@ -57,6 +57,18 @@ def _from_names(recipe: Recipe, seed: int) -> Problem:
     )
 
 
+def import_experiment(recipe: Recipe) -> None:
+    """Runs the recipe's experiment file, if it has one, so that the methods that it registers are known.
+
+    `load_problem` runs it too; this is for what comes before, such as reading which methods are meant.
+
+    Raises:
+        ExperimentError: If there is no such file, or it raises.
+    """
+    if recipe.experiment is not None:
+        _import(Path(recipe.experiment))
+
+
 def has_criterion(recipe: Recipe) -> bool:
     """Whether the recipe's experiment file brings a criterion of its own."""
     return recipe.experiment is not None and hasattr(_import(Path(recipe.experiment)), "criterion")

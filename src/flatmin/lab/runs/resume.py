@@ -13,7 +13,8 @@ import torch
 from ... import _distributed
 from ..._checks import check_integer
 from ...errors import DataError, ExperimentError, FlatminError, OutputError
-from ..methods.registry import get_method, resolve_settings
+from ..methods import get_method, resolve_settings
+from ..problems.load import import_experiment
 from ..recipe import Recipe, Run
 from ..training.progress import Progress
 from .checkpoint import STATE, load_checkpoint, settle
@@ -55,7 +56,7 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         DataError: If its configuration is not whole.
-        ExperimentError: If the experiment file has changed since.
+        ExperimentError: If the experiment file has changed since, or cannot be run.
     """
     path = folder / CONFIG
     try:
@@ -66,15 +67,16 @@ def read_run(folder: Path) -> Run:
         if "rows" in values:
             raise DataError(f"{folder} is a comparison, which cannot be continued; its runs are in {folder / 'runs'}")
         run = Run.from_json(values)
-        settings = resolve_settings(get_method(run.method), run.settings, epochs=run.recipe.epochs)
+        recipe = run.recipe
+        if recipe.experiment is not None:
+            recipe = dataclasses.replace(recipe, experiment=_experiment(folder, Path(recipe.experiment)))
+        import_experiment(recipe)  # which may have registered the method
+        settings = resolve_settings(get_method(run.method), run.settings, epochs=recipe.epochs)
         check_integer("seed", run.seed, least=0)
-    except DataError:
+    except (DataError, ExperimentError):
         raise
     except Exception as error:  # not JSON, not readable, keys or types that are not those of a run
         raise DataError(f"{path}: not the configuration of a run: {type(error).__name__}: {error!s:.200}") from error
-    recipe = run.recipe
-    if recipe.experiment is not None:
-        recipe = dataclasses.replace(recipe, experiment=_experiment(folder, Path(recipe.experiment)))
     return dataclasses.replace(run, recipe=recipe, settings=settings)
 
 

@@ -17,7 +17,7 @@ from ..._checks import check_integer
 from ...errors import DataError, InvalidArgumentError
 from ...indices import with_indices
 from ...optim import SharpnessAware
-from ..methods.registry import Ingredients, get_method
+from ..methods import Ingredients, get_method
 from ..problems.batches import RankBatches, make_loader
 from ..problems.problem import Problem, augmented, class_numbers, make_criterion
 from ..recipe import Run
@@ -85,6 +85,10 @@ class Trainer:
         )
         self.optimizer, self.trajectory, self.average = method.optimizer, method.trajectory, method.average
         self._penalty, self._chooses = method.penalty, method.chooses
+        # A registered method's own optimizer may call the closure as often as it likes; under a scaler, which steps
+        # without one, only those that know the scaler.
+        own = method.optimizer is not base and not self._scaler.is_enabled()
+        self._takes_closure = own or isinstance(method.optimizer, SharpnessAware)
         if self._chooses and problem.criterion is not None:
             raise InvalidArgumentError(
                 f"{run.method} needs each sample's loss, and the experiment file's criterion() gives their mean: leave "
@@ -194,8 +198,9 @@ class Trainer:
             losses.append((mean, mean))
             return each if weight == 1 else each * weight
 
-        if isinstance(self.optimizer, SharpnessAware):
-            self.optimizer.step(choosing if self._chooses else closure)
+        if self._takes_closure:
+            optimizer: Any = self.optimizer  # one that chooses samples takes another closure than torch's
+            optimizer.step(choosing if self._chooses else closure)
         else:  # which a scaler steps without a closure
             closure()
             self._scaler.step(self.optimizer)
