@@ -21,9 +21,11 @@ from flatmin.lab.comparison.compare import Comparison
 from flatmin.lab.comparison.outcome import make_rows
 from flatmin.lab.comparison.stats import interval
 from flatmin.lab.recipe import Recipe
+from flatmin.lab.runs.measure import NOTE, measures
 from flatmin.lab.runs.record import LAST, command_line, environment, write_json
 from flatmin.lab.runs.saved import open_saved
-from flatmin.lab.training.measure import NOTE, fixed_batches, measures
+from flatmin.lab.training.logged_sharpness import fixed_batches
+from flatmin.sharpness import Objective
 
 METHODS = "base,smoothing,sam,saf,mesa"
 PROBLEMS: dict[str, dict[str, Any]] = {
@@ -35,11 +37,11 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 def measure(folder: Path, samples: int, rho: float) -> tuple[str, int, dict[str, float]]:
     """Returns the label of a run's row, its seed, and its numbers by name."""
     saved = open_saved(folder)
-    batches = fixed_batches(saved.problem, samples, 0, saved.device)
-    found = measures(saved.model, saved.loss_fn, batches, rho=rho, trace=True)
+    objective = Objective(saved.model, saved.loss_fn, fixed_batches(saved.problem, samples, 0, saved.device))
+    found = measures(objective, rho=rho, trace=True)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    numbers = {f"{entry['name']} {entry['logits']}": entry["value"] for entry in found["measures"]}
-    numbers |= {"test_accuracy": 100 * last["test_accuracy"], "train_loss": found["loss"]}
+    numbers = {f"{entry.name} {entry.logits}": entry.value for entry in found.measures}
+    numbers |= {"test_accuracy": 100 * last["test_accuracy"], "train_loss": found.loss}
     return folder.name.rpartition("-seed")[0], saved.run.seed, numbers
 
 

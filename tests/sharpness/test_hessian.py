@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from flatmin.errors import FlatminError, MissingDependencyError
 from flatmin.lab.problems.models import create_model
-from flatmin.sharpness import hessian_eigenvalues, hessian_trace, spectral_density
+from flatmin.sharpness import Objective, hessian_eigenvalues, hessian_trace, spectral_density
 from flatmin.sharpness._density import lanczos
 
 
@@ -29,7 +29,7 @@ def hessian(network, whole):
 
 
 def test_eigenvalues_are_those_of_the_full_hessian(network, batches, hessian):
-    found = hessian_eigenvalues(network, F.cross_entropy, batches, k=5, tolerance=1e-10)
+    found = hessian_eigenvalues(Objective(network, F.cross_entropy, batches), k=5, tolerance=1e-10)
     wanted = torch.linalg.eigvalsh(hessian).flip(0)[:5]
     assert found.eigenvalues == pytest.approx(wanted.tolist(), rel=1e-8)
     assert found.value == found.eigenvalues[0]
@@ -38,12 +38,12 @@ def test_eigenvalues_are_those_of_the_full_hessian(network, batches, hessian):
 
 def test_all_but_one_eigenvalue_can_be_had(network, batches, hessian):
     k = len(hessian) - 1
-    found = hessian_eigenvalues(network, F.cross_entropy, batches, k=k, tolerance=1e-10)
+    found = hessian_eigenvalues(Objective(network, F.cross_entropy, batches), k=k, tolerance=1e-10)
     assert found.eigenvalues == pytest.approx(torch.linalg.eigvalsh(hessian).flip(0)[:k].tolist(), abs=1e-8)
 
 
 def test_the_trace_is_within_its_error(network, batches, hessian):
-    found = hessian_trace(network, F.cross_entropy, batches, probes=400)
+    found = hessian_trace(Objective(network, F.cross_entropy, batches), probes=400)
     wanted = float(hessian.trace())
     assert found.value == pytest.approx(wanted, abs=4 * found.standard_error)
     # Hutchinson's variance with signs: twice the squares off the diagonal.
@@ -54,7 +54,7 @@ def test_the_trace_is_within_its_error(network, batches, hessian):
 def test_the_trace_of_a_diagonal_hessian_is_exact():
     model = torch.nn.Linear(3, 1, bias=False).double()
     batches = [(torch.eye(3, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64))]
-    found = hessian_trace(model, F.mse_loss, batches, probes=2)
+    found = hessian_trace(Objective(model, F.mse_loss, batches), probes=2)
     assert found.value == pytest.approx(2.0, rel=1e-12)
     assert found.standard_error == pytest.approx(0.0, abs=1e-12)
 
@@ -63,8 +63,8 @@ def test_two_iterations_agree_on_a_real_network():
     torch.manual_seed(0)
     model = create_model("cnn", 1, 10)
     x, y = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
-    one = hessian_eigenvalues(model, F.cross_entropy, [(x, y)])
-    other = spectral_density(model, F.cross_entropy, [(x, y)], probes=1, steps=25, seed=5)
+    one = hessian_eigenvalues(Objective(model, F.cross_entropy, [(x, y)]))
+    other = spectral_density(Objective(model, F.cross_entropy, [(x, y)], seed=5), probes=1, steps=25)
     assert one.value == pytest.approx(other.largest, rel=1e-3)
 
 
@@ -86,7 +86,7 @@ def test_lanczos_stops_where_the_space_is_exhausted():
 
 
 def test_the_density_integrates_to_one_and_has_the_hessians_mean(network, batches, hessian):
-    found = spectral_density(network, F.cross_entropy, batches, probes=64, steps=50)
+    found = spectral_density(Objective(network, F.cross_entropy, batches), probes=64, steps=50)
     grid, density = torch.tensor(found.grid), torch.tensor(found.density)
     assert float(torch.trapezoid(density, grid)) == pytest.approx(1, abs=1e-4)
     assert (density >= 0).all()
@@ -103,8 +103,8 @@ def test_a_loss_that_is_linear_has_no_curvature():
         return z.mean()
 
     batches = [(torch.ones(2, 4), torch.zeros(2))]
-    assert hessian_trace(model, mean, batches).value == 0
-    found = spectral_density(model, mean, batches, probes=1)
+    assert hessian_trace(Objective(model, mean, batches)).value == 0
+    found = spectral_density(Objective(model, mean, batches), probes=1)
     assert sum(found.density) * (found.grid[1] - found.grid[0]) == pytest.approx(1, abs=1e-3)
 
 
@@ -114,7 +114,8 @@ def test_attention_has_second_derivatives():
     def loss(z, y):
         return F.cross_entropy(z.mean(dim=1), y)
 
-    assert hessian_trace(model, loss, [(torch.randn(3, 4, 8), torch.tensor([0, 1, 2]))], probes=2).parameters > 0
+    objective = Objective(model, loss, [(torch.randn(3, 4, 8), torch.tensor([0, 1, 2]))])
+    assert hessian_trace(objective, probes=2).parameters > 0
 
 
 def test_an_iteration_that_does_not_end_says_so(network, batches, monkeypatch):
@@ -125,7 +126,7 @@ def test_an_iteration_that_does_not_end_says_so(network, batches, monkeypatch):
 
     monkeypatch.setattr(linalg, "eigsh", fail)
     with pytest.raises(FlatminError, match="found 1 of 3 eigenvalues"):
-        hessian_eigenvalues(network, F.cross_entropy, batches, k=3)
+        hessian_eigenvalues(Objective(network, F.cross_entropy, batches), k=3)
 
 
 def test_scipy_is_asked_for_by_name(network, batches, monkeypatch):
@@ -133,4 +134,4 @@ def test_scipy_is_asked_for_by_name(network, batches, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
     with pytest.raises(MissingDependencyError, match=r"flatmin\[cli\]"):
-        hessian_eigenvalues(network, F.cross_entropy, batches)
+        hessian_eigenvalues(Objective(network, F.cross_entropy, batches))

@@ -10,9 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatmin.errors import DataError, InvalidArgumentError, OutputError
-from flatmin.sharpness import loss_landscape
+from flatmin.sharpness import Objective, loss_landscape
 from flatmin.sharpness._directions import random_axes
-from flatmin.sharpness._objective import objective
 
 
 @pytest.fixture
@@ -30,16 +29,7 @@ def images():
 
 
 def directions(model, images, **options):
-    with objective(
-        model,
-        F.cross_entropy,
-        images,
-        normalise_logits=False,
-        batch_statistics=False,
-        dtype=None,
-        samples=None,
-        seed=0,
-    ) as loss:
+    with Objective(model, F.cross_entropy, images)._snapshot() as loss:
         axes = random_axes(loss, **{"count": 2, "points": 3, "radius": 1.0, "seed": 0, **options})
         return axes, [loss.split(direction) for direction in axes.directions]
 
@@ -77,7 +67,7 @@ def loss_at(model, parts, coordinates, images):
 
 
 def test_every_point_is_the_loss_there(model, images):
-    found = loss_landscape(model, F.cross_entropy, images, points=5, radius=0.7)
+    found = loss_landscape(Objective(model, F.cross_entropy, images), points=5, radius=0.7)
     _, parts = directions(model, images)
     assert found.x == found.y == pytest.approx((-0.7, -0.35, 0, 0.35, 0.7))
     for row, y in zip(found.loss, found.y, strict=True):
@@ -86,7 +76,7 @@ def test_every_point_is_the_loss_there(model, images):
 
 
 def test_one_direction_gives_one_row(model, images):
-    found = loss_landscape(model, F.cross_entropy, images, points=4, directions=1)
+    found = loss_landscape(Objective(model, F.cross_entropy, images), points=4, directions=1)
     _, parts = directions(model, images, count=1)
     assert found.y is None
     assert found.loss == pytest.approx([loss_at(model, parts, (x,), images) for x in found.x], rel=1e-9)
@@ -96,7 +86,7 @@ def test_the_plane_goes_through_its_checkpoints(network, batches):
     torch.manual_seed(0)
     states = [copy.deepcopy(network.state_dict())]
     states += [{n: p + share + 0.3 * torch.randn_like(p) for n, p in states[0].items()} for share in (0.2, 0.1)]
-    found = loss_landscape(network, F.cross_entropy, batches, points=3, plane=states, margin=0.0)
+    found = loss_landscape(Objective(network, F.cross_entropy, batches), points=3, plane=states, margin=0.0)
     flats = [torch.cat([tensor.flatten() for tensor in state.values()]) for state in states]
     for one in range(3):
         for other in range(one):
@@ -116,11 +106,23 @@ def test_a_plane_normalises_with_each_batchs_own_statistics(model, images):
     for number, state in enumerate(states):
         state["0.weight"] += number
         state["5.weight"][number] += 1
+    objective = Objective(model, F.cross_entropy, images)
+    with pytest.raises(InvalidArgumentError, match=r"needs .* batch_statistics=True"):
+        loss_landscape(objective, points=2, plane=states)
     seen = set()
     hook = model[1].register_forward_pre_hook(lambda module, args: seen.add(module.training))
-    loss_landscape(model, F.cross_entropy, images, points=2, plane=states)
+    loss_landscape(objective.variant(batch_statistics=True), points=2, plane=states)
     hook.remove()
     assert seen == {True}
+
+
+def test_a_plane_of_networks_without_averaged_statistics_needs_no_option(network, batches):
+    network.append(nn.BatchNorm1d(3, track_running_stats=False)).double()
+    states = [{name: tensor + shift for name, tensor in network.state_dict().items()} for shift in (0, 1)]
+    states.append({**states[0], "4.bias": states[0]["4.bias"] + 1})
+    objective = Objective(network, F.cross_entropy, batches[:2])
+    found = loss_landscape(objective, points=2, plane=states)
+    assert found.loss == loss_landscape(objective.variant(batch_statistics=True), points=2, plane=states).loss
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_what_is_no_plane_is_refused(network, batches, change, match):
     state = network.state_dict()
     states = [state, {name: tensor + 1 for name, tensor in state.items()}]
     with pytest.raises(InvalidArgumentError, match=match):
-        loss_landscape(network, F.cross_entropy, batches, plane=change(states))
+        loss_landscape(Objective(network, F.cross_entropy, batches), plane=change(states))
 
 
 class Interrupt(KeyboardInterrupt):
@@ -155,17 +157,16 @@ def counting(calls, stop=None):
 
 
 def test_an_interrupted_landscape_goes_on_where_it_was(model, images, tmp_path):
-    whole = loss_landscape(model, F.cross_entropy, images, points=4)
+    objective = Objective(model, F.cross_entropy, images)
+    whole = loss_landscape(objective, points=4)
     partial, calls = tmp_path / "landscape.partial", []
     with pytest.raises(Interrupt):
-        loss_landscape(model, F.cross_entropy, images, points=4, partial=partial, on_progress=counting(calls, stop=6))
+        loss_landscape(objective, points=4, partial=partial, on_progress=counting(calls, stop=6))
     assert len(json.loads(partial.read_text())["losses"]) == 6
-    again = loss_landscape(model, F.cross_entropy, images, points=4, partial=partial, on_progress=counting(calls))
+    again = loss_landscape(objective, points=4, partial=partial, on_progress=counting(calls))
     assert calls == [(n, 16) for n in range(1, 17)]
     assert again == whole
-    assert (
-        loss_landscape(model, F.cross_entropy, images, points=4, partial=partial, on_progress=counting(calls)) == whole
-    )
+    assert loss_landscape(objective, points=4, partial=partial, on_progress=counting(calls)) == whole
     assert len(calls) == 16
     assert [path.name for path in tmp_path.iterdir()] == ["landscape.partial"]
 
@@ -174,9 +175,7 @@ def test_it_is_saved_as_it_goes(model, images, tmp_path, monkeypatch):
     monkeypatch.setattr("flatmin.sharpness._landscape.SAVE_EVERY", 0.0)
     partial, sizes = tmp_path / "partial", []
     loss_landscape(
-        model,
-        F.cross_entropy,
-        images,
+        Objective(model, F.cross_entropy, images),
         points=3,
         partial=partial,
         on_progress=lambda done, total: sizes.append(
@@ -188,22 +187,23 @@ def test_it_is_saved_as_it_goes(model, images, tmp_path, monkeypatch):
 
 def test_the_beginning_of_another_landscape_is_kept_and_refused(model, images, tmp_path):
     partial = tmp_path / "partial"
-    loss_landscape(model, F.cross_entropy, images, points=3, partial=partial)
+    loss_landscape(Objective(model, F.cross_entropy, images), points=3, partial=partial)
     content = partial.read_text()
     other = copy.deepcopy(model)
     with torch.no_grad():
         other[5].bias += 1e-3
+    objective = Objective(model, F.cross_entropy, images)
     calls = [
-        (model, images, {"points": 4}),
-        (model, images, {"points": 3, "direction_seed": 1}),
-        (model, images, {"points": 3, "normalise_logits": True}),
-        (model, images[:1], {"points": 3}),
-        (model, [(x, (y + 1) % 3) for x, y in images], {"points": 3}),
-        (other, images, {"points": 3}),
+        (objective, {"points": 4}),
+        (objective, {"points": 3, "direction_seed": 1}),
+        (objective.variant(normalise_logits=True), {"points": 3}),
+        (Objective(model, F.cross_entropy, images[:1]), {"points": 3}),
+        (Objective(model, F.cross_entropy, [(x, (y + 1) % 3) for x, y in images]), {"points": 3}),
+        (Objective(other, F.cross_entropy, images), {"points": 3}),
     ]
-    for network, data, options in calls:
+    for changed, options in calls:
         with pytest.raises(DataError, match="another landscape"):
-            loss_landscape(network, F.cross_entropy, data, partial=partial, **options)
+            loss_landscape(changed, partial=partial, **options)
         assert partial.read_text() == content
 
 
@@ -212,13 +212,13 @@ def test_a_file_that_is_none_is_kept_and_refused(model, images, tmp_path, conten
     partial = tmp_path / "partial"
     partial.write_text(content)
     with pytest.raises(DataError, match="not the beginning of a landscape"):
-        loss_landscape(model, F.cross_entropy, images, points=3, partial=partial)
+        loss_landscape(Objective(model, F.cross_entropy, images), points=3, partial=partial)
     assert partial.read_text() == content
 
 
 def test_a_place_that_cannot_be_written_is_named(model, images, tmp_path):
     with pytest.raises(OutputError, match="cannot be written"):
-        loss_landscape(model, F.cross_entropy, images, points=2, partial=tmp_path / "none" / "partial")
+        loss_landscape(Objective(model, F.cross_entropy, images), points=2, partial=tmp_path / "none" / "partial")
 
 
 def test_a_loss_may_be_infinite_far_from_the_minimum(tmp_path):
@@ -229,6 +229,7 @@ def test_a_loss_may_be_infinite_far_from_the_minimum(tmp_path):
         return torch.where(z > 1.5, torch.inf, z).mean()
 
     batches = [(torch.ones(1, 1), torch.zeros(1))]
-    found = loss_landscape(model, loss, batches, points=3, directions=1, partial=tmp_path / "partial")
+    objective = Objective(model, loss, batches)
+    found = loss_landscape(objective, points=3, directions=1, partial=tmp_path / "partial")
     assert math.inf in found.loss
-    assert loss_landscape(model, loss, batches, points=3, directions=1, partial=tmp_path / "partial") == found
+    assert loss_landscape(objective, points=3, directions=1, partial=tmp_path / "partial") == found

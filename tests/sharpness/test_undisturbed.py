@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from flatmin import sharpness
 from flatmin.errors import FlatminError, InvalidArgumentError, NonFiniteLossError
+from flatmin.sharpness import Objective
 
 MEASURES = {
     "sam": (sharpness.sam_sharpness, {"ascent_steps": 2, "adaptive": True}),
@@ -25,7 +26,7 @@ MEASURES = {
 @pytest.fixture(params=MEASURES)
 def measure(request):
     function, options = MEASURES[request.param]
-    return lambda *args, **more: function(*args, **{**options, **more})
+    return lambda *args, **shared: function(Objective(*args, **shared), **options)
 
 
 def snapshot(model):
@@ -96,19 +97,21 @@ def test_dropout_is_off_and_normalisation_as_asked(delicate):
     model, batches = delicate
     seen = []
     hook = model[1].register_forward_pre_hook(lambda module, args: seen.append((module.training, model[4].training)))
-    sharpness.sam_sharpness(model, F.cross_entropy, batches)
+    sharpness.sam_sharpness(Objective(model, F.cross_entropy, batches))
     assert set(seen) == {(False, False)}
     seen.clear()
-    sharpness.sam_sharpness(model, F.cross_entropy, batches, batch_statistics=True)
+    sharpness.sam_sharpness(Objective(model, F.cross_entropy, batches, batch_statistics=True))
     assert set(seen) == {(True, False)}
     hook.remove()
 
 
 def test_the_subset_is_fixed_and_no_larger_than_asked(network, batches):
-    measured = [sharpness.sam_sharpness(network, F.cross_entropy, batches, samples=4, seed=s) for s in (0, 0, 1)]
+    measured = [
+        sharpness.sam_sharpness(Objective(network, F.cross_entropy, batches, samples=4, seed=s)) for s in (0, 0, 1)
+    ]
     assert measured[0] == measured[1] != measured[2]
     assert measured[0].samples == 4
-    assert sharpness.sam_sharpness(network, F.cross_entropy, batches, samples=99).samples == 10
+    assert sharpness.sam_sharpness(Objective(network, F.cross_entropy, batches, samples=99)).samples == 10
 
 
 def test_float32_and_float64_are_what_is_asked(network, batches):
@@ -119,7 +122,7 @@ def test_float32_and_float64_are_what_is_asked(network, batches):
         return F.cross_entropy(logits, y)
 
     for dtype in (torch.float32, torch.float64, None):
-        sharpness.sam_sharpness(network, loss, batches, dtype=dtype)
+        sharpness.sam_sharpness(Objective(network, loss, batches, dtype=dtype))
     assert kinds == {torch.float32, torch.float64}
     assert network[0].weight.dtype is torch.float64
 
@@ -185,13 +188,13 @@ def test_a_loss_that_is_not_finite_is_refused(measure, network, batches):
 def test_an_option_out_of_its_bounds_is_named(network, batches, function, options):
     (name, value), *_ = options.items()
     with pytest.raises(InvalidArgumentError, match=f"{name} must be .*{value}"):
-        function(network, F.cross_entropy, batches, **options)
+        function(Objective(network, F.cross_entropy, batches), **options)
 
 
 def test_large_sets_are_read_again_in_each_pass(network, batches, monkeypatch):
-    kept = sharpness.sam_sharpness(network, F.cross_entropy, batches)
-    monkeypatch.setattr("flatmin.sharpness._objective.KEPT", 0)
-    assert sharpness.sam_sharpness(network, F.cross_entropy, batches) == kept
+    kept = sharpness.sam_sharpness(Objective(network, F.cross_entropy, batches))
+    monkeypatch.setattr("flatmin.sharpness._batches.KEPT", 0)
+    assert sharpness.sam_sharpness(Objective(network, F.cross_entropy, batches)) == kept
 
 
 def test_a_network_that_views_its_images_is_measured_too(batches):
@@ -205,14 +208,14 @@ def test_a_network_that_views_its_images_is_measured_too(batches):
             return self.head(h.view(len(x), -1))
 
     x, y = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
-    assert sharpness.sam_sharpness(Viewing(), F.cross_entropy, [(x, y)]).value > 0
+    assert sharpness.sam_sharpness(Objective(Viewing(), F.cross_entropy, [(x, y)])).value > 0
 
 
 def test_tied_weights_count_once():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False)).double()
     model[2].weight = model[0].weight
     x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = sharpness.hessian_trace(model, F.cross_entropy, [(x, torch.tensor([0, 1, 2, 0]))])
+    found = sharpness.hessian_trace(Objective(model, F.cross_entropy, [(x, torch.tensor([0, 1, 2, 0]))]))
     assert found.parameters == 9
 
 

@@ -1,23 +1,22 @@
-"""How flat a minimum is: SAM's measure, the Hessian's eigenvalues, trace and spectrum, and loss landscapes.
+"""How flat a minimum is: SAM's sharpness, the Hessian's eigenvalues, trace and spectrum, and loss landscapes.
 
-All are functions of ``(model, loss_fn, batches, *, ...)`` and leave the model as it was: weights, buffers, modes,
-gradients and random states, also when something raises. ``loss_fn(model(x), y)`` is the mean over a batch; take the
-plain cross entropy, without label smoothing, where numbers are to be compared. ``batches`` are pairs ``(x, y)`` that
-can be gone through several times, such as a list or a DataLoader; their mean counts every sample once. Batches of up to
-256 MiB together are kept where the model is; larger sets are read again in each pass, from the same random numbers.
+Say once what to measure, an `Objective`; every measure is a function of it::
 
-Options that all have:
+    objective = Objective(model, torch.nn.functional.cross_entropy, batches)
+    print(sam_sharpness(objective, rho=0.05).value, hessian_eigenvalues(objective, k=3).eigenvalues)
+    print(sam_sharpness(objective.variant(normalise_logits=True), rho=0.05).value)
 
-* ``normalise_logits``: centre each sample's logits and divide them by their length. A cross entropy, and with it its
-  sharpness, rises and falls with the scale of the logits, which a method that softens or sharpens predictions changes
-  and which says nothing of flatness. Give both values.
-* ``batch_statistics``: whether batch- and instance-norm layers use each batch's own statistics, as in training; dropout
-  is off in any case.
-* ``dtype``: ``torch.float32`` or ``torch.float64``; that of the weights, and at least float32, where it is None.
-* ``samples``: measure on this many samples at most, drawn by ``seed``; None for all.
-* ``seed``: draws the samples, and directions and vectors where there are some.
+Each measure takes the weights that the model has when it is called, and leaves the model as it was. Sharpness does not
+measure generalisation: see ``docs/sharpness.md``.
 
-Sharpness is no measure of generalisation: see ``docs/sharpness.md``.
+Example:
+    >>> import torch
+    >>> from flatmin.sharpness import Objective, sam_sharpness
+    >>> model = torch.nn.Linear(4, 3)
+    >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+    >>> objective = Objective(model, torch.nn.functional.cross_entropy, batches)
+    >>> sam_sharpness(objective).value > 0
+    True
 """
 
 from ._density import SpectralDensity as SpectralDensity
@@ -28,6 +27,7 @@ from ._hessian import hessian_eigenvalues as hessian_eigenvalues
 from ._hessian import hessian_trace as hessian_trace
 from ._landscape import Landscape as Landscape
 from ._landscape import loss_landscape as loss_landscape
+from ._objective import Objective as Objective
 from ._sam import AverageSharpness as AverageSharpness
 from ._sam import SamSharpness as SamSharpness
 from ._sam import average_sharpness as average_sharpness
@@ -38,6 +38,7 @@ __all__ = [
     "HessianEigenvalues",
     "HessianTrace",
     "Landscape",
+    "Objective",
     "SamSharpness",
     "SpectralDensity",
     "average_sharpness",

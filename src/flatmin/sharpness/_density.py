@@ -8,15 +8,14 @@ the squared first components ``w_i`` of its eigenvectors, are the nodes and weig
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_integer, check_number
-from ._objective import Loss, objective
+from ._objective import Objective, measure
 from ._result import Result
 
 
@@ -78,59 +77,43 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> t
     return nodes, vectors[0] ** 2
 
 
+@measure
 def spectral_density(
-    model: nn.Module,
-    loss_fn: Loss,
-    batches: Iterable[Any],
-    *,
-    probes: int = 4,
-    steps: int = 64,
-    points: int = 1001,
-    width: float = 0.01,
-    normalise_logits: bool = False,
-    batch_statistics: bool = False,
-    dtype: torch.dtype | None = None,
-    samples: int | None = None,
-    seed: int = 0,
+    objective: Objective, *, probes: int = 4, steps: int = 64, points: int = 1001, width: float = 0.01
 ) -> SpectralDensity:
-    """How the eigenvalues of the mean loss's Hessian are distributed.
+    """How the eigenvalues of the mean loss's Hessian are distributed (Ghorbani et al. 2019, arXiv 1901.10159).
 
     Takes ``probes * steps`` products with the Hessian and keeps ``steps`` vectors of the weights' size.
 
     Args:
-        model: The network; left as it is, whatever happens.
-        loss_fn: ``loss_fn(model(x), y)`` is the mean over the batch.
-        batches: Pairs ``(x, y)``, to be gone through several times.
-        probes: Random vectors, averaged over.
-        steps: Of Lanczos from each: more show more detail.
+        objective: What to measure. Its seed draws the vectors.
+        probes: Random vectors that are averaged over.
+        steps: Lanczos steps from each vector; more show more detail.
         points: Of the grid, 101 or more.
-        width: Of the Gaussian that each node becomes, as a share of the range of the nodes, .01 or more.
-        normalise_logits: See `flatmin.sharpness`, as for the others.
-        batch_statistics: Likewise.
-        dtype: Likewise.
-        samples: Likewise.
-        seed: Likewise; draws the vectors too.
+        width: Of the Gaussian that each node becomes, as a share of the range of the nodes, 0.01 or more.
+
+    Returns:
+        The density on a grid of eigenvalues, and the largest and smallest node.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
         NonFiniteLossError: If a loss or a derivative is infinite or not a number.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batches = [(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1))]
+        >>> objective = Objective(model, torch.nn.functional.mse_loss, batches)  # (4 w1^2 + w2^2) / 2
+        >>> found = spectral_density(objective)
+        >>> round(found.smallest, 4), round(found.largest, 4)
+        (1.0, 4.0)
     """
     check_integer("probes", probes, least=1)
     check_integer("steps", steps, least=2)
     check_integer("points", points, least=101)
     check_number("width", width, least=0.01)
-    with objective(
-        model,
-        loss_fn,
-        batches,
-        normalise_logits=normalise_logits,
-        batch_statistics=batch_statistics,
-        dtype=dtype,
-        samples=samples,
-        seed=seed,
-    ) as loss:
+    with objective._snapshot() as loss:
         loss.gradient(loss.weights)  # raises where nothing can be measured
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(objective.seed)
         found = []
         for _ in range(probes):
             start = torch.randn(len(loss.weights), generator=generator, dtype=loss.dtype).to(loss.device)
@@ -148,5 +131,5 @@ def spectral_density(
             smallest,
             deviation,
             loss.samples,
-            normalise_logits,
+            objective.normalise_logits,
         )

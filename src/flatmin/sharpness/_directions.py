@@ -1,4 +1,4 @@
-"""Where a landscape is looked at: random directions, filter by filter, or the plane through three checkpoints."""
+"""Where a landscape's points lie: random directions, filter by filter, or the plane through three checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
-from ._objective import Objective
+from ._snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Axes:
     places: tuple[tuple[float, float], ...] = ()
 
 
-def random_axes(loss: Objective, *, count: int, points: int, radius: float, seed: int) -> Axes:
+def random_axes(loss: Snapshot, *, count: int, points: int, radius: float, seed: int) -> Axes:
     """One or two directions as in Li et al. 2018, each filter of which has the length of the weights' filter.
 
     Within each filter the second is orthogonal to the first, so that both are orthogonal and keep their lengths; a
@@ -60,7 +60,7 @@ def random_axes(loss: Objective, *, count: int, points: int, radius: float, seed
     return Axes(loss.weights, tuple(made), ticks, ticks if count == 2 else None)
 
 
-def plane_axes(loss: Objective, checkpoints: Sequence[Mapping[str, Tensor]], *, points: int, margin: float) -> Axes:
+def plane_axes(loss: Snapshot, checkpoints: Sequence[Mapping[str, Tensor]], *, points: int, margin: float) -> Axes:
     """The plane through three checkpoints, as in Garipov et al. 2018: in units of the distance between weights.
 
     The first checkpoint is the origin, the second lies on the first axis.

@@ -6,21 +6,21 @@ Ensembling of DNNs*, Garipov et al., NeurIPS 2018, arXiv 1802.10026: the plane t
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .._checks import check_integer, check_number
 from ..errors import InvalidArgumentError
 from ._directions import Axes, plane_axes, random_axes
-from ._objective import Loss, Objective, check_finite, objective
+from ._objective import Objective, measure
 from ._partial import Partial, fingerprint
 from ._result import Result
+from ._snapshot import Snapshot, check_finite
 
 SAVE_EVERY = 10.0  # seconds
 
@@ -55,10 +55,9 @@ class Landscape(Result):
     normalise_logits: bool
 
 
+@measure
 def loss_landscape(
-    model: nn.Module,
-    loss_fn: Loss,
-    batches: Iterable[Any],
+    objective: Objective,
     *,
     points: int = 51,
     radius: float = 1.0,
@@ -68,44 +67,45 @@ def loss_landscape(
     margin: float = 0.2,
     partial: str | PathLike[str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    normalise_logits: bool = False,
-    batch_statistics: bool = False,
-    dtype: torch.dtype | None = None,
-    samples: int | None = None,
-    seed: int = 0,
 ) -> Landscape:
     """The loss on a grid around a minimum. Costs a forward pass over the batches for each point.
 
-    The points are gone through one by one: on the demo's network, batching over them (``torch.func.vmap``) took twice
-    as long, since its convolutions become grouped ones.
+    Along random, filter-normalised directions (Li et al. 2018, arXiv 1712.09913), or in the plane through three
+    networks (Garipov et al. 2018, arXiv 1802.10026). The points are taken one by one: on the demo's network, batching
+    over them (``torch.func.vmap``) took twice as long, since its convolutions become grouped ones.
 
     Args:
-        model: The network; left as it is, whatever happens.
-        loss_fn: ``loss_fn(model(x), y)`` is the mean over the batch.
-        batches: Pairs ``(x, y)``, to be gone through several times.
-        points: Along each axis, 2 or more; an odd number has the minimum itself in it.
+        objective: What to measure. For a plane it needs ``batch_statistics=True`` if the model has batch-norm layers,
+            since the averaged statistics of one network are wrong for another; use large batches.
+        points: Along each axis, 2 or more; an odd number includes the minimum itself.
         radius: How far to go to each side, > 0; 1 is the length of each filter.
         directions: 1 or 2 random ones, orthogonal. Each filter (row of a weight of two dimensions or more) of a
             direction has the length of the model's filter; biases and normalisation layers stand still.
-        direction_seed: Draws the directions; the same for networks that are to be compared.
-        plane: The state dicts of three networks like ``model``, for the plane through them in place of random
-            directions. Normalisation layers then use each batch's own statistics, since the averaged ones of one
-            network are wrong for the next: take large batches.
+        direction_seed: Draws the directions; use the same one for networks that are to be compared.
+        plane: The state dicts of three networks like the model, for the plane through them in place of random
+            directions.
         margin: How far the plane goes beyond the three, as a share of the longer side.
-        partial: A file that what is done is written to every ten seconds and when something ends it early; what is
-            there already is not done again. It stays: remove it when the landscape is stored.
-        on_progress: Called with the numbers of points done and of all.
-        normalise_logits: See `flatmin.sharpness`, as for the others.
-        batch_statistics: Likewise.
-        dtype: Likewise.
-        samples: Likewise.
-        seed: Likewise.
+        partial: A file for the points that are done, written every ten seconds and when something ends the work early;
+            what is in it already is not done again. It stays: remove it when the landscape is stored.
+        on_progress: Called with the number of points done and of all.
+
+    Returns:
+        The grid and the loss on it.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
         NonFiniteLossError: If the loss at the origin is infinite or not a number.
         DataError: If ``partial`` is of another landscape.
         OutputError: If it cannot be written.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 3.0)
+        >>> objective = Objective(model, torch.nn.functional.mse_loss, [(torch.ones(2, 1), torch.zeros(2, 1))])
+        >>> found = loss_landscape(objective, points=3, directions=1)  # at weights 0, 3 and 6
+        >>> found.x, sorted(found.loss)
+        ((-1.0, 0.0, 1.0), [0.0, 9.0, 36.0])
     """
     check_integer("points", points, least=2)
     radius = check_number("radius", radius, above=0)
@@ -113,16 +113,12 @@ def loss_landscape(
         raise InvalidArgumentError(f"directions must be 1 or 2, got {directions}")
     check_integer("direction_seed", direction_seed, least=0)
     check_number("margin", margin, least=0)
-    with objective(
-        model,
-        loss_fn,
-        batches,
-        normalise_logits=normalise_logits,
-        batch_statistics=batch_statistics or plane is not None,
-        dtype=dtype,
-        samples=samples,
-        seed=seed,
-    ) as loss:
+    if plane is not None and not objective.batch_statistics and _averages_statistics(objective.model):
+        raise InvalidArgumentError(
+            "a plane needs the Objective's batch_statistics=True, since the averaged statistics of one network's "
+            "batch-norm layers are wrong for another: take objective.variant(batch_statistics=True)"
+        )
+    with objective._snapshot() as loss:
         if plane is None:
             axes = random_axes(loss, count=directions, points=points, radius=radius, seed=direction_seed)
         else:
@@ -130,7 +126,7 @@ def loss_landscape(
         origin = check_finite("the loss at the origin", loss.loss(axes.origin))
         key = fingerprint(
             [axes.origin, *axes.directions, *loss.buffers.values()],
-            *(axes.x, axes.y, loss.samples, normalise_logits, loss.batch_statistics),
+            *(axes.x, axes.y, loss.samples, objective.normalise_logits, objective.batch_statistics),
         )
         done = Partial(None if partial is None else Path(partial), key, origin)
         _fill(loss, axes, done, on_progress or (lambda done, total: None))
@@ -146,11 +142,16 @@ def loss_landscape(
             loss.samples,
             radius if plane is None else None,
             direction_seed if plane is None else None,
-            normalise_logits,
+            objective.normalise_logits,
         )
 
 
-def _fill(loss: Objective, axes: Axes, done: Partial, on_progress: Callable[[int, int], None]) -> None:
+def _averages_statistics(model: nn.Module) -> bool:
+    """Whether a layer of the model normalises with averaged statistics in evaluation mode."""
+    return any(isinstance(module, _NormBase) and module.running_mean is not None for module in model.modules())
+
+
+def _fill(loss: Snapshot, axes: Axes, done: Partial, on_progress: Callable[[int, int], None]) -> None:
     total = len(axes.x) * len(axes.y or (0.0,))
     saved = time.monotonic()
     along, *across = axes.directions

@@ -1,34 +1,64 @@
-"""The loss as a function of the weights alone, over fixed batches."""
+"""What is measured: a model, a loss and the batches to take it on, given once for all measures."""
 
-import math
+import copy
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 
-from .._checks import check_integer
-from .._rng import seed_all
-from ..errors import InvalidArgumentError, NonFiniteLossError
+from .._checks import check_module
+from ..errors import InvalidArgumentError
+from ._batches import Batches
+from ._snapshot import Loss, Snapshot
 from ._state import undisturbed
 
-Loss = Callable[[Any, Any], Tensor]
-Batch = tuple[Tensor, Any]
-KEPT = 2**28  # bytes of batches that are kept where the model is; more are read again for each pass
+Measure = TypeVar("Measure", bound=Callable[..., Any])
 
 
 class Objective:
-    """The mean loss over the batches, its gradient and its Hessian, as functions of one flat vector of weights.
+    """The mean loss of a model over fixed batches, which every measure in `flatmin.sharpness` takes.
 
-    The model's own parameters and buffers are not touched: copies take their place for the time of a call.
+    Each measure reads the weights and buffers that the model has when it begins, so one objective serves before, during
+    and after training. The model is left as it was: weights, buffers, modes, gradients, and the states of all random
+    number generators, also when something raises. It is in evaluation mode only while a measure runs.
+
+    The batches are read once, here, and kept on the model's device if their inputs take 256 MiB or less. Larger sets
+    are read again in each pass, from the same random numbers. Kept batches are read again only if the model moves to
+    another device or dtype.
+
+    Args:
+        model: The network. Its parameters with ``requires_grad`` are the weights that are perturbed.
+        loss_fn: ``loss_fn(model(x), y)`` returns the mean over the batch, a tensor of no dimension. Use the plain cross
+            entropy, without label smoothing, to compare networks.
+        batches: Pairs ``(x, y)`` that can be iterated repeatedly, such as a list or a DataLoader. Every sample counts
+            once, whatever the size of its batch.
+        normalise_logits: Centre each sample's logits and divide them by their length (Andriushchenko et al. 2023). The
+            cross entropy, and with it its sharpness, changes with the scale of the logits, which label smoothing, SAF
+            and MESA change and which says nothing about flatness. Report both values; `variant` makes the other one.
+        batch_statistics: Let batch- and instance-norm layers use each batch's own statistics, as in training. Dropout
+            is off in any case.
+        dtype: ``torch.float32`` or ``torch.float64``. None: that of the weights, at least float32.
+        samples: Measure on this many samples at most, drawn by ``seed``. None: on all.
+        seed: Draws the samples, and the random vectors of the measures that need some.
 
     Attributes:
-        weights: The trainable parameters, one after the other, shape (n,).
-        shapes: Of these parameters, by name.
-        samples: How many there are in all batches.
+        samples: Number of samples that are measured on.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if an argument cannot be used.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> batches = [(torch.randn(8, 4), torch.arange(8) % 3), (torch.randn(2, 4), torch.arange(2))]
+        >>> objective = Objective(model, torch.nn.functional.cross_entropy, batches)
+        >>> objective.samples
+        10
+        >>> objective.variant(normalise_logits=True).normalise_logits
+        True
     """
 
     def __init__(
@@ -37,215 +67,91 @@ class Objective:
         loss_fn: Loss,
         batches: Iterable[Any],
         *,
-        normalise_logits: bool,
-        batch_statistics: bool,
-        dtype: torch.dtype,
-        samples: int | None,
-        seed: int,
+        normalise_logits: bool = False,
+        batch_statistics: bool = False,
+        dtype: torch.dtype | None = None,
+        samples: int | None = None,
+        seed: int = 0,
     ) -> None:
-        self.model, self.loss_fn = model, loss_fn
-        self.normalise_logits, self.batch_statistics, self.seed = normalise_logits, batch_statistics, seed
-        trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        self.shapes = {name: p.shape for name, p in trainable.items()}
-        self.weights = self.flat(trainable, dtype)
-        self.device, self.dtype = self.weights.device, dtype
-        constants = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        self._constants = {name: self._cast(p.detach()) for name, p in constants.items()}
-        self.buffers = {name: self._cast(buffer).clone() for name, buffer in model.named_buffers()}
-        self._batches = batches
-        self._kept: list[Batch] | None = None
-        self._layout = torch.preserve_format
-        self._layout = self._fastest()
-        sizes = [len(y) for _, y in self]
-        if samples is not None:
-            self._kept = self._subset(samples, sizes)
-            sizes = [len(y) for _, y in self._kept]
-        else:
-            self._kept = self._small()
-        self.samples = sum(sizes)
+        self.model = check_module("model", model)
+        if not callable(loss_fn):
+            raise InvalidArgumentError(f"loss_fn must be a function of (model(x), y), got {loss_fn!r}")
+        self.loss_fn, self.dtype, self.seed = loss_fn, dtype, seed
+        self.normalise_logits, self.batch_statistics = normalise_logits, batch_statistics
+        self._where()
+        self._batches = Batches(batches, samples=samples, seed=seed)
+        with self._snapshot():
+            pass  # reads the batches
 
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches, where the model is; the same at every call."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        seed_all(self.seed, accelerators=False)  # what loading draws from
-        empty = True
-        for batch in self._batches:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
-                raise InvalidArgumentError(f"batches must be pairs (x, y), x a tensor, got {type(batch).__name__}")
-            x, y = batch
-            y = y.to(self.device) if isinstance(y, Tensor) else y
-            if len(y) > 0:
-                empty = False
-                yield self._cast(x, self._layout if x.ndim == 4 else torch.preserve_format), y
-        if empty:
-            raise InvalidArgumentError("batches are empty: there is no sample to measure the loss on")
+    @property
+    def samples(self) -> int:
+        """Number of samples that are measured on."""
+        return self._batches.samples
 
-    def loss(self, weights: Tensor, batches: Iterable[Batch] | None = None) -> float:
-        """The mean loss over all batches, or over some."""
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for x, y in self if batches is None else batches:
-                total += float(self._call(weights, x, y)) * len(y)
-                count += len(y)
-        return total / count
+    def variant(self, *, normalise_logits: bool | None = None, batch_statistics: bool | None = None) -> "Objective":
+        """Returns this objective with other options, sharing the model and the batches that are kept.
 
-    def gradient(self, weights: Tensor, batches: Iterable[Batch] | None = None) -> tuple[float, Tensor]:
-        """The mean loss and its gradient.
+        Args:
+            normalise_logits: None: as it is.
+            batch_statistics: None: as it is.
+        """
+        other = copy.copy(self)
+        if normalise_logits is not None:
+            other.normalise_logits = normalise_logits
+        if batch_statistics is not None:
+            other.batch_statistics = batch_statistics
+        return other
+
+    def _where(self) -> tuple[torch.device, torch.dtype]:
+        """The device of the weights, and the dtype to compute in.
 
         Raises:
-            NonFiniteLossError: If one of them is infinite or not a number.
+            InvalidArgumentError: If nothing is trainable, or the dtype cannot be used.
         """
-        leaf = weights.detach().requires_grad_()
-        total, count, gradient = 0.0, 0, torch.zeros_like(weights)
-        for x, y in self if batches is None else batches:
-            loss = self._call(leaf, x, y)
-            gradient.add_(torch.autograd.grad(loss, leaf)[0], alpha=len(y))
-            total += float(loss.detach()) * len(y)
-            count += len(y)
-        check_finite("the loss", total / count)
-        check_finite("the gradient's norm", float(gradient.norm()))
-        return total / count, gradient / count
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise InvalidArgumentError(f"the model, {type(self.model).__name__}, has no parameter with requires_grad")
+        kinds = (torch.promote_types(p.dtype, torch.float32) for p in trainable)
+        dtype = self.dtype or max(kinds, key=lambda kind: kind.itemsize)
+        if dtype not in (torch.float32, torch.float64):
+            raise InvalidArgumentError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
+        return trainable[0].device, dtype
 
-    def hessian_product(self, vectors: Tensor) -> Tensor:
-        """The Hessian at the model's weights times some vectors, shape (k, n) as is the result.
-
-        Raises:
-            NonFiniteLossError: If one is infinite or not a number.
-        """
-        leaf = self.weights.detach().requires_grad_()
-        products, count = torch.zeros_like(vectors), 0
-        for x, y in self:
-            # Fused attention has no second derivative.
-            with sdpa_kernel(SDPBackend.MATH):
-                (gradient,) = torch.autograd.grad(self._call(leaf, x, y), leaf, create_graph=True)
-                for vector, product in zip(vectors, products, strict=True):
-                    if gradient.requires_grad:  # not where the loss is linear
-                        (part,) = torch.autograd.grad(gradient, leaf, vector, retain_graph=True)
-                        product.add_(part, alpha=len(y))
-            count += len(y)
-        check_finite("a product with the Hessian", float(products.sum()))
-        return products / count
-
-    def flat(self, tensors: "dict[str, Tensor]", dtype: torch.dtype | None = None) -> Tensor:
-        """Puts tensors, by the names of the trainable parameters, one after the other."""
-        return torch.cat([tensors[name].detach().reshape(-1).to(dtype or self.dtype) for name in self.shapes])
-
-    def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """The parts of a flat vector by the parameters' names, as views."""
-        parts = torch.split(vector, [shape.numel() for shape in self.shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
-
-    def scales(self, eta: float) -> Tensor:
-        """ASAM's ``T``: ``|w| + eta`` for weights of two dimensions and more, 1 for biases and normalisation layers."""
-        parts = self.split(self.weights)
-        return self.flat({n: p.abs() + eta if p.ndim >= 2 else torch.ones_like(p) for n, p in parts.items()})
-
-    def _call(self, weights: Tensor, x: Tensor, y: Any) -> Tensor:
-        # Running statistics move in training mode: in a copy, that the next pass does not see.
-        buffers = self.buffers
-        if self.batch_statistics:
-            buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        output = functional_call(self.model, ({**self.split(weights), **self._constants}, buffers), (x,))
-        loss = self.loss_fn(normalised(output) if self.normalise_logits else output, y)
-        if loss.ndim > 0:
-            raise InvalidArgumentError(f"loss_fn must return the mean over the batch, got shape {tuple(loss.shape)}")
-        return loss
-
-    def _cast(self, tensor: Tensor, layout: torch.memory_format = torch.preserve_format) -> Tensor:
-        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(self.device, dtype, memory_format=layout)
-
-    def _fastest(self) -> torch.memory_format:
-        """Images with their channels last where the network can take them: twice as fast on a CPU, pooling tenfold."""
-        x, y = next(iter(self))
-        try:
-            if self.device.type == "cpu" and x.ndim == 4:
-                self._call(self.weights, x[:2].to(memory_format=torch.channels_last), y[:2])
-                return torch.channels_last
-        except RuntimeError:  # of a view that this layout does not allow
-            pass
-        return torch.preserve_format
-
-    def _small(self) -> list[Batch] | None:
-        """The batches, if they fit in `KEPT` bytes."""
-        kept, size = [], 0
-        for x, y in self:
-            size += x.nbytes
-            if size > KEPT:
-                return None
-            kept.append((x, y))
-        return kept
-
-    def _subset(self, samples: int, sizes: list[int]) -> list[Batch]:
-        """Draws samples, and cuts them into batches of the first one's size."""
-        total = sum(sizes)
-        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:samples].sort().values
-        parts, start = [], 0
-        for (x, y), size in zip(self, sizes, strict=True):
-            own = chosen[(chosen >= start) & (chosen < start + size)] - start
-            parts.append((x[own.to(x.device)], y[own.to(y.device)]))
-            start += size
-        x, y = (torch.cat(column) for column in zip(*parts, strict=True))
-        return list(zip(torch.split(x, sizes[0]), torch.split(y, sizes[0]), strict=True))
+    @contextmanager
+    def _snapshot(self) -> Iterator[Snapshot]:
+        """The loss as a function of the weights, from those the model has now; the model is `undisturbed`."""
+        device, dtype = self._where()
+        with undisturbed(self.model, device, self._batches.generators, batch_statistics=self.batch_statistics):
+            yield Snapshot(
+                self.model,
+                self.loss_fn,
+                self._batches,
+                dtype=dtype,
+                normalise_logits=self.normalise_logits,
+                batch_statistics=self.batch_statistics,
+            )
 
 
-@contextmanager
-def objective(
-    model: nn.Module,
-    loss_fn: Loss,
-    batches: Iterable[Any],
-    *,
-    normalise_logits: bool,
-    batch_statistics: bool,
-    dtype: torch.dtype | None,
-    samples: int | None,
-    seed: int,
-) -> Iterator[Objective]:
-    """Checks what all measures take, and gives an `Objective` for as long as the model is `undisturbed`."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable:
-        raise InvalidArgumentError(f"the model, {type(model).__name__}, has no parameter with requires_grad")
-    if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
-        raise InvalidArgumentError(
-            f"batches must be something that can be gone through again, such as a list or a DataLoader, got "
-            f"{type(batches).__name__}; list(...) makes one of a generator"
-        )
-    if samples is not None:
-        check_integer("samples", samples, least=1)
-    check_integer("seed", seed, least=0)
-    dtype = dtype or max((torch.promote_types(p.dtype, torch.float32) for p in trainable), key=lambda d: d.itemsize)
-    if dtype not in (torch.float32, torch.float64):
-        raise InvalidArgumentError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
-    with undisturbed(model, trainable[0].device, batch_statistics=batch_statistics):
-        yield Objective(
-            model,
-            loss_fn,
-            batches,
-            normalise_logits=normalise_logits,
-            batch_statistics=batch_statistics,
-            dtype=dtype,
-            samples=samples,
-            seed=seed,
-        )
+def measure(function: Measure) -> Measure:
+    """Makes a function of an objective refuse anything else in one sentence, such as (model, loss_fn, batches)."""
+    name = function.__name__
+    shared = list(inspect.signature(Objective).parameters)
 
+    @functools.wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        given = [*arguments, *(options[key] for key in ("objective",) if key in options)]
+        moved = [each for each in shared if each in options]
+        if len(given) != 1 or not isinstance(given[0], Objective):
+            found = ", ".join([*(type(each).__name__ for each in given), *moved]) or "nothing"
+            raise InvalidArgumentError(
+                f"{name} takes one Objective and options by name: {name}(Objective(model, loss_fn, batches), ...), got "
+                f"{found}"
+            )
+        if moved:
+            raise InvalidArgumentError(
+                f"{name} takes no {' and no '.join(moved)}, which the Objective has: Objective(model, loss_fn, "
+                f"batches, {moved[0]}=...)"
+            )
+        return function(*arguments, **options)
 
-def normalised(logits: Tensor) -> Tensor:
-    """Each sample's logits, centred and divided by their length, so that nothing but their direction counts.
-
-    As Andriushchenko et al. 2023 do, after Tsuzuku et al. 2020.
-
-    Args:
-        logits: Shape (batch, classes, ...).
-    """
-    centred = logits - logits.mean(dim=1, keepdim=True)
-    lengths: Tensor = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    return centred / lengths.clamp_min(1e-10)
-
-
-def check_finite(what: str, value: float) -> float:
-    """Returns ``value`` unless it is infinite or not a number."""
-    if not math.isfinite(value):
-        raise NonFiniteLossError(f"{what} is {value}, so there is nothing to measure; has the training diverged?")
-    return value
+    return cast(Measure, checked)

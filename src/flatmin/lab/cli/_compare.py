@@ -12,15 +12,14 @@ from ..comparison.select import select as select_rows
 from ..methods import COMPARED
 from ..problems.load import has_criterion
 from ..recipe import Recipe
+from ..runs.measure import write_landscape, write_sharpness
 from ..runs.record import run_folder
 from ..runs.saved import open_saved
 from ..training import torchrun
-from ..training.measure import LOGGED, fixed_batches
-from ._landscape import write_landscape
+from ..training.logged_sharpness import LOGGED, fixed_batches
 from ._options import parse_settings, with_options
 from ._report import report_on
 from ._shared import Interrupted, app, warn_if_idle
-from ._sharpness import write_sharpness
 from ._terminal import Display, err_console, print_outcome
 
 _COMPARED = ",".join(COMPARED)

@@ -13,7 +13,7 @@ from ...errors import DataError, FlatminError
 from ..problems.load import load_problem
 from ..problems.problem import Problem
 from ..recipe import Run
-from ..training.measure import evaluated_network
+from ..training.logged_sharpness import evaluated_network
 from ..training.state_check import check_fit
 from ..training.trainer import Trainer
 from .checkpoint import load_checkpoint

@@ -23,7 +23,7 @@ from ..problems.problem import Problem, augmented, class_numbers, make_criterion
 from ..recipe import Run
 from . import torchrun
 from .device import resolve_device
-from .measure import epoch_sharpness
+from .logged_sharpness import epoch_sharpness
 from .progress import Progress, StepResult
 from .state_check import check_fit, check_optimizer, check_values
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flatmin.lab.training.measure import epoch_sharpness, fixed_batches
-from flatmin.sharpness import hessian_eigenvalues
+from flatmin.lab.training.logged_sharpness import epoch_sharpness, fixed_batches
+from flatmin.sharpness import Objective, hessian_eigenvalues
 
 CHEAP = {"sharpness", "sharpness_normalised", "gradient_norm"}
 KEYS = CHEAP | {"top_eigenvalue", "lr_times_top_eigenvalue"}
@@ -42,5 +42,6 @@ def test_the_top_eigenvalue_is_the_hessians(make_trainer):
     trainer = make_trainer("base", log_curvature=1)
     logged = trainer.train_epoch()["top_eigenvalue"]
     batches = fixed_batches(trainer.problem, 512, 0, trainer.device)
-    exact = hessian_eigenvalues(trainer.model, F.cross_entropy, batches, dtype=torch.float64, tolerance=1e-8).value
+    objective = Objective(trainer.model, F.cross_entropy, batches, dtype=torch.float64)
+    exact = hessian_eigenvalues(objective, tolerance=1e-8).value
     assert logged == pytest.approx(exact, rel=0.01)
