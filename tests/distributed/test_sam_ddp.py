@@ -282,7 +282,7 @@ def test_batch_norm_counts_each_batch_once_and_weights_stay_alike():
 
 
 def test_one_process_neither_looks_for_the_module_nor_communicates(monkeypatch):
-    monkeypatch.setattr("flatmin.optim._replicas.each_module", lambda *_: pytest.fail("looked"))
+    monkeypatch.setattr("flatmin.optim._second_pass.each_module", lambda *_: pytest.fail("looked"))
     monkeypatch.setattr(distributed, "all_reduce", lambda *_: pytest.fail("communicated"))
     model = nn.Linear(4, 3)
     optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1))

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..errors import InvalidArgumentError
 from ._base import SharpnessAware
 from ._options import EachRank
-from ._scaling import Elementwise, Rho
+from ._perturbation import Elementwise, Rho
 from ._step import Passes, Step
 
 if TYPE_CHECKING:

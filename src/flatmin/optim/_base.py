@@ -13,9 +13,9 @@ from ._loss_scale import LossScale
 from ._memory import Memory
 from ._options import EachRank, OnePass, TwoPasses, check_scaler, check_taken
 from ._passes import Closure, InPasses
-from ._scaling import Rho, check_rho, check_scaling, rho_of
+from ._perturbation import Rho, check_rho, check_scaling, rho_of
 from ._step import Step
-from ._when import Adaptive, check_when
+from .schedules import Adaptive, check_when
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

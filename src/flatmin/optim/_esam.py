@@ -23,7 +23,7 @@ from .._checks import check_integer, check_number
 from ..errors import InvalidArgumentError
 from ._base import SharpnessAware
 from ._options import EachRank
-from ._scaling import Rho
+from ._perturbation import Rho
 from ._step import Passes, Step
 
 if TYPE_CHECKING:

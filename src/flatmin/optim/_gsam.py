@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
-from ._scaling import Rho
+from ._foreach import add_, clones, component
+from ._perturbation import Rho
 from ._step import Passes, Step
-from ._tensors import add_, clones, component
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
-from ._scaling import Rho
+from ._foreach import add_, clones, component, global_norm, plus
+from ._perturbation import Rho
 from ._step import Passes, Step, aligned
-from ._tensors import add_, clones, component, global_norm, plus
-from ._when import Every
+from .schedules import Every
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

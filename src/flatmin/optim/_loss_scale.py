@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ._tensors import scale_
+from ._foreach import scale_
 
 
 class LossScale:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from ..errors import InvalidArgumentError
 from ._base import SharpnessAware
 from ._options import OnePass
-from ._scaling import Rho
+from ._perturbation import Rho
 from ._step import Passes, Step
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from torch.amp.grad_scaler import GradScaler
 
 from .._checks import nearest
 from ..errors import InvalidArgumentError
-from ._scaling import Scaling
-from ._when import When
+from ._perturbation import Scaling
+from .schedules import When
 
 
 class OnePass(TypedDict, total=False):

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from .._distributed import size
 from ..errors import InvalidArgumentError, NonFiniteGradientWarning
-from ._around import Around
 from ._step import NotFiniteError, Passes, Step
+from ._wrapper import Around
 
 Closure = Callable[..., Any]
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from torch.optim import Optimizer
 
 from ._base import SharpnessAware
+from ._foreach import clones
 from ._options import OnePass
-from ._scaling import Rho
+from ._perturbation import Rho
 from ._step import Passes, Step
-from ._tensors import clones
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ._base import SharpnessAware
 from ._options import EachRank
-from ._scaling import Rho
+from ._perturbation import Rho
 from ._step import Passes, Step
 
 if TYPE_CHECKING:

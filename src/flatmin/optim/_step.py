@@ -13,11 +13,11 @@ from torch.distributed import ProcessGroup
 from .._rng import CPU, States, replayed, torch_states
 from ..errors import InvalidArgumentError
 from ._batchnorm import frozen_statistics
+from ._foreach import add_, clones, copy_, global_norm, scale_
 from ._loss_scale import LossScale
-from ._replicas import agreed, local_gradients
-from ._scaling import Scaling
-from ._tensors import add_, clones, copy_, global_norm, scale_
-from ._when import Adaptive, When
+from ._perturbation import Scaling
+from ._second_pass import agreed, local_gradients
+from .schedules import Adaptive, When
 
 Passes = Generator[None, None, None]  # yields wherever a pass is due; whoever goes over it makes the pass then
 

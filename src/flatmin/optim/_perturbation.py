@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_number
 from ..errors import InvalidArgumentError
-from ._tensors import absolute, global_norm, multiply_, times
+from ._foreach import absolute, global_norm, multiply_, times
 
 # Parameters, a direction for each, and the directions' norm where it is known; returns s and n of e = rho * s / n.
 Scaling = Callable[[list[Tensor], list[Tensor], float | None], tuple[list[Tensor], float]]

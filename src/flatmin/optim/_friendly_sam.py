@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
-from ._scaling import Rho
+from ._foreach import blend, plus
+from ._perturbation import Rho
 from ._step import Passes, Step
-from ._tensors import blend, plus
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
