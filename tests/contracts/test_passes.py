@@ -19,7 +19,7 @@ closures = pytest.mark.parametrize("name", CLOSURES)
 def two_steps(training: Training, count: int) -> None:
     """The loop that is written for optimizers with two steps."""
     for _ in range(count):
-        if EVERY[type(training.optimizer).__name__]._most_passes == 2:
+        if EVERY[type(training.optimizer).__name__].max_passes == 2:
             training.closure()
         if training.optimizer.first_step():
             training.closure()

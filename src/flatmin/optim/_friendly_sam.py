@@ -1,30 +1,20 @@
-"""Friendly SAM: perturbs along what is peculiar to the batch, and not along the gradient of all of the data.
+"""Friendly SAM: perturbs along what is peculiar to the batch, not along the gradient of all of the data.
 
-*Friendly Sharpness-Aware Minimization*, Li et al., CVPR 2024, arXiv 2403.12350::
-
-    d = g - sigma * m,   then   m = lam * m + (1 - lam) * g        at first m = g, d = g
-    e = rho * d / (|d| + 1e-12)
-    w = base step from w with the gradient at w + e
+Li et al., CVPR 2024.
 """
 
-from __future__ import annotations
+from collections.abc import Callable, Iterable, Sequence
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from torch import Tensor
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
 from ._foreach import blend, plus
-from ._perturbation import Rho
+from ._perturbation import Rho, Scaling
 from ._step import Passes, Step
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from ._options import TwoPasses
+from .schedules import Schedule
 
 
 def friendly(
@@ -33,27 +23,50 @@ def friendly(
     """The directions and the new momenta; where there is no momentum yet, both are the gradient."""
     directions = list(gradients)
     updated = [g.clone() if m is None else m for g, m in zip(gradients, momenta, strict=True)]
-    old = [number for number, momentum in enumerate(momenta) if momentum is not None]
-    known, means = [gradients[number] for number in old], [updated[number] for number in old]
+    old = [index for index, momentum in enumerate(momenta) if momentum is not None]
+    known, means = [gradients[index] for index in old], [updated[index] for index in old]
     moved = zip(old, plus(known, means, alpha=-sigma), blend(means, known, 1 - lam), strict=True)
-    for number, direction, momentum in moved:
-        directions[number], updated[number] = direction, momentum
+    for index, direction, momentum in moved:
+        directions[index], updated[index] = direction, momentum
     return directions, updated
 
 
 class FriendlySAM(SharpnessAware):
-    """SAM along the gradient less its own moving mean: two passes a step.
+    """Friendly SAM: SAM along the gradient less its own moving mean; two forward-backward passes a step.
 
-    Memory: one copy of the weights, the momenta, and their next values during the second pass. The momenta are those of
-    the whole batch's gradient under ``DistributedDataParallel`` too; they move in the steps that pay for a second pass.
+    ::
+
+        d = g - sigma * m,   then   m = lam * m + (1 - lam) * g        at first m = g, d = g
+        e = rho * d / (|d| + 1e-12)
+        w = base step from w with the gradient at w + e
+
+    *Friendly Sharpness-Aware Minimization*, Li et al., CVPR 2024, arXiv 2403.12350.
+
+    Memory: one copy of the perturbed weights, the momenta, and their next values during the second pass. The momenta
+    are those of the whole batch's gradient under ``DistributedDataParallel`` too; they move in the steps in which the
+    second pass runs.
 
     Args:
-        base_optimizer: The optimizer, an instance, that makes the step.
-        rho: Length of the perturbation, > 0, or a function of the base optimizer to it. The paper's is .2.
-        sigma: Share of the moving mean that is taken off, >= 0; at 0 it is SAM.
-        lam: Momentum of the moving mean, in [0, 1); .6 to .95 in the paper.
-        **common: What all two-pass methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``, ``when``,
-            ``model``, ``same_randomness``; see `SharpnessAware`.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0; default 0.2, the paper's. Or a
+            function of the base optimizer to it (>= 0, called in each step), such as `RhoByLR`.
+        sigma: Share of the moving mean that is taken off, >= 0; default 1.0. At 0 it is SAM.
+        lam: Momentum of the moving mean, in [0, 1); default 0.9; 0.6 to 0.95 in the paper.
+        parameters: The tensors to perturb, some of the base optimizer's. None (default): all. All are trained in any
+            case. For SAM-ON: ``flatmin.optim.normalization_parameters(model)``.
+        scaling: How the direction becomes a perturbation. None (default): divided by its L2 norm over all perturbed
+            parameters. `Elementwise`: in proportion to each weight, as in ASAM.
+        scaler: The ``torch.amp.GradScaler`` that the closure scales the loss with, for float16. None (default): the
+            loss is not scaled. Call ``scaler.update()`` after each step.
+        max_norm: Clips the gradient that the base optimizer steps with to this L2 norm, > 0. None (default): no
+            clipping. The gradient that makes the perturbation is never clipped.
+        when: In which steps the second pass runs: a function of the step index (from 0) to a bool, or a `Schedule`
+            such as `Every`, `Late`, `Sometimes` and `Adaptive`. None (default): in all.
+        model: The network. None (default): its normalisation and DDP modules are found as they are called. Only needed
+            where they cannot be; for a compiled model it also avoids torch's warning of global hooks: pass the
+            outermost module then.
+        same_randomness: True (default): the second pass draws the random numbers of the first from torch's generators,
+            and leaves them as one pass would. False: it draws new ones.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -71,18 +84,34 @@ class FriendlySAM(SharpnessAware):
         rho: Rho = 0.2,
         sigma: float = 1.0,
         lam: float = 0.9,
-        **common: Unpack[TwoPasses],
+        parameters: Iterable[Tensor] | None = None,
+        scaling: Scaling | None = None,
+        scaler: GradScaler | None = None,
+        max_norm: float | None = None,
+        when: Schedule | Callable[[int], bool] | None = None,
+        model: nn.Module | None = None,
+        same_randomness: bool = True,
     ) -> None:
         self.sigma = check_number("sigma", sigma, least=0)
         self.lam = check_number("lam", lam, least=0, below=1)
-        super().__init__(base_optimizer, rho=rho, **common)
+        super().__init__(
+            base_optimizer,
+            rho=rho,
+            parameters=parameters,
+            scaling=scaling,
+            scaler=scaler,
+            max_norm=max_norm,
+            when=when,
+            model=model,
+            same_randomness=same_randomness,
+        )
 
     def _gradient(self, step: Step) -> Passes:
-        yield from step.first()
-        if step.pays:
-            parameters, gradients = step.perturbed()
+        yield from step.first_pass()
+        if step.second_runs:
+            parameters, gradients = step.to_perturb()
             old = self._memory.get("momentum", parameters)
             directions, momenta = friendly(gradients, old, self.sigma, self.lam)
             del gradients
-            yield from step.second(parameters, directions)
+            yield from step.second_pass(parameters, directions)
             self._memory.put("momentum", parameters, momenta)

@@ -1,20 +1,53 @@
-"""What a step at perturbed weights needs to know of DistributedDataParallel."""
+"""What stands still in the second pass: running statistics, and gradients of other ranks in the first.
 
-from collections.abc import Iterator
+That both passes draw the same random numbers is `flatmin._rng.replayed`.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from .._distributed import initialized
-from ._modules import each_module
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module | None = None) -> Iterator[None]:
+    """Undoes, on leaving, what forward passes inside do to running statistics.
+
+    Covers ``running_mean``, ``running_var`` and ``num_batches_tracked`` of every batch- and instance-norm layer of
+    torch and its subclasses. They are copied and put back: setting the momentum to 0, as is often done, still counts
+    batches, and turns an infinite activation into NaN for good. The pass itself normalises as it always does.
+
+    Args:
+        model: The network. Without it, the layers are found by a hook as they are called; those of a compiled model
+            when it is called itself, of which torch warns.
+    """
+    saved: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def save(module: nn.Module) -> None:
+        if isinstance(module, _NormBase) and module.training and module not in saved:
+            saved[module] = [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
+
+    try:
+        with each_module(save, model):
+            yield
+    finally:
+        with torch.no_grad():
+            for pairs in saved.values():
+                for buffer, copy in pairs:
+                    buffer.copy_(copy)
 
 
 @contextmanager
 def local_gradients(model: nn.Module | None, *, wanted: bool) -> Iterator[list[ProcessGroup]]:
-    """Lets each replica keep the gradient of its own batch: what ``no_sync`` does, for a model that is not known.
+    """Lets each rank keep the gradient of its own batch in the first pass: ``no_sync`` for a model that is not known.
 
     Args:
         model: The network. If none of its modules is a ``DistributedDataParallel``, they are found by a hook as they
@@ -57,3 +90,29 @@ def agreed(number: Tensor, groups: list[ProcessGroup]) -> float:
             distributed.all_reduce(bad, distributed.ReduceOp.MAX, group)
         number = torch.where(bad > 0, torch.inf, number)
     return float(number)
+
+
+@contextmanager
+def each_module(visit: Callable[[nn.Module], None], model: nn.Module | None = None) -> Iterator[None]:
+    """Calls ``visit`` with the modules of ``model`` at once, or without it with those called inside, before they run.
+
+    The modules of a compiled model, within which no hook is run, are visited when it is called itself; torch warns of
+    that.
+    """
+    if model is not None:
+        for module in model.modules():
+            visit(module)
+        yield
+        return
+
+    def hook(module: nn.Module, *_: Any) -> None:
+        visit(module)
+        if (compiled := module._modules.get("_orig_mod")) is not None:  # getattr would be slow where there is none
+            for inner in compiled.modules():
+                visit(inner)
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
