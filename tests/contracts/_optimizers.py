@@ -17,7 +17,7 @@ EVERY = {
     for name, kind in vars(flatmin.optim).items()
     if inspect.isclass(kind) and issubclass(kind, flatmin.optim.SharpnessAware) and not inspect.isabstract(kind)
 }
-CLOSURES = [name for name in EVERY if name != "ESAM"]  # those with a closure as torch's, ESAM's is another one
+CLOSURES = [name for name in EVERY if not EVERY[name].per_sample_closure]  # those with a closure as torch's
 # With these the mechanism is at work in the few steps here.
 VISIBLE = {"LookSAM": {"k": 2}, "GSAM": {"alpha": 0.6}, "FriendlySAM": {"lam": 0.6}, "ESAM": {"beta": 0.8}}
 
@@ -62,7 +62,7 @@ class Training:
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(B, 4, generator=generator).to(dtype)
         self.y = torch.randint(C, (B,), generator=generator)
-        self.own_passes = name == "ESAM"
+        self.own_passes = EVERY[name].per_sample_closure
         self.scaler, self.autocast, self.parts = scaler, autocast, parts
         self.optimizer = EVERY[name](base(self.model), rho=0.3, scaler=scaler, **VISIBLE.get(name, {}), **options)
         self.passes = 0  # that were begun

@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 
 import flatmin
@@ -19,7 +20,7 @@ closures = pytest.mark.parametrize("name", CLOSURES)
 def two_steps(training: Training, count: int) -> None:
     """The loop that is written for optimizers with two steps."""
     for _ in range(count):
-        if EVERY[type(training.optimizer).__name__]._most_passes == 2:
+        if EVERY[type(training.optimizer).__name__].max_passes == 2:
             training.closure()
         if training.optimizer.first_step():
             training.closure()
@@ -57,6 +58,64 @@ def test_a_pass_that_is_not_finite_drops_the_step(name, loop):
     assert training.optimizer.skipped_steps == 1
     loop(training, 1)
     assert differ(before, training.state())
+
+
+ALWAYS_TWO = ["SAM", "ASAM", "GSAM", "FriendlySAM"]
+
+
+def davda54(training: Training, count: int) -> None:
+    """The loop of davda54/sam's README, which pytorch-optimizer's has too: it asks nothing and clears by itself."""
+    model, optimizer = training.model, training.optimizer
+    for _ in range(count):
+        for input, output in [(training.x, training.y)]:
+            # first forward-backward pass
+            loss = F.cross_entropy(model(input), output)  # use this loss for any training statistics
+            loss.backward()
+            optimizer.first_step(zero_grad=True)
+            # second forward-backward pass
+            F.cross_entropy(model(input), output).backward()  # make sure to do a full forward pass
+            optimizer.second_step(zero_grad=True)
+
+
+@closures
+def test_the_loop_for_other_libraries_equals_the_closure_with_batch_norm(name):
+    ours, theirs = Training(name), Training(name)
+    if name not in ALWAYS_TWO:  # the loop makes passes that nobody wants, which move the statistics
+        ours.model[1].eval(), theirs.model[1].eval()
+    davda54(ours, 5), theirs.step(5)
+    assert_same(ours.state(), theirs.state())
+    assert theirs.model[1].num_batches_tracked == (5 if name in ALWAYS_TWO else 0)
+    assert all(parameter.grad is None for parameter in ours.model.parameters())
+
+
+def test_that_loop_drops_a_step_whose_first_pass_is_not_finite():
+    training, twin = Training("SAM"), Training("SAM")
+    training.model[1].eval(), twin.model[1].eval()
+    davda54(training, 2), davda54(twin, 2)
+    training.x, x = training.x * float("nan"), training.x
+    with pytest.warns(flatmin.errors.NonFiniteGradientWarning):
+        davda54(training, 1)
+    training.x = x
+    assert training.optimizer.skipped_steps == 1
+    davda54(training, 3), davda54(twin, 3)
+    assert_same(training.state(), twin.state())
+
+
+@closures
+@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize("zero_grad", [True, False])
+def test_zero_grad_clears_after_either_step_and_nothing_is_cleared_without_it(name, runs, zero_grad):
+    two = EVERY[name].max_passes == 2
+    training = Training(name, **({"when": lambda step: runs} if two else {}))
+    training.closure()
+    wanted = training.optimizer.first_step(zero_grad=zero_grad)
+    assert wanted == (runs or not two)
+    cleared = [parameter.grad is None for parameter in training.model.parameters()]
+    assert cleared == [zero_grad or (two and wanted)] * len(cleared)
+    training.closure()
+    training.optimizer.second_step(zero_grad=zero_grad)
+    cleared = [parameter.grad is None for parameter in training.model.parameters()]
+    assert cleared == [zero_grad] * len(cleared)
 
 
 @closures

@@ -6,7 +6,7 @@ import torch
 from flatmin.optim import Every
 from tests.contracts._optimizers import CLOSURES, EVERY, Training, network, passes_of
 
-TWO = [name for name in EVERY if EVERY[name]._most_passes == 2]
+TWO = [name for name in EVERY if EVERY[name].max_passes == 2]
 
 
 def dropping(name: str, **options) -> tuple[Training, list[torch.Tensor]]:

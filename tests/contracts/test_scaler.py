@@ -24,7 +24,7 @@ def test_all_that_a_method_sees_and_keeps_is_unscaled(name, how):
 
     def train(scaler):
         options = {"max_norm": 0.1} if how == "clipped" else {}
-        if how == "adaptive" and EVERY[name]._most_passes == 2:
+        if how == "adaptive" and EVERY[name].max_passes == 2:
             options["when"] = Adaptive(8, start=0.3, end=-0.3)
         training = Training(name, scaler=scaler, **options)
         return training.step(6), training.state()

@@ -29,7 +29,7 @@ FAMILY = {
     # All samples: those that a rank would choose of its share are not those chosen of the whole.
     "ESAM": lambda base: flatmin.ESAM(base, rho=0.5, norm="global", gamma=1.0),
     "SAM clipped": lambda base: flatmin.SAM(base, rho=0.5, norm="global", max_norm=0.1),
-    # A step that does not pay has the whole batch's gradient, whatever the norm; and all ranks choose the same.
+    # A step without a second pass has the whole batch's gradient, whatever the norm; and all ranks choose the same.
     "SAM seldom": lambda base: flatmin.SAM(base, rho=0.5, norm="rank", when=lambda step: False),
     "SAM by the gradient": lambda base: flatmin.SAM(base, rho=0.5, norm="rank", when=Adaptive(STEPS)),
 }
@@ -64,7 +64,7 @@ def train(name: str, kind: str) -> tuple[list[torch.Tensor], list[torch.Tensor],
             loss.backward()
             return loss.detach()
 
-        own = isinstance(optimizer, flatmin.ESAM)
+        own = optimizer.per_sample_closure
         optimizer.step((lambda keep, step=step: losses_of(network, step, keep, calls)) if own else closure)
     kept = [t for entries in optimizer.state_dict()["flatmin"]["state"].values() for t in entries.values()]
     kept = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in kept]

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import flatmin
 from flatmin.errors import InvalidArgumentError
-from flatmin.optim._tensors import global_norm
+from flatmin.optim._foreach import global_norm
 from tests.distributed import _problem as problem
 from tests.distributed._spawn import run_ranks
 

@@ -137,6 +137,12 @@ def test_a_step_that_fails_leaves_no_trace(call, fault):
     assert_same(problem.state(optimizer), before)
 
 
+def test_the_class_says_which_closure_it_takes():
+    kinds = [kind for kind in vars(flatmin.optim).values() if isinstance(kind, type)]
+    methods = [kind for kind in kinds if issubclass(kind, flatmin.optim.SharpnessAware)]
+    assert [kind for kind in methods if kind.per_sample_closure] == [flatmin.ESAM]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

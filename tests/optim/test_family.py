@@ -278,9 +278,10 @@ def test_adaptive_chooses_as_the_paper():
     when = Adaptive(10, start=0.5, end=-2.0, decay=0.8)
     ours = []
     for step, norm in enumerate(norms):
-        ours.append(when(step, norm))
-        assert when(step, norm) == ours[-1]  # asking changes nothing
-        when.observe(norm)
+        assert when.before(step) is None
+        ours.append(when.after(step, norm))
+        assert when.after(step, norm) == ours[-1]  # asking changes nothing
+        when.observe(step, norm)
     assert ours == oracles.adaptive_choices(norms, 10, 0.5, -2.0, 0.8)
     assert True in ours
     assert False in ours
@@ -690,10 +691,10 @@ def test_no_python_loop_over_tensors_in_the_hot_path(name):
         (lambda p: flatmin.SAM(p.sgd(), parameters=[]), "^parameters is empty"),
         (lambda p: flatmin.SAM(p.sgd(), parameters=5), "^parameters must be several tensors, got int"),
         (lambda p: flatmin.SAM(p.sgd(), parameters=p.model.unused), "^parameters must be several tensors"),
-        (lambda p: flatmin.SAM(p.sgd(), parameters=p.model.named_parameters()), "^parameters .*tuple at place 0.*pair"),
+        (lambda p: flatmin.SAM(p.sgd(), parameters=p.model.named_parameters()), "^parameters .*tuple at index 0.*pair"),
         (
             lambda p: flatmin.SAM(p.sgd(), parameters=[nn.Parameter(torch.ones(7))]),
-            r"shape \(7,\) at place 0 .*not have",
+            r"shape \(7,\) at index 0 .*not have",
         ),
         (lambda p: Every(0), "^k must"),
         (lambda p: Late(1.5, 10), "^share must"),

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 import flatmin
 from flatmin.errors import InvalidArgumentError, NonFiniteGradientWarning
-from flatmin.optim._tensors import global_norm
+from flatmin.optim._foreach import global_norm
 from tests.optim._problem import TRAINED, C, Problem, assert_same
 from tests.reference import oracles
 

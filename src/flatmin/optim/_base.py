@@ -1,44 +1,43 @@
-"""What every optimizer shares that moves the weights before the gradient is taken."""
+"""What every optimizer shares that moves the weights before the gradient is taken: arguments, step and passes."""
 
-from __future__ import annotations
+import copy
+import itertools
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+from inspect import signature
+from typing import Any, ClassVar, Literal
 
-from abc import ABC
-from typing import TYPE_CHECKING, Any, ClassVar
-
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .._checks import check_choice, check_integer, check_module, check_number
-from ._arguments import check_subset
-from ._loss_scale import LossScale
-from ._memory import Memory
-from ._options import EachRank, OnePass, TwoPasses, check_scaler, check_taken
-from ._passes import Closure, InPasses
-from ._scaling import Rho, check_rho, check_scaling, rho_of
-from ._step import Step
-from ._when import Adaptive, check_when
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-OWN = "flatmin"  # the key of what is not the base optimizer's in a state dict
+from .._distributed import size
+from ..errors import InvalidArgumentError, NonFiniteGradientWarning
+from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of
+from ._step import LossScale, NotFiniteError, Passes, Step
+from ._wrapper import Memory, Wrapper
+from .schedules import Schedule, as_schedule
 
 
-class SharpnessAware(InPasses, ABC):
-    """A torch optimizer around another one, whose gradient it takes at perturbed weights.
-
-    A step is a direction x a scaling x a subset x when x what is done with the second gradient. A method, a subclass,
-    has a direction and a use for the second gradient; the other three are its arguments.
+class SharpnessAware(Wrapper):
+    """A torch optimizer around another one that takes its gradient at perturbed weights: the base of all methods here.
 
     ``param_groups``, ``state`` and ``defaults`` *are* the base optimizer's, so that schedulers, ``zero_grad``,
     ``add_param_group`` and checkpoints work on either. What a method remembers beside is kept apart.
 
-    A two-pass step calls the closure at the weights and at the perturbed weights, restores the weights to the bit, and
-    lets the base optimizer step with what the method makes of the second gradient; where ``when`` does not pay, or rho
-    is 0, the step is the base optimizer's. During the second call running statistics of normalisation layers stand
-    still, and dropout takes the masks of the first. A one-pass step calls the closure at perturbed weights only:
-    statistics move in it, and its loss is that of the perturbed weights. A step in which the norm of a gradient is not
-    finite is dropped: weights and all state stay as they were, `skipped_steps` goes up and the first time a
-    `NonFiniteGradientWarning` says so, unless there is a scaler, which looks for its scale in this way.
+    A two-pass step calls the closure at the weights and at the perturbed weights, restores the weights (bit-identical),
+    and lets the base optimizer step with what the method makes of the second gradient. Where ``when`` returns False, or
+    rho is 0, the step is a plain base-optimizer step: one closure call. During the second call running statistics of
+    normalisation layers stand still, and dropout takes the masks of the first. A one-pass step calls the closure once,
+    at perturbed weights: statistics move in it, and its loss is that of the perturbed weights.
+
+    A step is dropped if the norm of a gradient is not finite: weights and all state stay as they were,
+    ``skipped_steps`` goes up, and a `NonFiniteGradientWarning` is given once; not with a ``scaler``, which looks for
+    its scale in this way.
 
     Under ``DistributedDataParallel`` the second gradient is averaged, and the weights are the same on all ranks after
     the step. With ``norm="rank"`` the first is not: the module is found as it is called and does not synchronise in
@@ -47,88 +46,250 @@ class SharpnessAware(InPasses, ABC):
     rank, all drop the step. Parameters sharded by FSDP2 have no gradient of one rank: they are perturbed along the
     global one, whatever ``norm`` is.
 
+    A method is a subclass with a direction, and a use for the second gradient; it takes the arguments below that apply
+    to it.
+
     Args:
-        base_optimizer: The optimizer, an instance, that makes the step.
-        rho: Length of the perturbation over all perturbed parameters together, > 0; or a function of the base
-            optimizer, called each step, to a length >= 0, such as `RhoByLR`.
-        parameters: Those to perturb; all by default. For normalisation layers only (SAM-ON):
-            ``flatmin.optim.normalization_parameters(model)``. All are trained.
-        scaling: What makes the perturbation of the direction: one norm over all by default, `Elementwise` as in ASAM.
-        scaler: The ``torch.amp.GradScaler`` that the closure scales the loss with, where it trains in float16. All
-            gradients that a method sees are unscaled; ``scaler.update()`` after each step remains to be called.
-        max_norm: The gradient that the base optimizer steps with is brought to this norm if it is longer, > 0; the one
-            that makes the perturbation is not.
-        when: Which steps pay for a second pass: a function of the step's number, from 0, to a bool, such as `Every`,
-            `Late` and `Sometimes`, or `Adaptive`; all by default. Of two-pass methods, as the next two.
-        model: The network. Only needed where its batch-norm layers cannot be seen as they are called. With a compiled
-            model it also spares torch's warning of global hooks; give the outermost module then.
-        same_randomness: Whether the second pass draws the random numbers of the first from torch's generators, and
-            leaves them as one pass would; so by default.
-        norm: Of SAM, ASAM and ESAM: whose gradient makes the perturbation under ``DistributedDataParallel``.
-            ``"rank"``, the default: each rank perturbs along the gradient of its own batch, which is not communicated
-            (m-sharpness, as in SAM's paper). ``"global"``: all along the gradient of the whole batch, as one process
-            would; so always do the other methods, which use the first gradient otherwise too.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0. Or a function of the base
+            optimizer to it (>= 0, called in each step), such as `RhoByLR`.
+        parameters: The tensors to perturb, some of the base optimizer's. None (default): all. All are trained in any
+            case. For SAM-ON: ``flatmin.optim.normalization_parameters(model)``.
+        scaling: How the direction becomes a perturbation. None (default): divided by its L2 norm over all perturbed
+            parameters. `Elementwise`: in proportion to each weight, as in ASAM.
+        scaler: The ``torch.amp.GradScaler`` that the closure scales the loss with, for float16. None (default): the
+            loss is not scaled. Call ``scaler.update()`` after each step.
+        max_norm: Clips the gradient that the base optimizer steps with to this L2 norm, > 0. None (default): no
+            clipping. The gradient that makes the perturbation is never clipped.
+        when: In which steps the second pass runs: a function of the step index (from 0) to a bool, or a `Schedule`
+            such as `Every`, `Late`, `Sometimes` and `Adaptive`. None (default): in all.
+        model: The network. None (default): its normalisation and DDP modules are found as they are called. Only needed
+            where they cannot be; for a compiled model it also avoids torch's warning of global hooks: pass the
+            outermost module then.
+        same_randomness: True (default): the second pass draws the random numbers of the first from torch's generators,
+            and leaves them as one pass would. False: it draws new ones.
+        norm: Whose gradient makes the perturbation under ``DistributedDataParallel``. ``"rank"``: each rank's own,
+            which is not communicated (m-sharpness, as in SAM's paper). ``"global"`` (the default here): the whole
+            batch's, as one process would.
 
     Attributes:
         base_optimizer: The optimizer that makes the step.
         skipped_steps: How many steps were dropped because a gradient was not finite.
+        max_passes: Of the class: how many forward-backward passes a step has at most, 1 or 2.
+        per_sample_closure: Of the class: whether `step` takes a `PerSampleClosure` in place of torch's closure.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
     """
 
-    _common: ClassVar[type[OnePass]] = TwoPasses  # the arguments that it takes of those below
+    max_passes: ClassVar[int] = 2
+    per_sample_closure: ClassVar[bool] = False
+    _closure = "def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); return loss"
+    _without_closure = (
+        "; or make the passes in a loop: for _ in optimizer.passes(): ..., or use first_step, second_step"
+    )
 
     def __init__(
         self,
         base_optimizer: Optimizer,
         *,
         rho: Rho,
-        **common: Unpack[EachRank],
+        parameters: Iterable[Tensor] | None = None,
+        scaling: Scaling | None = None,
+        scaler: GradScaler | None = None,
+        max_norm: float | None = None,
+        when: Schedule | Callable[[int], bool] | None = None,
+        model: nn.Module | None = None,
+        same_randomness: bool = True,
+        norm: Literal["rank", "global"] = "global",
     ) -> None:
-        check_taken(type(self), common, self._common)
         super().__init__(base_optimizer)
         self.rho = check_rho(rho)
-        own = "rank" if self._common is EachRank else "global"
-        self.norm = check_choice("norm", common.get("norm", own), ("rank", "global"))
-        self.scaler = check_scaler(common.get("scaler"))
-        max_norm = common.get("max_norm")
+        self.scaler = check_scaler(scaler)
         self.max_norm = None if max_norm is None else check_number("max_norm", max_norm, above=0)
-        self._when = check_when(common.get("when"))
-        self._subset = check_subset(common.get("parameters"), base_optimizer)
-        self._scaling = check_scaling(common.get("scaling"))
-        model = common.get("model")
+        self.norm = check_choice("norm", norm, ("rank", "global"))
+        self.skipped_steps = 0
+        self._subset = check_subset(parameters, base_optimizer)
+        self._scaling = check_scaling(scaling)
+        self._when = as_schedule(when)
+        self._when_new = copy.deepcopy(self._when.state_dict())  # to begin anew with a state that has none
         self._model = None if model is None else check_module("model", model)
-        self._replay = bool(common.get("same_randomness", True))
-        self._steps = 0
+        self._replay = bool(same_randomness)
+        self._steps = 0  # that were made
         self._memory = Memory()
+        self._under_way = False
+        self._ready: Step | None = None  # whose passes are all made, without a closure
+        self._suspended: Generator[int, None, None] | None = None  # the step that first_step has begun
+        self._over = False  # whether first_step has made a whole step
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the base optimizer's state, and under ``"flatmin"`` what there is beside it."""
+    @abstractmethod
+    def _gradient(self, step: Step) -> Passes:
+        """Yields where a pass is due, and leaves the gradient that the base optimizer is to step with.
+
+        Writes to memory after the last pass only, since any pass may fail.
+        """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[..., Any] | None = None) -> Any:
+        """Makes one step.
+
+        Args:
+            closure: Clears the gradients, computes the loss, calls ``backward()`` and returns the loss, as torch's
+                own optimizers expect it. Called twice; once by one-pass methods, in steps without a second pass, and
+                where the first gradient is not finite.
+
+        Returns:
+            The loss of the first call; of two-pass methods at the unperturbed weights.
+
+        Raises:
+            InvalidArgumentError: If there is no closure, or it leaves no gradient.
+            Exception: Whatever the closure raises; the weights are then as they were.
+        """
+        step = self._take_ready() if closure is None else self._make_passes(closure)
+        if step.failed:
+            if self.skipped_steps == 0 and not step.scale.enabled:
+                warnings.warn(
+                    f"the {step.failed} gradient of a {type(self).__name__} step is not finite: the step was dropped "
+                    "and the weights are as they were (warned once; skipped_steps counts them)",
+                    NonFiniteGradientWarning,
+                    stacklevel=4,  # step, torch's two wrappers
+                )
+            self.skipped_steps += 1
+        else:
+            self.base_optimizer.step()
+            self._when.observe(self._steps, step.first_norm)
+            self._steps += 1
+        return step.loss
+
+    def passes(self) -> Generator[int, None, None]:
+        """Makes one step in a loop over its passes, where no closure can be given.
+
+        The loop's body is what the closure would be: it clears the gradients, computes the loss and calls
+        ``backward()``. After the last pass the base optimizer steps. To ``break``, or raise, gives the step up: the
+        weights are then bit-identical to before.
+
+        Yields:
+            The index of the pass, from 0.
+
+        Raises:
+            InvalidArgumentError: If a pass leaves no gradient.
+
+        Example:
+            >>> import torch, flatmin
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = flatmin.SAM(torch.optim.SGD([weight], lr=0.1), rho=0.5)
+            >>> for index in optimizer.passes():
+            ...     optimizer.zero_grad()
+            ...     weight.square().sum().backward()
+        """
+        step = self._begin(None)
+        with closing(self._run(step)) as passes:
+            for index in itertools.count():
+                with torch.no_grad():
+                    if next(passes, step) is step:
+                        break
+                yield index
+        self._ready = step
+        self.step()
+
+    def first_step(self, zero_grad: bool = False) -> bool:
+        """Moves the weights, after the first backward pass; in one-pass methods before the only one.
+
+        For loops written for optimizers with two steps, such as davda54/sam and pytorch-optimizer. Prefer `passes`:
+        here the first pass is over before the optimizer knows of it, so that dropout takes other masks in the second,
+        and no rank can have kept its gradient to itself.
+
+        Args:
+            zero_grad: Whether to clear the gradients afterwards. Where a second pass is wanted they are in any case.
+
+        Returns:
+            Whether another backward pass is wanted, and `second_step` after it. Where not, the step is made, or was
+            dropped, and a `second_step` does nothing.
+
+        Raises:
+            InvalidArgumentError: If there is no gradient, or one step is under way already.
+
+        Example:
+            >>> import torch, flatmin
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = flatmin.SAM(torch.optim.SGD([weight], lr=0.1), rho=0.5)
+            >>> weight.square().sum().backward()
+            >>> if optimizer.first_step(zero_grad=True):
+            ...     weight.square().sum().backward()
+            ...     optimizer.second_step(zero_grad=True)
+        """
+        if self.norm == "rank" and size() > 1:
+            raise InvalidArgumentError(
+                "first_step comes after the gradients are averaged, and norm='rank' is for those of one rank; "
+                f"make it {type(self).__name__}(..., norm='global'), or use passes()"
+            )
+        suspended = self.passes()
+        for _ in range(self.max_passes):
+            wanted = next(suspended, None) is not None
+        self._suspended, self._over = (suspended, False) if wanted else (None, True)
+        if zero_grad:
+            self.zero_grad()
+        return wanted
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restores the weights and makes the step, with the gradients of the pass after `first_step`.
+
+        Args:
+            zero_grad: Whether to clear the gradients afterwards.
+
+        Raises:
+            InvalidArgumentError: If there was no `first_step`, or there is no gradient.
+        """
+        suspended, over, self._suspended, self._over = self._suspended, self._over, None, False
+        if suspended is not None:
+            next(suspended, None)
+        elif not over:
+            raise InvalidArgumentError("second_step comes after first_step, which has not been called")
+        if zero_grad:
+            self.zero_grad()
+
+    def abandon(self) -> None:
+        """Gives up the step that `first_step` has begun: all is as before, the weights bit-identical."""
+        suspended, self._suspended, self._over = self._suspended, None, False
+        if suspended is not None:
+            suspended.close()
+
+    def __repr__(self) -> str:
+        """The method with its arguments that are set, around the base optimizer with its groups."""
+        own = {name: vars(self)[name] for name in signature(type(self)).parameters if name in vars(self)}
+        shown = [
+            f"{name}={value!r}"
+            for name, value in own.items()
+            if value is not None and not isinstance(value, (Optimizer, GradScaler))
+        ]
+        return f"{type(self).__name__}({', '.join(shown)}) around {self.base_optimizer!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_idle("a copy")
+        return super().__getstate__()
+
+    def _own_state(self) -> dict[str, Any]:
         self._check_idle("state_dict")
-        own = {
+        return {
             "step": self._steps,
             "state": self._memory.state_dict(self.param_groups),
-            "when": self._when.state_dict() if isinstance(self._when, Adaptive) else {},
+            "when": self._when.state_dict(),
         }
-        return {**self.base_optimizer.state_dict(), OWN: own}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned; a plain optimizer's state fits too, and begins at step 0."""
+    def _load(self, base: dict[str, Any], own: dict[str, Any]) -> None:
         self._check_idle("load_state_dict")
-        own = {"step": 0, "state": {}, "when": {}, **state_dict.get(OWN, {})}
-        steps = check_integer("state_dict['flatmin']['step']", own["step"], least=0)
-        memory = Memory.from_state(own["state"], self.param_groups)
-        self.base_optimizer.load_state_dict({name: part for name, part in state_dict.items() if name != OWN})
-        if isinstance(self._when, Adaptive):
-            self._when.load_state_dict(own["when"])
+        steps = check_integer("state_dict['flatmin']['step']", own.get("step", 0), least=0)
+        memory = Memory.from_state(own.get("state", {}), self.param_groups)
+        self.base_optimizer.load_state_dict(base)
+        self._when.load_state_dict(own.get("when") or copy.deepcopy(self._when_new))
         self._steps, self._memory = steps, memory
 
-    def _begin(self, closure: Closure | None) -> Step:
+    def _begin(self, closure: Callable[..., Any] | None) -> Step:
+        """A new step, of which nothing is done."""
         return Step(
             name=type(self).__name__,
             closure=closure,
-            number=self._steps,
+            index=self._steps,
             rho=rho_of(self.rho, self.base_optimizer),
             groups=self.param_groups,
             subset=self._subset,
@@ -141,7 +302,50 @@ class SharpnessAware(InPasses, ABC):
             scale=LossScale(self.scaler, self.base_optimizer),
         )
 
-    def _made(self, step: Step) -> None:
-        if isinstance(self._when, Adaptive):
-            self._when.observe(step.first_norm)
-        self._steps += 1
+    def _make_passes(self, closure: Callable[..., Any]) -> Step:
+        """A step whose passes the closure has made."""
+        step = self._begin(closure)
+        with closing(self._run(step)) as passes:
+            for index, _ in enumerate(passes):
+                assert step.closure is not None
+                with torch.enable_grad():
+                    loss = step.closure()
+                step.loss = loss if index == 0 else step.loss
+        return step
+
+    def _take_ready(self) -> Step:
+        """The step whose passes were made without a closure."""
+        step, self._ready = self._ready, None
+        if step is None:
+            raise InvalidArgumentError(
+                f"{type(self).__name__}.step needs a closure, to take the gradient where it chooses: "
+                f"{self._closure}{self._without_closure}"
+            )
+        return step
+
+    def _run(self, step: Step) -> Passes:
+        """The passes of a step: a generator that yields where one is due. To close it undoes all that it has moved."""
+        self._check_idle("another step")
+        self._under_way, self._ready = True, None
+        try:
+            yield from self._gradient(step)
+            step.clip()
+        except NotFiniteError as error:
+            step.failed = str(error)
+            step.scale.overflowed(step.gradients)
+        finally:
+            self._under_way = False
+
+    def _check_idle(self, what: str) -> None:
+        if self._under_way:
+            raise InvalidArgumentError(
+                f"{what} while a step is under way, at perturbed weights perhaps: let its last pass be made, as "
+                "second_step() does, or give it up with abandon()"
+            )
+
+
+def check_scaler(scaler: GradScaler | None) -> GradScaler:
+    """Returns ``scaler``; one that does nothing where it is None."""
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        raise InvalidArgumentError(f"scaler must be a torch.amp.GradScaler, got {scaler!r}")
+    return GradScaler("cpu", enabled=False) if scaler is None else scaler

@@ -1,31 +1,20 @@
-"""LookSAM: what SAM adds to the gradient changes slowly, so that it need not be found anew each step.
+"""LookSAM: what SAM adds to the gradient changes slowly, so that it need not be found anew in each step.
 
-*Towards Efficient and Scalable Sharpness-Aware Minimization*, Liu et al., CVPR 2022, arXiv 2203.02714::
-
-    every k-th step:   g~ = gradient at w + e, e as in SAM
-                       g_v = g~ - (g~ . g / |g|^2) g          one projection over all parameters
-                       w = base step from w with g~
-    the others:        w = base step from w with g + alpha * |g| / (|g_v| + 1e-8) * g_v
+Liu et al., CVPR 2022.
 """
 
-from __future__ import annotations
+from collections.abc import Callable, Iterable
 
-from typing import TYPE_CHECKING
-
-from torch import Tensor
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
-from ._scaling import Rho
+from ._foreach import add_, clones, component, global_norm, plus
+from ._perturbation import Rho, Scaling
 from ._step import Passes, Step, aligned
-from ._tensors import add_, clones, component, global_norm, plus
-from ._when import Every
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from ._options import TwoPasses
+from .schedules import Every, Schedule
 
 
 def orthogonal(first: list[Tensor], second: list[Tensor], norm: float, other: float) -> list[Tensor]:
@@ -39,20 +28,44 @@ def reuse_(gradients: list[Tensor], directions: list[Tensor], alpha: float, norm
 
 
 class LookSAM(SharpnessAware):
-    """SAM every ``k`` steps; in the others one pass, to whose gradient is added what the last second pass brought.
+    """LookSAM: SAM in every ``k``-th step; the others have one pass, and reuse what the last second pass added.
 
-    The closure is called ``(k + 1) / k`` times a step on average. Memory: one buffer of the weights' size, and in the
-    steps with a second pass one copy of the weights and one of the first gradient. The first gradient goes into what is
-    kept, so that under ``DistributedDataParallel`` it is always that of the whole batch. The projection is one over all
-    parameters, as in the paper's algebra; pytorch-optimizer projects each tensor by itself.
+    ::
+
+        every k-th step:   g~ = gradient at w + e, e as in SAM
+                           g_v = g~ - (g~ . g / |g|^2) g          one projection over all parameters
+                           w = base step from w with g~
+        the others:        w = base step from w with g + alpha * |g| / (|g_v| + 1e-8) * g_v
+
+    *Towards Efficient and Scalable Sharpness-Aware Minimization*, Liu et al., CVPR 2022, arXiv 2203.02714.
+
+    The closure is called ``(k + 1) / k`` times a step on average. Memory: one buffer of the weights' size; in the steps
+    with a second pass also one copy of the perturbed weights and one of the first gradient. The first gradient goes
+    into what is kept, so under ``DistributedDataParallel`` it is always that of the whole batch. The projection is one
+    over all parameters, as in the paper's algebra; pytorch-optimizer projects each tensor by itself.
 
     Args:
-        base_optimizer: The optimizer, an instance, that makes the step.
-        rho: Length of the perturbation, > 0, or a function of the base optimizer to it. SAM's.
-        k: Steps from one second pass to the next; the paper's for ViT is 5. ``when`` takes its place.
-        alpha: Weight of what is reused, >= 0, .2 to .7 in the paper.
-        **common: What all two-pass methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``, ``when``,
-            ``model``, ``same_randomness``; see `SharpnessAware`.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0; default 0.05, SAM's. Or a
+            function of the base optimizer to it (>= 0, called in each step), such as `RhoByLR`.
+        k: Steps from one second pass to the next, at least 1; default 5, the paper's for ViT. Unused if ``when`` is
+            given.
+        alpha: Weight of what is reused, >= 0; default 0.7; 0.2 to 0.7 in the paper.
+        parameters: The tensors to perturb, some of the base optimizer's. None (default): all. All are trained in any
+            case. For SAM-ON: ``flatmin.optim.normalization_parameters(model)``.
+        scaling: How the direction becomes a perturbation. None (default): divided by its L2 norm over all perturbed
+            parameters. `Elementwise`: in proportion to each weight, as in ASAM.
+        scaler: The ``torch.amp.GradScaler`` that the closure scales the loss with, for float16. None (default): the
+            loss is not scaled. Call ``scaler.update()`` after each step.
+        max_norm: Clips the gradient that the base optimizer steps with to this L2 norm, > 0. None (default): no
+            clipping. The gradient that makes the perturbation is never clipped.
+        when: In which steps the second pass runs: a function of the step index (from 0) to a bool, or a `Schedule`
+            such as `Every`, `Late`, `Sometimes` and `Adaptive`. None (default): in every ``k``-th.
+        model: The network. None (default): its normalisation and DDP modules are found as they are called. Only needed
+            where they cannot be; for a compiled model it also avoids torch's warning of global hooks: pass the
+            outermost module then.
+        same_randomness: True (default): the second pass draws the random numbers of the first from torch's generators,
+            and leaves them as one pass would. False: it draws new ones.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -70,19 +83,33 @@ class LookSAM(SharpnessAware):
         rho: Rho = 0.05,
         k: int = 5,
         alpha: float = 0.7,
-        **common: Unpack[TwoPasses],
+        parameters: Iterable[Tensor] | None = None,
+        scaling: Scaling | None = None,
+        scaler: GradScaler | None = None,
+        max_norm: float | None = None,
+        when: Schedule | Callable[[int], bool] | None = None,
+        model: nn.Module | None = None,
+        same_randomness: bool = True,
     ) -> None:
         self.alpha = check_number("alpha", alpha, least=0)
-        if common.get("when") is None:
-            common["when"] = Every(k)
-        super().__init__(base_optimizer, rho=rho, **common)
+        super().__init__(
+            base_optimizer,
+            rho=rho,
+            parameters=parameters,
+            scaling=scaling,
+            scaler=scaler,
+            max_norm=max_norm,
+            when=Every(k) if when is None else when,
+            model=model,
+            same_randomness=same_randomness,
+        )
 
     def _gradient(self, step: Step) -> Passes:
-        yield from step.first()
-        if step.pays:
+        yield from step.first_pass()
+        if step.second_runs:
             parameters, first = step.parameters, clones(step.gradients)
-            yield from step.second()
-            first, norm = step.beside(parameters, first)
+            yield from step.second_pass()
+            first, norm = step.beside_second(parameters, first)
             self._memory.replace("direction", step.parameters, orthogonal(first, step.gradients, norm, step.norm))
         elif step.rho > 0:
             known, directions = self._memory.known("direction", step.parameters)

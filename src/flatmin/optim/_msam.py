@@ -1,27 +1,16 @@
-"""MSAM: SAM at the price of the base optimizer, perturbed along its momentum.
+"""MSAM: SAM at the price of the base optimizer, perturbed along its momentum. Becker et al. 2024."""
 
-*Momentum-SAM: Sharpness Aware Minimization without Computational Overhead*, Becker et al. 2024, arXiv 2401.12033::
-
-    e = -rho * v / (|v| + 1e-12)     v the base optimizer's momentum
-    w = base step from w with the gradient at w + e
-"""
-
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..errors import InvalidArgumentError
 from ._base import SharpnessAware
-from ._options import OnePass
-from ._scaling import Rho
+from ._perturbation import Rho, Scaling
 from ._step import Passes, Step
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 NAMES = ("momentum_buffer", "exp_avg")  # what torch's optimizers, and those that follow them, call their momentum
 
@@ -39,18 +28,33 @@ def momenta(parameters: list[Tensor], state: Mapping[Tensor, Mapping[str, Any]])
 
 
 class MSAM(SharpnessAware):
-    """Steps with the gradient taken ``rho`` ahead along the momentum: one pass a step.
+    """MSAM: steps with the gradient taken ``rho`` ahead along the momentum; one forward-backward pass a step.
+
+    ::
+
+        e = -rho * v / (|v| + 1e-12)     v the base optimizer's momentum
+        w = base step from w with the gradient at w + e
+
+    *Momentum-SAM: Sharpness Aware Minimization without Computational Overhead*, Becker et al. 2024, arXiv 2401.12033.
 
     The momentum points up the slope of the past batches, so that the weights are moved *down* it, to where the base
-    optimizer is about to go; the other sign was reported to fail. The first step, before there is a momentum, is the
-    base optimizer's. Memory: one copy of the weights.
+    optimizer is about to go; the other sign was reported to fail. The first step, before there is a momentum, is a
+    plain base-optimizer step. Memory: one copy of the perturbed weights.
 
     Args:
-        base_optimizer: The optimizer, an instance, that makes the step; one that keeps ``momentum_buffer`` or
-            ``exp_avg``: SGD with momentum, the Adam family, RMSprop with momentum.
-        rho: Length of the perturbation, > 0, or a function of the base optimizer to it, 0 while ViTs warm up. Larger
-            than SAM's: about 3 on CIFAR-100.
-        **common: What all methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``; see `SharpnessAware`.
+        base_optimizer: The torch optimizer that makes the step: an instance that keeps ``momentum_buffer`` or
+            ``exp_avg``, such as SGD with momentum, the Adam family, RMSprop with momentum.
+        rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0; default 3.0, about the paper's
+            for CIFAR-100; larger than SAM's. Or a function of the base optimizer to it (>= 0, called in each step): 0
+            while ViTs warm up.
+        parameters: The tensors to perturb, some of the base optimizer's. None (default): all. All are trained in any
+            case. For SAM-ON: ``flatmin.optim.normalization_parameters(model)``.
+        scaling: How the direction becomes a perturbation. None (default): divided by its L2 norm over all perturbed
+            parameters. `Elementwise`: in proportion to each weight, as in ASAM.
+        scaler: The ``torch.amp.GradScaler`` that the closure scales the loss with, for float16. None (default): the
+            loss is not scaled. Call ``scaler.update()`` after each step.
+        max_norm: Clips the gradient that the base optimizer steps with to this L2 norm, > 0. None (default): no
+            clipping. The gradient that makes the perturbation is never clipped.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used; in the second step if the base optimizer
@@ -62,23 +66,33 @@ class MSAM(SharpnessAware):
         >>> optimizer = flatmin.MSAM(base, rho=3.0)
     """
 
-    _common, _most_passes = OnePass, 1
+    max_passes = 1
 
     def __init__(
         self,
         base_optimizer: Optimizer,
         *,
         rho: Rho = 3.0,
-        **common: Unpack[OnePass],
+        parameters: Iterable[Tensor] | None = None,
+        scaling: Scaling | None = None,
+        scaler: GradScaler | None = None,
+        max_norm: float | None = None,
     ) -> None:
-        super().__init__(base_optimizer, rho=rho, **common)
+        super().__init__(
+            base_optimizer,
+            rho=rho,
+            parameters=parameters,
+            scaling=scaling,
+            scaler=scaler,
+            max_norm=max_norm,
+        )
 
     def _gradient(self, step: Step) -> Passes:
         state = self.base_optimizer.state
         known, found = momenta(step.candidates(), state)
-        if step.number > 0 and not found and not momenta(list(state), state)[0]:
+        if step.index > 0 and not found and not momenta(list(state), state)[0]:
             raise InvalidArgumentError(
                 f"base_optimizer {type(self.base_optimizer).__name__} keeps none of {', '.join(NAMES)}, along which "
                 "MSAM perturbs; give SGD a momentum, or use S2SAM"
             )
-        yield from step.only(known, found, sign=-1)
+        yield from step.only_pass(known, found, sign=-1)

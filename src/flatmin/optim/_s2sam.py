@@ -1,38 +1,46 @@
 """S2-SAM: SAM at the price of the base optimizer, perturbed along the gradient of the step before.
 
-*A Single-Step, Sharpness-Aware Minimization is All You Need to Achieve Efficient and Accurate Sparse Training*,
-Ji et al., NeurIPS 2024::
-
-    e = rho * g' / (|g'| + 1e-12)     g' the gradient with which the step before was made
-    w = base step from w with the gradient at w + e
+Ji et al., NeurIPS 2024.
 """
 
-from __future__ import annotations
+from collections.abc import Iterable
 
-from typing import TYPE_CHECKING
-
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ._base import SharpnessAware
-from ._options import OnePass
-from ._scaling import Rho
+from ._foreach import clones
+from ._perturbation import Rho, Scaling
 from ._step import Passes, Step
-from ._tensors import clones
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class S2SAM(SharpnessAware):
-    """Steps with the gradient taken ``rho`` up the slope of the step before: one pass a step.
+    """S2-SAM: steps with the gradient taken ``rho`` up the slope of the step before; one forward-backward pass a step.
 
-    The opposite sign to `MSAM`. The first step is the base optimizer's. Memory: one copy of the weights during the
-    pass, and the gradient of the step before, of the perturbed parameters.
+    ::
+
+        e = rho * g' / (|g'| + 1e-12)     g' the gradient with which the step before was made
+        w = base step from w with the gradient at w + e
+
+    *A Single-Step, Sharpness-Aware Minimization is All You Need to Achieve Efficient and Accurate Sparse Training*,
+    Ji et al., NeurIPS 2024.
+
+    The opposite sign to `MSAM`. The first step is a plain base-optimizer step. Memory: one copy of the perturbed
+    weights during the pass, and the gradient of the step before, of the perturbed parameters.
 
     Args:
-        base_optimizer: The optimizer, an instance, that makes the step.
-        rho: Length of the perturbation, > 0, or a function of the base optimizer to it.
-        **common: What all methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``; see `SharpnessAware`.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0; default 0.05. Or a function of
+            the base optimizer to it (>= 0, called in each step), such as `RhoByLR`.
+        parameters: The tensors to perturb, some of the base optimizer's. None (default): all. All are trained in any
+            case. For SAM-ON: ``flatmin.optim.normalization_parameters(model)``.
+        scaling: How the direction becomes a perturbation. None (default): divided by its L2 norm over all perturbed
+            parameters. `Elementwise`: in proportion to each weight, as in ASAM.
+        scaler: The ``torch.amp.GradScaler`` that the closure scales the loss with, for float16. None (default): the
+            loss is not scaled. Call ``scaler.update()`` after each step.
+        max_norm: Clips the gradient that the base optimizer steps with to this L2 norm, > 0. None (default): no
+            clipping. The gradient that makes the perturbation is never clipped.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -43,18 +51,28 @@ class S2SAM(SharpnessAware):
         >>> optimizer = flatmin.S2SAM(base, rho=0.05)
     """
 
-    _common, _most_passes = OnePass, 1
+    max_passes = 1
 
     def __init__(
         self,
         base_optimizer: Optimizer,
         *,
         rho: Rho = 0.05,
-        **common: Unpack[OnePass],
+        parameters: Iterable[Tensor] | None = None,
+        scaling: Scaling | None = None,
+        scaler: GradScaler | None = None,
+        max_norm: float | None = None,
     ) -> None:
-        super().__init__(base_optimizer, rho=rho, **common)
+        super().__init__(
+            base_optimizer,
+            rho=rho,
+            parameters=parameters,
+            scaling=scaling,
+            scaler=scaler,
+            max_norm=max_norm,
+        )
 
     def _gradient(self, step: Step) -> Passes:
-        yield from step.only(*self._memory.known("gradient", step.candidates()))
-        parameters, gradients = step.perturbed()
+        yield from step.only_pass(*self._memory.known("gradient", step.candidates()))
+        parameters, gradients = step.to_perturb()
         self._memory.replace("gradient", parameters, clones(gradients))

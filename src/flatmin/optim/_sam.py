@@ -1,37 +1,53 @@
-"""SAM: the gradient at the worst point nearby.
+"""SAM: the gradient at the worst point nearby. Foret et al., ICLR 2021."""
 
-*Sharpness-Aware Minimization for Efficiently Improving Generalization*, Foret et al., ICLR 2021, arXiv 2010.01412::
+from collections.abc import Callable, Iterable
+from typing import Literal
 
-    e = rho * g / (|g| + 1e-12)     g the gradient at w, |g| its norm over all parameters
-    w = base step from w with the gradient at w + e
-"""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ._base import SharpnessAware
-from ._options import EachRank
-from ._scaling import Rho
+from ._perturbation import Rho, Scaling
 from ._step import Passes, Step
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .schedules import Schedule
 
 
 class SAM(SharpnessAware):
-    """Steps with the gradient taken ``rho`` up the slope: two passes a step, and one copy of the weights.
+    """SAM: steps with the gradient taken ``rho`` up the slope; two forward-backward passes a step.
 
-    Everything else (what is shared with the base optimizer, batch-norm statistics, gradients that are not finite, each
-    argument at length) is said in `SharpnessAware`.
+    ::
+
+        e = rho * g / (|g| + 1e-12)     g the gradient at w, |g| its norm over all parameters
+        w = base step from w with the gradient at w + e
+
+    *Sharpness-Aware Minimization for Efficiently Improving Generalization*, Foret et al., ICLR 2021, arXiv 2010.01412.
+
+    Memory: one copy of the perturbed weights. What holds for all methods (batch-norm statistics, gradients that are not
+    finite, several processes) is said in `SharpnessAware`.
 
     Args:
-        base_optimizer: The optimizer, an instance, that makes the step.
-        rho: Length of the perturbation over all parameters together, > 0, or a function of the base optimizer to it.
-        **common: What all two-pass methods take: ``parameters``, ``scaling``, ``scaler``, ``max_norm``, ``when``,
-            ``model``, ``same_randomness``; and ``norm``; see `SharpnessAware`.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0; default 0.05. Or a function of
+            the base optimizer to it (>= 0, called in each step), such as `RhoByLR`.
+        parameters: The tensors to perturb, some of the base optimizer's. None (default): all. All are trained in any
+            case. For SAM-ON: ``flatmin.optim.normalization_parameters(model)``.
+        scaling: How the direction becomes a perturbation. None (default): divided by its L2 norm over all perturbed
+            parameters. `Elementwise`: in proportion to each weight, as in ASAM.
+        scaler: The ``torch.amp.GradScaler`` that the closure scales the loss with, for float16. None (default): the
+            loss is not scaled. Call ``scaler.update()`` after each step.
+        max_norm: Clips the gradient that the base optimizer steps with to this L2 norm, > 0. None (default): no
+            clipping. The gradient that makes the perturbation is never clipped.
+        when: In which steps the second pass runs: a function of the step index (from 0) to a bool, or a `Schedule`
+            such as `Every`, `Late`, `Sometimes` and `Adaptive`. None (default): in all.
+        model: The network. None (default): its normalisation and DDP modules are found as they are called. Only needed
+            where they cannot be; for a compiled model it also avoids torch's warning of global hooks: pass the
+            outermost module then.
+        same_randomness: True (default): the second pass draws the random numbers of the first from torch's generators,
+            and leaves them as one pass would. False: it draws new ones.
+        norm: Whose gradient makes the perturbation under ``DistributedDataParallel``. ``"rank"`` (default): each rank's
+            own, which is not communicated (m-sharpness, as in SAM's paper). ``"global"``: the whole batch's, as one
+            process would.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -51,18 +67,34 @@ class SAM(SharpnessAware):
         True
     """
 
-    _common = EachRank
-
     def __init__(
         self,
         base_optimizer: Optimizer,
         *,
         rho: Rho = 0.05,
-        **common: Unpack[EachRank],
+        parameters: Iterable[Tensor] | None = None,
+        scaling: Scaling | None = None,
+        scaler: GradScaler | None = None,
+        max_norm: float | None = None,
+        when: Schedule | Callable[[int], bool] | None = None,
+        model: nn.Module | None = None,
+        same_randomness: bool = True,
+        norm: Literal["rank", "global"] = "rank",
     ) -> None:
-        super().__init__(base_optimizer, rho=rho, **common)
+        super().__init__(
+            base_optimizer,
+            rho=rho,
+            parameters=parameters,
+            scaling=scaling,
+            scaler=scaler,
+            max_norm=max_norm,
+            when=when,
+            model=model,
+            same_randomness=same_randomness,
+            norm=norm,
+        )
 
     def _gradient(self, step: Step) -> Passes:
-        yield from step.first()
-        if step.pays:
-            yield from step.second()
+        yield from step.first_pass()
+        if step.second_runs:
+            yield from step.second_pass()

@@ -1,23 +1,23 @@
 """The passes of one step, from which each method is put together."""
 
 import operator
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
 
 from .._rng import CPU, States, replayed, torch_states
 from ..errors import InvalidArgumentError
-from ._batchnorm import frozen_statistics
-from ._loss_scale import LossScale
-from ._replicas import agreed, local_gradients
-from ._scaling import Scaling
-from ._tensors import add_, clones, copy_, global_norm, scale_
-from ._when import Adaptive, When
+from ._foreach import global_norm, scale_
+from ._perturbation import Scaling, moved
+from ._second_pass import agreed, frozen_statistics, local_gradients
+from .schedules import Schedule, decided
 
 Passes = Generator[None, None, None]  # yields wherever a pass is due; whoever goes over it makes the pass then
 
@@ -26,58 +26,90 @@ class NotFiniteError(Exception):
     """A gradient of a step is infinite or not a number; the message says which. Never reaches the user."""
 
 
-def aligned(parameters: list[Tensor], others: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """Of ``tensors``, which belong to ``others``, those of ``parameters``; zeros for one that is not among them."""
-    if len(parameters) == len(others) and all(map(operator.is_, parameters, others)):
-        return tensors
-    known = dict(zip(others, tensors, strict=True))
-    return [known[p] if p in known else torch.zeros_like(p) for p in parameters]
+class LossScale:
+    """The loss scale of one step in float16, by the public functions of torch's ``GradScaler`` alone.
+
+    The scaler is told of one pass a step, which is all that it allows.
+
+    Args:
+        scaler: The scaler; one that is not enabled scales by 1.
+        optimizer: Whose step it is.
+    """
+
+    def __init__(self, scaler: GradScaler, optimizer: Optimizer) -> None:
+        self._scaler, self._optimizer = scaler, optimizer
+        self._factor = 0.0  # not known before the first backward pass, which may choose it
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to do."""
+        return self._scaler.is_enabled()
+
+    def factor(self) -> float:
+        """What the losses of this step are multiplied with. Waits for the device, once a step."""
+        if not self._factor:
+            self._factor = self._scaler.get_scale()
+        return self._factor
+
+    def remove(self, gradients: list[Tensor], *, last: bool) -> None:
+        """Divides by the scale: of the last pass's gradients the scaler does it, and notes that they are finite."""
+        if last:
+            self._scaler.unscale_(self._optimizer)
+        elif self.enabled:
+            scale_(gradients, 1 / self.factor())
+
+    def overflowed(self, gradients: list[Tensor]) -> None:
+        """Has the scaler note that a pass was not finite, on this rank too where it was so on another alone."""
+        if self.enabled:
+            for gradient in gradients:
+                gradient.fill_(float("inf"))
+            self._scaler.unscale_(self._optimizer)
 
 
 @dataclass
 class Step:
     """One step: what it is made with, and what its last pass has found.
 
-    A two-pass method goes over `first`, and where the step then `pays`, over `second`. A one-pass method goes over
-    `only`. Gradients are unscaled after each.
+    A two-pass method goes over `first_pass`, and where `second_runs` then, over `second_pass`. A one-pass method goes
+    over `only_pass`. Gradients are unscaled after each.
 
     Attributes:
         name: The method's, for errors.
         closure: Makes a pass; None if whoever goes over the passes makes them.
-        number: How many steps were made before.
+        index: How many steps were made before.
         rho: Length of the perturbation.
         groups: The parameter groups.
         subset: The parameters that may be perturbed; None for all.
         scaling: What makes a perturbation of a direction.
-        when: Which steps pay; None for all.
+        when: In which steps the second pass runs.
         model: The network, or None.
         local: Whether to perturb along the gradient of this rank's batch.
         replay: Whether the second pass draws the random numbers of the first.
         max_norm: Norm that the gradient to step with has at most; None for any.
         scale: The scale of the losses.
-        pays: Whether there is a second pass. Final after `first`.
-        loss: What the closure returned in its first call.
+        second_runs: Whether the second pass runs; None until the gradient of the first has decided.
         parameters: Those with a gradient in the last pass.
         gradients: Theirs.
         norm: The gradients' norm.
         first_norm: The norm of those of the first pass.
+        loss: What the closure returned in its first call.
         failed: Which pass was not finite, so that the step is dropped; empty if none.
     """
 
     name: str
     closure: Callable[..., Any] | None
-    number: int
+    index: int
     rho: float
     groups: list[dict[str, Any]]
     subset: set[Tensor] | None
     scaling: Scaling
-    when: When | None
+    when: Schedule
     model: nn.Module | None
     local: bool
     replay: bool
     max_norm: float | None
     scale: LossScale
-    pays: bool = field(init=False)
+    second_runs: bool | None = field(init=False)
     parameters: list[Tensor] = field(init=False, default_factory=list)
     gradients: list[Tensor] = field(init=False, default_factory=list)
     norm: float = field(init=False, default=0.0)
@@ -88,28 +120,74 @@ class Step:
     _random: States = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        later = self.when is None or isinstance(self.when, Adaptive)
-        self.pays = self.rho > 0 and (later or bool(self.when(self.number)))  # type: ignore[call-arg, misc]
+        self.second_runs = self.when.before(self.index) if self.rho > 0 else False
 
-    def first(self) -> Passes:
-        """Takes the gradient at the weights, and finds out whether the step pays for a second."""
-        local = self.local and self.pays and not isinstance(self.when, Adaptive)
-        if self.pays and self.replay:
+    def first_pass(self) -> Passes:
+        """Takes the gradient at the weights, and decides whether the second pass runs."""
+        possible = self.second_runs is not False
+        if possible and self.replay:
             self._random = torch_states({CPU, *(parameter.device for parameter in self._every())})
-        with local_gradients(self.model, wanted=local) as self._ranks:
+        # Where the gradient decides, it has to be that of the whole batch, or ranks would decide differently.
+        with local_gradients(self.model, wanted=self.local and self.second_runs is True) as self._ranks:
             yield
         self._collect("first")
         self.first_norm = self.norm
-        if self.pays and isinstance(self.when, Adaptive):
-            self.pays = self.when(self.number, self.norm)
-        self.scale.remove(self.gradients, last=not self.pays)
+        if self.second_runs is None:
+            self.second_runs = decided(self.when.after(self.index, self.norm), self.index)
+        self.scale.remove(self.gradients, last=not self.second_runs)
+
+    def second_pass(
+        self,
+        parameters: list[Tensor] | None = None,
+        directions: list[Tensor] | None = None,
+        *,
+        rho: float | None = None,
+        eps: float = 1e-12,
+    ) -> Passes:
+        """Takes the gradient at weights moved up the slope, or along ``directions``, with running statistics frozen.
+
+        The first gradients are cleared, and the list ``directions`` is emptied, so that the pass can have their memory,
+        and a closure that does not call ``backward`` is noticed.
+
+        Args:
+            parameters: Those to perturb; by default all that may be.
+            directions: A tensor for each of ``parameters``; by default their gradients.
+            rho: Length, if it is not the step's own.
+            eps: Added to the norm that the directions are divided by.
+        """
+        norm = None
+        if parameters is None or directions is None:
+            parameters, directions = self.to_perturb()
+            norm = self.norm if directions is self.gradients else None
+        rho = self.rho if rho is None else rho
+        with (
+            moved(parameters, directions, self.scaling, rho=rho, eps=eps, norm=norm),
+            frozen_statistics(self.model),
+            replayed(self._random),
+        ):
+            self.gradients.clear()
+            for parameter in self._every():
+                parameter.grad = None
+            yield
+        self._collect("second")
+        self.scale.remove(self.gradients, last=True)
+
+    def only_pass(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> Passes:
+        """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
+        perturbed = self.rho > 0 and len(parameters) > 0
+        with (
+            moved(parameters, directions, self.scaling, rho=sign * self.rho, eps=1e-12) if perturbed else nullcontext()
+        ):
+            yield
+        self._collect("only")
+        self.scale.remove(self.gradients, last=True)
 
     def candidates(self) -> list[Tensor]:
         """All parameters that may be perturbed, with a gradient or without; not those that are frozen now."""
         trained = [parameter for parameter in self._every() if parameter.requires_grad]
         return [parameter for parameter in trained if self.subset is None or parameter in self.subset]
 
-    def perturbed(self) -> tuple[list[Tensor], list[Tensor]]:
+    def to_perturb(self) -> tuple[list[Tensor], list[Tensor]]:
         """Those parameters with a gradient that may be perturbed, and their gradients."""
         if self.subset is None:
             return self.parameters, self.gradients
@@ -121,52 +199,10 @@ class Step:
             )
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
-    def beside(self, parameters: list[Tensor], first: list[Tensor]) -> tuple[list[Tensor], float]:
+    def beside_second(self, parameters: list[Tensor], first: list[Tensor]) -> tuple[list[Tensor], float]:
         """The ``first`` gradients, of ``parameters``, of those with a second one, and their norm."""
         found = aligned(self.parameters, parameters, first)
         return found, self.first_norm if found is first else float(global_norm(found))
-
-    def second(
-        self,
-        parameters: list[Tensor] | None = None,
-        directions: list[Tensor] | None = None,
-        *,
-        rho: float | None = None,
-        eps: float = 1e-12,
-    ) -> Passes:
-        """Takes the gradient up the slope, or along ``directions``, with running statistics frozen.
-
-        The first gradients are cleared, and the lists ``directions`` emptied, so that the pass can have their memory,
-        and a closure that does not call ``backward`` is noticed.
-
-        Args:
-            parameters: Those to perturb; by default all that may be.
-            directions: A tensor for each of ``parameters``; by default their gradients.
-            rho: Length, if it is not the step's own.
-            eps: Added to the norm that the directions are divided by.
-        """
-        norm = None
-        if parameters is None or directions is None:
-            parameters, directions = self.perturbed()
-            norm = self.norm if directions is self.gradients else None
-        with (
-            self._moved(parameters, directions, norm, self.rho if rho is None else rho, eps),
-            frozen_statistics(self.model),
-            replayed(self._random),
-        ):
-            for parameter in self._every():
-                parameter.grad = None
-            yield
-        self._collect("second")
-        self.scale.remove(self.gradients, last=True)
-
-    def only(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> Passes:
-        """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
-        moved = self.rho > 0 and len(parameters) > 0
-        with self._moved(parameters, directions, None, sign * self.rho, 1e-12) if moved else nullcontext():
-            yield
-        self._collect("only")
-        self.scale.remove(self.gradients, last=True)
 
     def clip(self) -> None:
         """Shortens the gradient to step with to ``max_norm``, as ``clip_grad_norm_`` does."""
@@ -178,22 +214,8 @@ class Step:
     def _every(self) -> list[Tensor]:
         return [parameter for group in self.groups for parameter in group["params"]]
 
-    @contextmanager
-    def _moved(
-        self, parameters: list[Tensor], directions: list[Tensor], norm: float | None, rho: float, eps: float
-    ) -> Iterator[None]:
-        offsets, length = self.scaling(parameters, directions, norm) if parameters else ([], 0.0)
-        weights = clones(parameters)
-        try:
-            add_(parameters, offsets, alpha=rho / (length + eps))
-            for given_up in (offsets, directions, self.gradients):
-                given_up.clear()
-            yield
-        finally:
-            with torch.no_grad():  # a step that is given up comes here by itself
-                copy_(parameters, weights)
-
     def _collect(self, which: str) -> None:
+        """Finds the gradients that a pass has left, and their norm, on which all ranks agree if it is not finite."""
         found = [(parameter, gradient) for parameter in self._every() if (gradient := parameter.grad) is not None]
         self.parameters, self.gradients = [pair[0] for pair in found], [pair[1] for pair in found]
         if not self.gradients:
@@ -203,3 +225,11 @@ class Step:
         self.norm = agreed(global_norm(self.gradients), self._ranks) / self.scale.factor()
         if not abs(self.norm) < float("inf"):
             raise NotFiniteError(which)
+
+
+def aligned(parameters: list[Tensor], others: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """Of ``tensors``, which belong to ``others``, those of ``parameters``; zeros for one that is not among them."""
+    if len(parameters) == len(others) and all(map(operator.is_, parameters, others)):
+        return tensors
+    known = dict(zip(others, tensors, strict=True))
+    return [known[p] if p in known else torch.zeros_like(p) for p in parameters]

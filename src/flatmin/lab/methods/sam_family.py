@@ -21,6 +21,7 @@ from ...optim import (
     Late,
     LookSAM,
     RhoByLR,
+    Schedule,
     SharpnessAware,
     Sometimes,
     normalization_parameters,
@@ -29,10 +30,8 @@ from .card import Card, Settings
 from .hyperparameters import taken
 from .method import Assembled, Ingredients
 
-When = Callable[[int], bool] | Adaptive | None
 
-
-def parse_when(text: str | None, steps: int) -> When:
+def parse_when(text: str | None, steps: int) -> Schedule | None:
     """Reads which steps pay for a second pass.
 
     Args:
@@ -73,7 +72,7 @@ def _pays(own: Callable[[Settings], str]) -> Callable[[int, Settings, int], bool
 
     def pays(step: int, settings: Settings, steps: int) -> bool | None:
         when = parse_when(settings["when"] or own(settings), steps)
-        return None if isinstance(when, Adaptive) else when is None or when(step)
+        return True if when is None else when.before(step)
 
     return pays
 
@@ -123,7 +122,7 @@ def _card(
         optimizer = (make or source)(given.optimizer, parameters=parameters, scaler=given.scaler, **options)
         every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         size = moved * _bytes(every if parameters is None else parameters) + whole * _bytes(every)
-        return Assembled(optimizer, extra_bytes=size, chooses=isinstance(optimizer, ESAM))
+        return Assembled(optimizer, extra_bytes=size, chooses=optimizer.per_sample_closure)
 
     # The class perturbs all parameters, in all steps, and takes objects for either; here a word says it.
     words = {"subset": subset} if closure_calls == 1 else {"subset": subset, "when": when}

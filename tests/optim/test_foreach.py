@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.optim._tensors import absolute, add_, blend, component, plus, scale_, times
+from flatmin.optim._foreach import absolute, add_, blend, component, plus, scale_, times
 
 DTYPES = [torch.float64, torch.float32, torch.float64, torch.bfloat16, torch.float32]
 

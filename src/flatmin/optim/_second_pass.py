@@ -1,0 +1,118 @@
+"""What stands still in the second pass: running statistics, and gradients of other ranks in the first.
+
+That both passes draw the same random numbers is `flatmin._rng.replayed`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from .._distributed import initialized
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module | None = None) -> Iterator[None]:
+    """Undoes, on leaving, what forward passes inside do to running statistics.
+
+    Covers ``running_mean``, ``running_var`` and ``num_batches_tracked`` of every batch- and instance-norm layer of
+    torch and its subclasses. They are copied and put back: setting the momentum to 0, as is often done, still counts
+    batches, and turns an infinite activation into NaN for good. The pass itself normalises as it always does.
+
+    Args:
+        model: The network. Without it, the layers are found by a hook as they are called; those of a compiled model
+            when it is called itself, of which torch warns.
+    """
+    saved: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def save(module: nn.Module) -> None:
+        if isinstance(module, _NormBase) and module.training and module not in saved:
+            saved[module] = [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
+
+    try:
+        with each_module(save, model):
+            yield
+    finally:
+        with torch.no_grad():
+            for pairs in saved.values():
+                for buffer, copy in pairs:
+                    buffer.copy_(copy)
+
+
+@contextmanager
+def local_gradients(model: nn.Module | None, *, wanted: bool) -> Iterator[list[ProcessGroup]]:
+    """Lets each rank keep the gradient of its own batch in the first pass: ``no_sync`` for a model that is not known.
+
+    Args:
+        model: The network. If none of its modules is a ``DistributedDataParallel``, they are found by a hook as they
+            are called.
+        wanted: If False nothing is done and nothing found.
+
+    Yields:
+        The process groups of those that were found, complete on leaving.
+    """
+    groups: list[ProcessGroup] = []
+    if not (wanted and initialized()):
+        yield groups
+        return
+    stopped: list[DistributedDataParallel] = []
+
+    def stop(module: nn.Module) -> None:
+        if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
+            if module.process_group not in groups:
+                groups.append(module.process_group)
+            # torch cannot leave out the very first synchronisation of a static graph
+            first = module.static_graph and not module._static_graph_delay_allreduce_enqueued
+            if module.require_backward_grad_sync and not first:  # inside a no_sync of the user's it is off already
+                module.require_backward_grad_sync = False
+                stopped.append(module)
+
+    known = model is not None and any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    try:
+        with each_module(stop, model if known else None):
+            yield groups
+    finally:
+        for module in stopped:
+            module.require_backward_grad_sync = True
+
+
+def agreed(number: Tensor, groups: list[ProcessGroup]) -> float:
+    """The number as a float, or infinity on all ranks of ``groups`` where it is not finite on one of them."""
+    if groups:
+        bad = (~number.isfinite()).float()
+        for group in groups:
+            distributed.all_reduce(bad, distributed.ReduceOp.MAX, group)
+        number = torch.where(bad > 0, torch.inf, number)
+    return float(number)
+
+
+@contextmanager
+def each_module(visit: Callable[[nn.Module], None], model: nn.Module | None = None) -> Iterator[None]:
+    """Calls ``visit`` with the modules of ``model`` at once, or without it with those called inside, before they run.
+
+    The modules of a compiled model, within which no hook is run, are visited when it is called itself; torch warns of
+    that.
+    """
+    if model is not None:
+        for module in model.modules():
+            visit(module)
+        yield
+        return
+
+    def hook(module: nn.Module, *_: Any) -> None:
+        visit(module)
+        if (compiled := module._modules.get("_orig_mod")) is not None:  # getattr would be slow where there is none
+            for inner in compiled.modules():
+                visit(inner)
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
