@@ -178,8 +178,8 @@ def saf(sharded: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     model = problem.network()
     if sharded:
         shard(model)
-    history = flatmin.history.DenseHistory(problem.B, problem.C, lag=1, dtype=torch.float64, sharing="shard")
-    ours = flatmin.SAF(problem.B, problem.C, coefficient=5.0, start_epoch=0, history=history)
+    codec = flatmin.history.Dense(torch.float64)
+    ours = flatmin.SAF(problem.B, problem.C, coefficient=5.0, lag=1, start_epoch=0, history=codec, sharing="shard")
     optimizer = problem.sgd(model)
     losses = []
     for step in range(STEPS):
