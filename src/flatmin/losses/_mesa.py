@@ -5,16 +5,16 @@
 
 import warnings
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
-from .._checks import check_integer, check_number
-from ..averages._average import check_alike, copied, evaluating, move
+from .._checks import check_integer, check_module, check_number
+from ..averages import EMA
+from ..averages._average import check_alike, evaluating
 from ..errors import FlatminWarning, InvalidArgumentError
 from ._share import random_share, take
 from ._trajectory import trajectory_loss
@@ -104,23 +104,18 @@ class MESA(nn.Module):
             raise InvalidArgumentError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
         self.autocast = autocast
         self.average: nn.Module
-        self.decay: float | None
         if average is None:
-            self.decay = check_number("decay", DECAY if decay is None else decay, above=0, below=1)
-            self.average = copied(model, self.decay)
+            self.average = _own_average(model, DECAY if decay is None else decay)
         else:
             if decay is not None:
                 raise InvalidArgumentError(f"decay must be left out where average is given, got {decay!r}")
-            check_alike(average, model)
-            self.decay = None
+            check_alike(average, check_module("model", model))
             self.__dict__["average"] = average  # past nn.Module: a submodule would be moved and saved with MESA
-        self._model = (model,)  # in a tuple, so that it is no submodule and not saved twice
         self._epoch = 0
         self._calls = 0  # in which the loss was not switched off
         self._seed = torch.initial_seed() % 2**32  # a call's share is drawn with _seed + _calls
         self._first_epoch: int | None = None
-        self._updated = False
-        self._warned = False
+        self._checked = False
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch begins, from 0; call it before each.
@@ -173,40 +168,34 @@ class MESA(nn.Module):
             )
         return self.coefficient * trajectory_loss(logits, target, temperature=self.temperature)
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Moves the average towards ``model``; call it after each ``optimizer.step()``.
+    @property
+    def decay(self) -> float | None:
+        """Decay of MESA's own average; None if the average was given."""
+        return None if self._own is None else self._own.decay
 
-        Args:
-            model: The network that is trained, wrapped (DistributedDataParallel, torch.compile) or not.
+    def update(self) -> None:
+        """Moves MESA's own average towards the model. Call it after each ``optimizer.step()``, or `attach` once.
 
         Raises:
-            InvalidArgumentError: If the average was given by its owner, or ``model`` is not of its structure.
+            InvalidArgumentError: If the average was given, or the model was sharded and its average was not.
         """
-        average, decay = self._own_average()
-        move(average.module, model, decay)
-        average.n_averaged += 1
-        self._updated = True
+        self._updated_here().update()
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Calls `update` after each step of ``optimizer`` by itself, with the model that MESA was made for.
-
-        Args:
-            optimizer: The optimizer of the training loop, a plain one or flatmin's.
+        """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step.
 
         Returns:
             A handle; its ``remove()`` detaches.
 
         Raises:
-            InvalidArgumentError: If the average was given by its owner.
+            InvalidArgumentError: If the average was given.
         """
-        self._own_average()
-        return optimizer.register_step_post_hook(lambda *_: self.update(self._model[0]))
+        return self._updated_here().attach(optimizer)
 
     def train(self, mode: bool = True) -> "MESA":
         """Sets the mode of the loss; the averaged model stays in evaluation mode, or as its owner has it."""
         super().train(mode)
-        if self.decay is not None:
+        if self._own is not None:
             self.average.eval()
         return self
 
@@ -228,25 +217,40 @@ class MESA(nn.Module):
     def _nothing(self, logits: Tensor) -> Tensor:
         return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
 
-    def _own_average(self) -> tuple[AveragedModel, float]:
-        """The average and its decay, where it is MESA's own."""
-        if self.decay is None:
+    @property
+    def _own(self) -> EMA | None:
+        own = self._modules.get("average")  # one that was given is no submodule
+        return own if isinstance(own, EMA) else None
+
+    def _updated_here(self) -> EMA:
+        """The average, if it is MESA's own."""
+        if self._own is None:
             raise InvalidArgumentError(
                 "the average was given as average=..., so whoever owns it updates it: leave out mesa.update and "
                 "mesa.attach, or let MESA make its own average"
             )
-        return cast(AveragedModel, self.average), self.decay
+        return self._own
 
     def _check_updates(self) -> None:
         """Warns once when an epoch has gone by without an update: the target is still the untrained network."""
         if self._first_epoch is None:
             self._first_epoch = self._epoch
-        late = self._epoch > self._first_epoch and not self._updated and self.decay is not None
-        if late and not self._warned and int(self._own_average()[0].n_averaged) == 1:
-            self._warned = True
+        if self._own is None or self._checked or self._epoch <= self._first_epoch:
+            return
+        self._checked = True
+        if int(self._own.n_averaged) == 1:
             warnings.warn(
                 "MESA's average has never been updated, so it is still the network it was made with: call "
-                "mesa.update(model) after optimizer.step(), or mesa.attach(optimizer) once",
+                "mesa.update() after optimizer.step(), or mesa.attach(optimizer) once",
                 FlatminWarning,
                 stacklevel=5,  # _check_updates, forward, nn.Module.__call__ (two frames), the caller
             )
+
+
+def _own_average(model: nn.Module, decay: float) -> EMA:
+    check_number("decay", decay, above=0, below=1)
+    check_module("model", model)
+    try:
+        return EMA(model, decay=decay)
+    except InvalidArgumentError as error:  # it cannot be copied
+        raise InvalidArgumentError(f"{error}; or give MESA an average of your own, average=...") from error

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_choice, check_number, nearest
-from ...averages import EMA, LAWA, SwitchEMA, WeightAverage, ema_decay
+from ...averages import EMA, LAWA, SwitchEMA, ema_decay
 from ...errors import InvalidArgumentError
 from ...losses import MESA, SAF, OnlineLabelSmoothing, trajectory_loss
 from .method import Assembled, Ingredients, Method
@@ -101,20 +101,20 @@ def _squeeze(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
 
 
 def _ema(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    return _averaged(given, EMA(given.model, decay=_decay(given, settings)))
+    ema = EMA(given.model, decay=_decay(given, settings))
+    ema.attach(given.optimizer)
+    return Assembled(given.optimizer, average=ema, extra_bytes=_size(ema))
 
 
 def _sema(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    return _averaged(given, SwitchEMA(given.model, decay=_decay(given, settings), start_epoch=settings["start_epoch"]))
+    sema = SwitchEMA(given.model, decay=_decay(given, settings), start_epoch=settings["start_epoch"])
+    sema.attach(given.optimizer)
+    return Assembled(given.optimizer, average=sema, extra_bytes=_size(sema), at_epoch_end=sema.switch)
 
 
 def _lawa(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
-    return _averaged(given, LAWA(given.model, k=settings["k"]))
-
-
-def _averaged(given: Ingredients, average: WeightAverage) -> Assembled:
-    average.attach(given.optimizer)
-    return Assembled(given.optimizer, average=average, extra_bytes=_size(average))
+    lawa = LAWA(given.model, k=settings["k"])
+    return Assembled(given.optimizer, average=lawa, extra_bytes=_size(lawa), at_epoch_end=lawa.update)
 
 
 def _decay(given: Ingredients, settings: Mapping[str, Any]) -> float:

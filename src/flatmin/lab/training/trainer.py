@@ -84,7 +84,7 @@ class Trainer:
             run.settings,
         )
         self.optimizer, self.trajectory, self.average = method.optimizer, method.trajectory, method.average
-        self._penalty, self._chooses = method.penalty, method.chooses
+        self._penalty, self._chooses, self._at_epoch_end = method.penalty, method.chooses, method.at_epoch_end
         if self._chooses and problem.criterion is not None:
             raise InvalidArgumentError(
                 f"{run.method} needs each sample's loss, and the experiment file's criterion() gives their mean: leave "
@@ -123,8 +123,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.scheduler.step()
         _distributed.broadcast_buffers([self.model])
-        if self.average is not None:
-            self.average.epoch_done()
+        self._at_epoch_end()
         test_loss, test_accuracy = self.evaluate()
         measured = epoch_sharpness(self, lr)
         self.epoch += 1
@@ -205,7 +204,7 @@ class Trainer:
     @property
     def evaluated(self) -> nn.Module:
         """The network that is evaluated: the one that is trained, or its average."""
-        return self.model if self.average is None else self.average.average.module
+        return self.model if self.average is None else self.average.module
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
