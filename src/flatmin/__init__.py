@@ -14,6 +14,7 @@ from .indices import with_indices as with_indices
 from .losses import MESA as MESA
 from .losses import SAF as SAF
 from .losses import OnlineLabelSmoothing as OnlineLabelSmoothing
+from .losses import logit_squeezing as logit_squeezing
 from .optim import ASAM as ASAM
 from .optim import ESAM as ESAM
 from .optim import GSAM as GSAM
@@ -44,6 +45,7 @@ __all__ = [
     "ema_decay",
     "errors",
     "history",
+    "logit_squeezing",
     "losses",
     "optim",
     "sharpness",

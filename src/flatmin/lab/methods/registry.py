@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..._checks import check_choice, check_number, nearest
 from ...averages import EMA, LAWA, SwitchEMA, ema_decay
 from ...errors import InvalidArgumentError
-from ...losses import MESA, SAF, OnlineLabelSmoothing, trajectory_loss
+from ...losses import MESA, SAF, OnlineLabelSmoothing, logit_squeezing
 from .method import Assembled, Ingredients, Method
 from .sam_family import FAMILY
 
@@ -95,7 +94,7 @@ def _squeeze(given: Ingredients, settings: Mapping[str, Any]) -> Assembled:
     temperature = check_number("temperature", settings["temperature"], above=0)
 
     def penalty(logits: Tensor, y: Tensor, index: Tensor, inputs: Any) -> Tensor:
-        return coefficient * trajectory_loss(logits, torch.zeros_like(logits), temperature=temperature)
+        return logit_squeezing(logits, coefficient=coefficient, temperature=temperature)
 
     return Assembled(given.optimizer, penalty=penalty)
 
