@@ -102,7 +102,7 @@ def test_what_has_not_moved_has_no_divergence_and_what_has_moved_has(name: str) 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nearness_to_the_dense_gradient(name: str) -> None:
-    """Cosines on outputs of which four fifths lie in eight directions; each form must be as near as is said of it."""
+    """Cosines on outputs of which four fifths lie in eight directions; each form must be as near as least says."""
     least = {
         "dense": 1,
         "mean": 1,
@@ -338,7 +338,7 @@ SIZES = {"dense": 4 * 1000, "half": 2 * 1000, "int8": 1002, "int6": 752, "int4":
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_bytes_are_what_is_said(name: str) -> None:
+def test_bytes_are_as_documented(name: str) -> None:
     history = make_history(name, 50, 1000, lag=3, temperature=5.0)
     assert history.row_bytes == SIZES[name]
     books = 4 * (4 * 1000 * 93 + 1000 * 93 + 1) + 8 * 5 if name == "lowrank" else 0
@@ -468,7 +468,7 @@ def test_recalling_changes_nothing() -> None:
 
 
 class Signs(Codec):
-    """A codec by a stranger: one byte a class, which says whether a logit is positive."""
+    """A codec by a stranger: one byte a class, 1 for a positive logit."""
 
     def prepare(self) -> int:
         return self.num_classes

@@ -185,7 +185,7 @@ def test_further_arguments_and_output_objects_pass_through():
     mesa = flatmin.MESA(model, start_epoch=0)
     arguments = {"shift": torch.tensor([5.0, 0.0, 0.0]), "scale": 3.0}
     logits = model(x, **arguments).logits
-    assert mesa(logits, x, **arguments) == 0  # the average is still the model, so it has said the same
+    assert mesa(logits, x, **arguments) == 0  # the average is still the model, so its logits are the same
     assert mesa(logits, x, arguments["shift"], scale=3.0) == 0
     assert mesa(logits, x, arguments["shift"]) > 0
 
@@ -203,7 +203,7 @@ def test_average_can_be_deployed():
 
 
 @pytest.mark.parametrize("forgotten", [True, False])
-def test_forgotten_update_is_said_once_where_mesa_was_called(forgotten):
+def test_forgotten_update_is_warned_of_once_where_mesa_was_called(forgotten):
     model, (x, _) = network(), data()
     mesa = flatmin.MESA(model, **SOON)
     with warnings.catch_warnings(record=True) as caught:

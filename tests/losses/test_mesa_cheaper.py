@@ -160,7 +160,7 @@ class TestFraction:
         mesa = mesa_of(model, fraction=0.5)
         seen = watched(mesa)
         logits = model(x, pair, **arguments).logits
-        assert mesa(logits, x, pair, **arguments) == 0  # the average is still the model, so it has said the same
+        assert mesa(logits, x, pair, **arguments) == 0  # the average is still the model, so its logits are the same
         assert len(seen[0]) == 4
         assert not seen[0].requires_grad
         arguments["mask"] = ~arguments["mask"]

@@ -184,7 +184,7 @@ def test_outputs_too_large_for_the_history_are_not_remembered():
     assert saf(torch.randn(3, C), torch.arange(3)) == 0
 
 
-def test_forgotten_set_epoch_is_said_once_where_saf_was_called():
+def test_forgotten_set_epoch_is_warned_of_once_where_saf_was_called():
     saf = flatmin.SAF(N, C)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -279,7 +279,7 @@ def test_autocast_does_not_lower_the_precision():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_records_what_was_said_and_no_graph(dtype):
+def test_records_logits_and_no_graph(dtype):
     saf, logits = flatmin.SAF(N, C), torch.randn(3, C, requires_grad=True)
     saf(logits, torch.tensor([4, 2, 9], dtype=dtype))
     assert torch.equal(kept(saf)[0, [4, 2, 9]], logits.detach())

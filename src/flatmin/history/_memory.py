@@ -59,7 +59,7 @@ def scratch_file(folder: Path, shape: Sequence[int]) -> Tensor:
 
 
 def physical_memory() -> int | None:
-    """Bytes of main memory, where the system says so."""
+    """Bytes of main memory; None if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

@@ -1,4 +1,4 @@
-"""Losses that are added to the criterion."""
+"""Losses to add to the criterion: SAF, MESA, logit squeezing and online label smoothing."""
 
 from ._mesa import MESA as MESA
 from ._online_smoothing import OnlineLabelSmoothing as OnlineLabelSmoothing

@@ -23,42 +23,44 @@ DECAY = 0.9998  # the authors'
 
 
 class MESA(nn.Module):
-    """Penalises how far the network's output has moved from that of its own moving average.
+    """Penalises how far the network's output has moved from that of the moving average of its weights.
 
     ``coefficient * T**2 / B * sum_i KL(softmax(average(x)_i / T) || softmax(logits_i / T))``
 
-    with ``average_t = decay * average_(t-1) + (1 - decay) * model_t``, started at the model's weights. The average is
-    ``torch.optim.swa_utils.AveragedModel``: floating buffers (batch-norm statistics) are averaged with the weights,
-    integer ones are copied. It runs in evaluation mode and without gradient, and not at all before ``start_epoch``.
+    with ``average_t = decay * average_(t-1) + (1 - decay) * model_t``, started at the model's weights. Add it to the
+    criterion. The average runs in evaluation mode and without gradient, and not at all before ``start_epoch``. It needs
+    no index, and works with mixup and on streams of data.
 
-    It costs a forward pass, about one third of a step, and one copy of the network. There are three ways to make it
-    cheaper: ``fraction`` and ``interval`` run the average on less, and ``average`` shares a copy that is there anyway.
+    It costs one forward pass, about a third of a step, and one copy of the network. To make it cheaper, run the average
+    on less (``fraction``, ``interval``), in lower precision (``autocast``), or share a copy that exists anyway
+    (``average``).
 
-    Under ``DistributedDataParallel`` give it the wrapped model: the average is then the same on all processes, its
-    batch-norm statistics too. For FSDP2 make it first and then call ``fully_shard`` on the model and, in the same way,
-    on ``mesa.average.module``; each process averages its own shards.
+    With ``DistributedDataParallel`` pass the wrapped model: the average is then the same on all ranks, batch-norm
+    statistics included. With FSDP2 make MESA first, then call ``fully_shard`` on the model and, in the same way, on
+    ``mesa.average.module``; each rank averages its own shards.
 
     Args:
         model: The network that is trained, already on its device, wrapped (DistributedDataParallel, torch.compile) or
             not. It is copied unless ``average`` is given.
         coefficient: Weight of the loss, lambda in the paper; at least 0.
         temperature: ``T`` > 0.
-        decay: Of the average, in (0, 1); .9998 if None. `ema_decay` makes it from a horizon in epochs.
+        decay: Decay of the average, in (0, 1). None: 0.9998, the authors'. Make it with `ema_decay` from a horizon in
+            epochs.
         start_epoch: First epoch, from 0, in which the loss is not 0.
-        fraction: Share of each batch, in (0, 1], on which the average is run and the mean is taken: the loss is the
-            same on average, and noisier. The samples are drawn at random, by a generator of MESA's own.
-        interval: The loss is computed in every ``interval``-th call and 0 in the others, so that its mean weight is
-            ``coefficient / interval``. Calls are counted, not steps: with an optimizer that calls its closure twice an
-            even interval would always meet the same one of the two, and likewise with micro-batches.
-        autocast: ``torch.bfloat16`` or ``torch.float16``: the average is run under autocast to it. With None it is run
-            under whatever the call is.
-        average: An average of the model that somebody else keeps up to date: an ``AveragedModel``, timm's
-            ``ModelEmaV3``, or any module of the model's structure. MESA runs it, in evaluation mode, and neither
-            copies, updates, moves nor saves it.
+        fraction: Share of each batch, in (0, 1], on which the average runs and over which the mean is taken. The loss
+            is the same on average, and noisier. A generator of MESA's own draws the samples.
+        interval: Compute the loss in every ``interval``-th call and return 0 in the others; its mean weight is then
+            ``coefficient / interval``. Calls are counted, not steps. If a step makes several calls (a closure called
+            twice, micro-batches), choose an interval that has no divisor in common with their number.
+        autocast: Run the average under autocast to ``torch.bfloat16`` or ``torch.float16``. None: inherit the caller's
+            autocast state.
+        average: An average of the model that you keep up to date: a `flatmin.EMA`, torch's ``AveragedModel``, timm's
+            ``ModelEmaV3``, or any module of the model's structure. MESA runs it in evaluation mode, and does not copy,
+            update, move or save it. None: MESA makes an `EMA` of its own.
 
     Attributes:
-        average: The averaged model, an ``AveragedModel`` in evaluation mode, ready for use; ``average.module`` is the
-            network itself. The one that was given, if one was.
+        average: MESA's own `flatmin.EMA`, or the average that was given. ``mesa.average.module`` is the averaged
+            network itself, ready to evaluate, save or deploy.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument is out of its bounds, ``model`` cannot be copied, or
@@ -112,13 +114,13 @@ class MESA(nn.Module):
             check_alike(average, check_module("model", model))
             self.__dict__["average"] = average  # past nn.Module: a submodule would be moved and saved with MESA
         self._epoch = 0
-        self._calls = 0  # in which the loss was not switched off
-        self._seed = torch.initial_seed() % 2**32  # a call's share is drawn with _seed + _calls
+        self._calls = 0  # of those in which the loss was not switched off
+        self._seed = torch.initial_seed() % 2**32  # each call draws its share with _seed + _calls
         self._first_epoch: int | None = None
         self._checked = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch begins, from 0; call it before each.
+        """Tells MESA which epoch begins, from 0. Call it before each epoch.
 
         Raises:
             InvalidArgumentError: If ``epoch`` is not an integer of at least 0.
@@ -129,16 +131,16 @@ class MESA(nn.Module):
         """Computes the loss of a batch.
 
         Args:
-            logits: The network's outputs, floating, shape (B, C).
-            *args: What the network was called with; the averaged model is called with the same. With a ``fraction``
-                below 1 it gets its samples of every tensor whose first dimension is B, in tuples, lists and dicts too.
-            **kwargs: Likewise.
+            logits: The network's logits, floating, shape (B, C).
+            *args: What the network was called with; the average is called with the same. With a ``fraction`` below 1,
+                the drawn samples are taken of every tensor whose first dimension is B, in tuples, lists and dicts too.
+            **kwargs: The keyword arguments that the network was called with, used in the same way.
 
         Returns:
-            A scalar, float64 if ``logits`` are float64 and float32 otherwise.
+            A scalar, float64 if ``logits`` are float64 and float32 otherwise; 0 after ``.eval()``.
 
         Raises:
-            InvalidArgumentError: If the logits are not (B, C), or the averaged model returns another shape.
+            InvalidArgumentError: If the logits are not floating or not (B, C), or the average returns another shape.
         """
         if logits.ndim != 2 or not logits.is_floating_point():
             raise InvalidArgumentError(
@@ -193,18 +195,18 @@ class MESA(nn.Module):
         return self._updated_here().attach(optimizer)
 
     def train(self, mode: bool = True) -> "MESA":
-        """Sets the mode of the loss; the averaged model stays in evaluation mode, or as its owner has it."""
+        """Sets the mode of the loss; its own average stays in evaluation mode, and one that was given as it is."""
         super().train(mode)
         if self._own is not None:
             self.average.eval()
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Carries epoch, number of calls and seed in ``state_dict``, as a tensor, so that any format can store them."""
+        """Puts epoch, number of calls and seed into ``state_dict``, as a tensor, which any format can store."""
         return torch.tensor([self._epoch, self._calls, self._seed])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes them from a ``state_dict``; an older one holds the epoch alone."""
+        """Reads them from a ``state_dict``; an older one has only the epoch."""
         self._epoch, *rest = (int(number) for number in state)
         if rest:
             self._calls, self._seed = rest

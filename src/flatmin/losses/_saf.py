@@ -109,7 +109,7 @@ class SAF(nn.Module):
             sharing=sharing,
         )
         self._epoch = 0
-        self._seen = 0  # samples in this epoch, counted on the host
+        self._seen = 0  # samples so far in this epoch, counted on the host
         self._warned = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -122,16 +122,16 @@ class SAF(nn.Module):
         self._seen = 0
 
     def forward(self, logits: Tensor, index: Tensor) -> Tensor:
-        """Computes the loss of a batch and records its outputs.
+        """Computes the loss of a batch and records its logits.
 
         Args:
-            logits: The network's outputs, floating, shape (B, C).
+            logits: The network's logits, floating, shape (B, C).
             index: The samples' indices in the data set, int64, shape (B,). Leave them on the CPU, where they come
                 from: there they are checked, and copied without waiting. Checking values on an accelerator would stall
                 the step; there the device itself catches an index out of range.
 
         Returns:
-            A scalar, float64 if ``logits`` are float64 and float32 otherwise.
+            A scalar, float64 if ``logits`` are float64 and float32 otherwise; 0 after ``.eval()``.
 
         Raises:
             InvalidArgumentError: If shapes, dtypes, devices or indices do not fit.
@@ -155,11 +155,11 @@ class SAF(nn.Module):
         return self.history.lag
 
     def get_extra_state(self) -> Tensor:
-        """Carries the epoch in ``state_dict``, as a tensor, so that any format can store it."""
+        """Puts the epoch, and how many samples it had, into ``state_dict``, as a tensor, which any format can store."""
         return torch.tensor([self._epoch, self._seen])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes the epoch from a ``state_dict``."""
+        """Reads them from a ``state_dict``."""
         self._epoch, self._seen = (int(number) for number in state)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -207,7 +207,7 @@ class SAF(nn.Module):
                 )
 
     def _count(self, batch: int) -> None:
-        """Warns once when an epoch is much longer than the data set: set_epoch was forgotten."""
+        """Warns once if an epoch is much longer than the data set: set_epoch was forgotten."""
         self._seen += batch
         if self._seen > 1.5 * self.num_samples and not self._warned:
             self._warned = True
