@@ -145,16 +145,14 @@ class Reader:
     def __call__(self, index: Tensor, epoch: int) -> None:
         present, then = self.outputs(index, epoch), epoch - LAG
         with self.clock:
-            batch = self.history.open(index, epoch)
-            _, past, counts = self.history.recall(batch, present)
-        assert batch.recalled is not None
-        rows, tags = batch.recalled
+            _, past, counts = self.history.recall(index, present, epoch)
+        rows, tags = self.history.store.read(index, epoch % LAG, present.device, None)
         self.tags_exact = self.tags_exact and bool(counts.all()) and bool((tags == then).all())
         if self.count % CHECKED_EVERY == 0:
             # Over the outcomes that the form has, less top-k's "another one", which is large in every row.
             outcomes = past.shape[1] if past.shape[1] == present.shape[1] else past.shape[1] - 1
             for logits, cosines in ((self.outputs(index, then), self.cosines), (present, self.control)):
-                other, _ = self.history.compare(logits, rows, then)
+                other, _ = self.history.codec.compare(logits, rows, then)
                 cosines.add(past[:, :outcomes], other[:, :outcomes])
         self.count += 1
 
@@ -184,7 +182,7 @@ def measure(shape: Shape, form: str, path: str | None = None) -> dict[str, Any]:
         for index in batches(n, shape.batch) if shape.whole else some:
             logits = outputs(index, epoch)
             with write:
-                history.record(history.open(index, epoch), logits)
+                history.exchange(index, logits, epoch, compare=False)
         if not shape.whole:
             _write_all(history, outputs, epoch, store.setdefault("write", Clock()), shape)
         print(f"{shape.name} {form}: epoch {epoch} written, {time.perf_counter() - start:.0f} s", flush=True)
@@ -233,7 +231,7 @@ def _many(shape: Shape) -> int:
 def _write_all(history: History, outputs: Outputs, epoch: int, clock: Clock, shape: Shape) -> None:
     """Writes every sample's row of an epoch, as encoded from the pool, and reads it again."""
     with torch.no_grad():
-        encoded = [history.encode(rows, epoch) for rows in torch.split(outputs.pool, shape.batch)]
+        encoded = [history.codec.encode(rows) for rows in torch.split(outputs.pool, shape.batch)]
     rows, whole = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     if not whole.all():  # of the epoch without a basis: nothing to keep
         return

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,10 @@ from torch import Tensor, distributed
 from torch.multiprocessing import spawn
 
 from flatmin import SAF
-from flatmin.history import DenseHistory, History, LowRankHistory, QuantizedHistory, TopKHistory
 from flatmin.lab.runs.record import command_line, environment, write_json
 
 SAMPLES, CLASSES, BATCH, LAG = 50_000, 1000, 128, 3
-FORMS: dict[str, Callable[[str], History]] = {
-    "dense": lambda sharing: DenseHistory(SAMPLES, CLASSES, lag=LAG, sharing=sharing),
-    "int6": lambda sharing: QuantizedHistory(SAMPLES, CLASSES, bits=6, lag=LAG, sharing=sharing),
-    "topk": lambda sharing: TopKHistory(SAMPLES, CLASSES, lag=LAG, sharing=sharing),
-    "lowrank": lambda sharing: LowRankHistory(SAMPLES, CLASSES, lag=LAG, sharing=sharing),
-}
+FORMS = ("dense", "int6", "topk", "lowrank")
 SHARINGS = ("replicate", "shard")
 
 
@@ -68,7 +62,7 @@ def counted() -> Iterator[Counter[str]]:
 def measure(form: str, sharing: str, batches: int, epochs: int) -> dict[str, Any]:
     """One rank's share of a case: bytes sent in a step, seconds of each call."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    saf = SAF(SAMPLES, CLASSES, start_epoch=0, history=FORMS[form](sharing))
+    saf = SAF(SAMPLES, CLASSES, lag=LAG, start_epoch=0, history=form, sharing=sharing)
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(rank)
     sent: Counter[str] = Counter()

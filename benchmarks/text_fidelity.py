@@ -49,8 +49,7 @@ from flatmin.lab.runs.record import command_line, environment, plain, write_json
 
 BASE, DENSE = "base", "dense"
 
-# Label -> arguments of SAF beyond those of `Settings`; None for no SAF at all. The value of "history" may be a function
-# of (num_samples, num_classes, lag) that makes a History.
+# Label -> arguments of SAF beyond those of `Settings`; None for no SAF at all. The value of "history" may be a codec.
 ROWS: dict[str, dict[str, Any] | None] = {
     BASE: None,
     DENSE: {},
@@ -239,8 +238,6 @@ def make_saf(row: str, settings: Settings) -> SAF | None:
     if extra is None:
         return None
     extra = dict(extra)
-    if callable(extra.get("history")):
-        extra["history"] = extra["history"](settings.windows, settings.vocabulary, settings.lag)
     shared: dict[str, Any] = {
         "coefficient": settings.coefficient,
         "temperature": settings.temperature,
@@ -255,7 +252,7 @@ def describe(row: str) -> dict[str, Any] | None:
     extra = ROWS[row]
     if extra is None:
         return None
-    return {key: getattr(value, "__name__", "made") if callable(value) else value for key, value in extra.items()}
+    return {key: repr(value) if callable(value) else value for key, value in extra.items()}
 
 
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:

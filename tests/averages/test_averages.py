@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import flatmin
 from flatmin.errors import FlatminWarning, InvalidArgumentError
@@ -22,7 +23,9 @@ class Training:
         self.model.register_buffer("places", torch.tensor([3, 1, 4]))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5, momentum=0.9)
         self.average = make(self.model)
-        self.average.attach(self.optimizer)
+        self.by_epoch = isinstance(self.average, flatmin.LAWA)
+        if not self.by_epoch:
+            self.handle = self.average.attach(self.optimizer)
         self.start = self.floating(self.model)
         self.after_steps, self.after_epochs = [], []
         self.seed = 0
@@ -41,11 +44,14 @@ class Training:
             self.optimizer.step()
             self.after_steps.append(self.floating(self.model))
         self.after_epochs.append(self.after_steps[-1])
-        self.average.epoch_done()
+        if self.by_epoch:
+            self.average.update()
+        if isinstance(self.average, flatmin.SwitchEMA):
+            self.average.switch()
         return self
 
     def averaged(self):
-        return self.floating(self.average.average.module)
+        return self.floating(self.average.module)
 
 
 MAKERS = {
@@ -103,7 +109,7 @@ def test_integer_buffers_are_copied_and_the_average_is_run_without_gradient(name
     training = Training(MAKERS[name])
     training.model.places.add_(1)
     training.epoch()
-    network = training.average.average.module
+    network = training.average.module
     assert network.places.tolist() == [4, 2, 5]
     assert int(network[1].num_batches_tracked) == STEPS
     x = torch.randn(5, 4, dtype=torch.float64)
@@ -134,7 +140,7 @@ def test_a_wrapped_model_is_averaged_without_its_wrapper(name):
     plain = Training(MAKERS[name])
     wrapped = Training(lambda model: MAKERS[name](nn.DataParallel(model)))
     assert_close(wrapped.epoch().averaged(), plain.epoch().averaged())
-    assert wrapped.average.average.module.state_dict().keys() == plain.model.state_dict().keys()
+    assert wrapped.average.module.state_dict().keys() == plain.model.state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -153,9 +159,53 @@ def test_bad_arguments_are_named_with_their_value(make, message):
         make(nn.Linear(2, 2))
 
 
-def test_weights_too_coarse_for_the_decay_are_warned_of():
-    with pytest.warns(FlatminWarning, match="does not move"):
-        flatmin.EMA(nn.Linear(2, 2).bfloat16(), decay=0.999)
+@pytest.mark.parametrize("make", [flatmin.EMA, flatmin.SwitchEMA])
+def test_weights_too_coarse_for_the_decay_are_warned_of(make):
+    with pytest.warns(FlatminWarning, match="does not move") as caught:
+        make(nn.Linear(2, 2).bfloat16(), decay=0.999)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@every
+def test_updates_are_counted_and_a_handle_detaches(name):
+    training = Training(MAKERS[name])
+    assert training.average.n_averaged == 1
+    training.epoch()
+    assert training.average.n_averaged == 1 + (1 if training.by_epoch else STEPS)
+    if not training.by_epoch:
+        training.handle.remove()
+        training.epoch()
+        assert training.average.n_averaged == 1 + STEPS
+
+
+def test_lawa_is_not_attached_and_says_what_to_do():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InvalidArgumentError, match=r"^LAWA averages the ends of epochs.*call lawa\.update\(\)"):
+        flatmin.LAWA(model).attach(optimizer)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_the_state_of_an_ema_is_that_of_torchs_averaged_model():
+    training = Training(MAKERS["EMA"]).epoch()
+    torchs = AveragedModel(copy.deepcopy(training.model))
+    assert torchs.load_state_dict(training.average.state_dict())
+    assert_close(training.floating(torchs.module), training.averaged())
+    assert torchs.n_averaged == 1 + STEPS
+
+
+@every
+def test_state_of_an_earlier_layout_is_refused_in_one_line(name):
+    average = MAKERS[name](nn.Linear(2, 2))
+    state = {
+        f"average.{key}" if key.startswith(("module.", "n_averaged")) else key: torch.zeros_like(value)
+        for key, value in average.state_dict().items()
+    }
+    before = copy.deepcopy(average.state_dict())
+    with pytest.raises(InvalidArgumentError, match=r"^the state's average was saved by an earlier version") as error:
+        average.load_state_dict(state)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(before[key], value) for key, value in average.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["EMA", "SwitchEMA"])

@@ -44,8 +44,7 @@ class Loop:
             self.method.trajectory.set_epoch(epoch)
         losses = [float(self.step(index, micro_batches)) for index in torch.randperm(N).split(B)]
         self.scheduler.step()
-        if self.method.average is not None:
-            self.method.average.epoch_done()
+        self.method.at_epoch_end()
         return losses
 
     def step(self, index: torch.Tensor, micro_batches: int = 1) -> torch.Tensor:
@@ -103,7 +102,7 @@ class Loop:
 
 def weights(loop: Loop) -> list[torch.Tensor]:
     """All of the network, and of the average that is evaluated in its place, if there is one."""
-    average = {} if loop.method.average is None else loop.method.average.average.module.state_dict()
+    average = {} if loop.method.average is None else loop.method.average.module.state_dict()
     return [tensor.clone() for tensor in (*loop.model.state_dict().values(), *average.values())]
 
 
@@ -155,7 +154,7 @@ def test_the_mechanism_acts(method: str) -> None:
     ours, base = Loop(method), Loop("base")
     losses = [[loop.epoch(epoch) for epoch in range(EPOCHS)] for loop in (ours, base)]
     average = ours.method.average
-    evaluated = ours.model if average is None else average.average.module
+    evaluated = ours.model if average is None else average.module
     same = all(torch.equal(a, b) for a, b in zip(evaluated.state_dict().values(), weights(base), strict=True))
     assert same == (method == "base")
     if average is None:  # averages may let training be

@@ -148,15 +148,17 @@ def wrong_order() -> tuple[str, str]:
     late = flatmin.MESA(model)
     shard(model)
     with pytest.raises(InvalidArgumentError) as half:
-        late.update(model)
+        late.update()
     return str(copied.value), str(half.value)
 
 
 def test_wrong_order_is_explained():
     for copied, half in run_ranks(wrong_order, 2):
         assert copied.startswith("model cannot be copied (FSDP does not support deepcopy")
-        assert "make MESA first and then call fully_shard(model) and fully_shard(mesa.average.module)" in copied
-        assert "call fully_shard(mesa.average.module) in the same way" in half
+        assert "make its average first" in copied
+        assert "call fully_shard(model) and, in the same way, fully_shard(average.module)" in copied
+        assert copied.endswith("or give MESA an average of your own, average=...")
+        assert "call fully_shard(average.module) in the same way" in half
 
 
 def shared() -> torch.Tensor:
@@ -178,8 +180,8 @@ def saf(sharded: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     model = problem.network()
     if sharded:
         shard(model)
-    history = flatmin.history.DenseHistory(problem.B, problem.C, lag=1, dtype=torch.float64, sharing="shard")
-    ours = flatmin.SAF(problem.B, problem.C, coefficient=5.0, start_epoch=0, history=history)
+    codec = flatmin.history.Dense(torch.float64)
+    ours = flatmin.SAF(problem.B, problem.C, coefficient=5.0, lag=1, start_epoch=0, history=codec, sharing="shard")
     optimizer = problem.sgd(model)
     losses = []
     for step in range(STEPS):

@@ -22,7 +22,7 @@ def train(model: nn.Module, mesa: flatmin.MESA, attached: bool) -> None:
         (nn.functional.cross_entropy(logits, y) + mesa(logits, x)).backward()
         optimizer.step()
         if not attached:
-            mesa.update(model)
+            mesa.update()
 
 
 def replicated(norm: bool, attached: bool, compiled: bool = False, broadcast: bool = True) -> dict[str, torch.Tensor]:

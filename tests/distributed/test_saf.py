@@ -12,24 +12,22 @@ from torch.utils.data import DistributedSampler
 
 import flatmin
 from flatmin.errors import InvalidArgumentError
-from flatmin.history import DenseHistory, History, LowRankHistory, QuantizedHistory, TopKHistory
+from flatmin.history import Dense, LowRank, Quantized, TopK
 from tests.distributed._spawn import run_ranks
 
 N, C, BATCH, LAG, EPOCHS = 23, 6, 4, 2, 7
 FORMS = {
-    "dense": (DenseHistory, {}),
-    "mean": (DenseHistory, {"momentum": 0.7}),
-    "int6": (QuantizedHistory, {"bits": 6}),
-    "topk": (TopKHistory, {"k": 3}),
-    "lowrank": (LowRankHistory, {"rank": 3}),
+    "dense": {"history": Dense(), "lag": LAG},
+    "mean": {"history": Dense(), "momentum": 0.7},
+    "int6": {"history": Quantized(6), "lag": LAG},
+    "topk": {"history": TopK(3), "lag": LAG},
+    "lowrank": {"history": LowRank(3), "lag": LAG},
 }
 Step = tuple[int, list[Tensor]]  # the epoch, and each rank's samples
 
 
 def make(form: str, sharing: str = "auto") -> flatmin.SAF:
-    kind, options = FORMS[form]
-    lag = {} if "momentum" in options else {"lag": LAG}
-    return flatmin.SAF(N, C, start_epoch=0, history=kind(N, C, sharing=sharing, **lag, **options))
+    return flatmin.SAF(N, C, start_epoch=0, sharing=sharing, **FORMS[form])
 
 
 def padded(world: int) -> Iterator[Step]:
@@ -64,7 +62,7 @@ STREAMS = {each.__name__: each for each in (padded, uneven, repeating)}
 
 
 def outputs(step: int, index: Tensor, rank: int) -> Tensor:
-    """What the network says: another thing each time it is asked."""
+    """The network's logits: others in each step."""
     return 3 * torch.randn(len(index), C, generator=torch.Generator().manual_seed(1000 * step + rank))
 
 
@@ -195,12 +193,12 @@ def test_state_of_low_rank_holds_what_all_ranks_have_seen() -> None:
     again = [*run_ranks(low_rank_sums, 4, state), *run_ranks(low_rank_sums, 2, state)]
     one = make("lowrank")
     one.load_state_dict(state)
-    for name in ("history.product", "history.total", "history.count"):
+    for name in ("history.codec.product", "history.codec.total", "history.codec.count"):
         assert state[name].abs().sum() > 0
         assert torch.equal(state[name], other[name])
         for each in (one.state_dict(), *again):
             torch.testing.assert_close(each[name], state[name])
-    assert state["history.count"] == 2 * BATCH
+    assert state["history.codec.count"] == 2 * BATCH
 
 
 def copied_with_rows_under_way() -> list[bool]:
@@ -228,10 +226,10 @@ def test_ranks_in_different_epochs_are_told_so() -> None:
 
 
 def made_too_early() -> str:
-    history: History = make("dense", "shard").history
+    history = make("dense", "shard").history
     history.store.part = (0, 1)  # as it would be, had it been made before init_process_group
     with pytest.raises(InvalidArgumentError) as error:
-        history.open(torch.arange(2), 0)
+        history.exchange(torch.arange(2), torch.zeros(2, C), 0)
     return str(error.value)
 
 

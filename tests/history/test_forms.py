@@ -8,21 +8,21 @@ from torch import Tensor
 
 import flatmin
 from flatmin.errors import InvalidArgumentError
-from flatmin.history import DenseHistory, History, LowRankHistory, QuantizedHistory, TopKHistory, make_history
-from flatmin.history._choose import FORMS
+from flatmin.history import Codec, Dense, History, LowRank, Quantized, TopK, make_history
+from flatmin.history._choose import CODECS
 from flatmin.history._quantized import dequantize, pack, quantize, unpack
 from flatmin.losses import trajectory_loss
 from tests.reference import oracles
 
 N, C = 40, 37
-NAMES = [*FORMS]
+NAMES = [*CODECS]
 
 
 def form(name: str, classes: int = C, *, lag: int = 1, samples: int = N) -> History:
     if name == "topk":
-        return TopKHistory(samples, classes, k=5, lag=lag)
+        return History(TopK(5), samples, classes, lag=lag)
     if name == "lowrank":
-        return LowRankHistory(samples, classes, rank=8, lag=lag)
+        return History(LowRank(8), samples, classes, lag=lag)
     return make_history(name, samples, classes, lag=None if name == "mean" else lag, temperature=5.0)
 
 
@@ -36,11 +36,11 @@ def outputs(seed: int, count: int = N, classes: int = C, rank: int | None = None
 
 
 def put(history: History, index: Tensor, epoch: int, logits: Tensor) -> None:
-    history.record(history.open(index, epoch), logits)
+    assert history.exchange(index, logits, epoch, compare=False) is None
 
 
 def get(history: History, index: Tensor, epoch: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return history.recall(history.open(index, epoch), logits)
+    return history.recall(index, logits, epoch)
 
 
 def divergence(history: History, index: Tensor, epoch: int, logits: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def test_what_has_not_moved_has_no_divergence_and_what_has_moved_has(name: str) 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nearness_to_the_dense_gradient(name: str) -> None:
-    """Cosines on outputs of which four fifths lie in eight directions; each form must be as near as is said of it."""
+    """Cosines on outputs of which four fifths lie in eight directions; each form must be as near as least says."""
     least = {
         "dense": 1,
         "mean": 1,
@@ -131,7 +131,7 @@ def test_nearness_to_the_dense_gradient(name: str) -> None:
 
 def test_topk_is_the_divergence_over_k_and_one_outcomes() -> None:
     k, temperature = 4, 3.0
-    history = TopKHistory(N, C, k=k, temperature=temperature, lag=1)
+    history = History(TopK(k), N, C, temperature=temperature, lag=1)
     index, then, now = torch.arange(N), outputs(0), outputs(1).double().requires_grad_()
     put(history, index, 0, then)
     ours, past, counts = get(history, index, 1, now)
@@ -165,19 +165,19 @@ def test_topk_without_the_rest_would_be_another_loss() -> None:
 
 @pytest.mark.parametrize("classes", [40_000, 65_536])
 def test_topk_numbers_more_classes_than_an_int16_holds(classes: int) -> None:
-    history = TopKHistory(2, classes, k=3, lag=1)
+    history = History(TopK(3), 2, classes, lag=1)
     logits = torch.zeros(2, classes)
     logits[0, [0, 32_768, classes - 1]] = torch.tensor([9.0, 8.0, 7.0])
     logits[1, [32_767, 1, 39_999]] = torch.tensor([9.0, 8.0, 7.0])
     put(history, torch.arange(2), 0, logits)
     torch.testing.assert_close(
-        centred(history.decode(history.store.rows[0], 0, logits)), centred(logits), atol=0.05, rtol=0
+        centred(history.codec.decode(history.store.rows[0], 0, logits)), centred(logits), atol=0.05, rtol=0
     )
 
 
 def test_low_rank_outputs_come_back_whole_and_the_rest_has_the_present_direction_and_the_past_length() -> None:
     rank, index = 8, torch.arange(N)
-    history = LowRankHistory(N, C, rank=rank, lag=1)
+    history = History(LowRank(rank), N, C, lag=1)
     for epoch in range(5):
         put(history, index, epoch, outputs(epoch, rank=rank))
     then = outputs(4, rank=rank)
@@ -187,7 +187,7 @@ def test_low_rank_outputs_come_back_whole_and_the_rest_has_the_present_direction
     assert error < 0.02
     # Now with a part outside of the basis: what is stored is its length.
     outside = centred(outputs(60))
-    basis = history.bases[5 % 2]
+    basis = history.codec.bases[5 % 2]
     outside -= outside @ basis @ basis.T
     put(history, index, 5, outputs(5, rank=rank) + 0.5 * outside)
     present = outputs(6, rank=rank) + 2.0 * outside
@@ -199,7 +199,7 @@ def test_low_rank_outputs_come_back_whole_and_the_rest_has_the_present_direction
 
 
 def test_low_rank_remembers_nothing_of_the_first_epoch() -> None:
-    history, index = LowRankHistory(N, C, rank=4, lag=1), torch.arange(N)
+    history, index = History(LowRank(4), N, C, lag=1), torch.arange(N)
     put(history, index, 0, outputs(0))
     assert not get(history, index, 1, outputs(1))[2].any()
     put(history, index, 1, outputs(1))
@@ -207,7 +207,7 @@ def test_low_rank_remembers_nothing_of_the_first_epoch() -> None:
 
 
 def test_low_rank_goes_on_after_an_epoch_left_out_and_one_gone_back_to() -> None:
-    history, index = LowRankHistory(N, C, rank=8, lag=2), torch.arange(N)
+    history, index = History(LowRank(8), N, C, lag=2), torch.arange(N)
     for epoch in (0, 1, 2, 5, 6):
         put(history, index[: N // 2], epoch, outputs(epoch, N // 2, rank=8))
     put(history, index[N // 2 :], 5, outputs(5, rank=8)[N // 2 :])
@@ -220,11 +220,11 @@ def test_low_rank_goes_on_after_an_epoch_left_out_and_one_gone_back_to() -> None
 @pytest.mark.parametrize("epoch", [2, 3, 4, 5])
 def test_low_rank_centres_by_the_mean_of_the_epoch_before_however_long_ago_that_was(epoch: int) -> None:
     lag, index = 2, torch.arange(N)
-    history = LowRankHistory(N, C, rank=8, lag=lag)
+    history = History(LowRank(8), N, C, lag=lag)
     for each in (0, 1, epoch):  # in epoch 4 = 1 + lag + 1, the basis takes the place of the one it is made from
         put(history, index, each, outputs(each) + 5 * outputs(90, 1))
     before = outputs(1) + 5 * outputs(90, 1)
-    torch.testing.assert_close(history.means[epoch % (lag + 1)], centred(before).mean(dim=0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(history.codec.means[epoch % (lag + 1)], centred(before).mean(dim=0), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -338,7 +338,7 @@ SIZES = {"dense": 4 * 1000, "half": 2 * 1000, "int8": 1002, "int6": 752, "int4":
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_bytes_are_what_is_said(name: str) -> None:
+def test_bytes_are_as_documented(name: str) -> None:
     history = make_history(name, 50, 1000, lag=3, temperature=5.0)
     assert history.row_bytes == SIZES[name]
     books = 4 * (4 * 1000 * 93 + 1000 * 93 + 1) + 8 * 5 if name == "lowrank" else 0
@@ -363,18 +363,25 @@ def test_compact_forms_meet_their_goals() -> None:
         ({"history": "lowrank"}, "rank=92 must be less than the number of classes, 10"),
         (
             {"history": "topk", "momentum": 0.9, "num_classes": 1000},
-            "momentum=0.9 and history='topk' exclude each other",
+            "momentum=0.9 and TopK exclude each other",
         ),
         ({"history": "mean", "lag": 7}, "lag=7 and momentum=0.9 exclude each other"),
         ({"history": "int6", "momentum": 0.9}, "momentum=0.9 and bits=6 exclude each other.*take 8"),
         ({"history": "auto", "path": "/tmp"}, "path='/tmp' and history='auto' exclude each other"),
         ({"history": "mean", "momentum": 1.0}, "momentum must be a finite number >= 0 and < 1, got 1.0"),
         ({"history": 3}, "history must be a name or"),
-        ({"history": DenseHistory(7, 10)}, "num_samples=9 and the history given was made for num_samples=7"),
-        ({"history": DenseHistory(9, 5)}, "num_classes=10 and the history given was made for num_classes=5"),
-        ({"history": TopKHistory(9, 10, k=2, temperature=2.0)}, "temperature=5.0 and the history .* temperature=2.0"),
-        ({"history": DenseHistory(9, 10, lag=2), "lag": 3}, "lag=3 is the history's own: give it to DenseHistory"),
-        ({"history": DenseHistory(9, 10), "momentum": 0.5}, "momentum=0.5 is the history's own"),
+        ({"history": Dense}, "history must be a name or a codec, such as .*got <class"),
+        (
+            {"history": History(Dense(), 9, 10)},
+            r"history must be .* a codec, such as .*LowRank\(rank=64\), got Hist",
+        ),
+        ({"history": History(TopK(2), 9, 10).codec}, r"this TopK belongs to another history: make a new one, TopK\("),
+        ({"history": TopK(2), "momentum": 0.9}, "momentum=0.9 and TopK exclude each other.*'dense', 'half' or 'int8'"),
+        ({"history": LowRank(2), "momentum": 0.9}, "momentum=0.9 and LowRank exclude each other"),
+        ({"history": Quantized(4), "momentum": 0.5}, "momentum=0.5 and bits=4 exclude each other"),
+        ({"history": Dense(), "momentum": 0.5, "lag": 3}, "lag=3 and momentum=0.5 exclude each other"),
+        ({"history": "dense", "location": "disk"}, "unknown location 'disk'"),
+        ({"history": "dense", "sharing": "no"}, "unknown sharing 'no'"),
     ],
 )
 def test_what_does_not_fit_is_explained(arguments: dict, message: str) -> None:
@@ -385,19 +392,25 @@ def test_what_does_not_fit_is_explained(arguments: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: QuantizedHistory(9, 10, bits=8.0), "bits must be 8, 6 or 4, got 8.0"),
-        (lambda: LowRankHistory(9, "100"), "num_classes must be an integer"),
-        (lambda: TopKHistory(9, None), "num_classes must be an integer"),
-        (lambda: DenseHistory(9, 10, dtype=torch.bfloat16, momentum=0.9), "momentum=0.9 and dtype=torch.bfloat16"),
-        (lambda: QuantizedHistory(9, 10, bits=5), "bits must be 8, 6 or 4, got 5"),
-        (lambda: DenseHistory(9, 10, dtype=torch.int32), "dtype must be one of .*float16.*, got torch.int32"),
-        (lambda: TopKHistory(9, 10, k=10), "k=10 and num_classes=10"),
-        (lambda: TopKHistory(9, 70_000), "num_classes=70000: .*at most 65536"),
-        (lambda: TopKHistory(9, 10, k=0), "k must be"),
-        (lambda: LowRankHistory(9, 10, rank=10), "rank=10 must be less"),
-        (lambda: DenseHistory(9, 10, location="disk"), "unknown location 'disk'"),
-        (lambda: DenseHistory(9, 10, sharing="no"), "unknown sharing 'no'"),
-        (lambda: DenseHistory(10**9, 10**6), "needs 12000000.0 GB and this machine has .*: take a smaller form"),
+        (lambda: Quantized(bits=8.0), "bits must be 8, 6 or 4, got 8.0"),
+        (lambda: History(LowRank(), 9, "100"), "num_classes must be an integer"),
+        (lambda: History(TopK(), 9, None), "num_classes must be an integer"),
+        (lambda: History(Dense(torch.bfloat16), 9, 10, momentum=0.9), "momentum=0.9 and dtype=torch.bfloat16"),
+        (lambda: Quantized(bits=5), "bits must be 8, 6 or 4, got 5"),
+        (lambda: Dense(dtype=torch.int32), "dtype must be one of .*float16.*, got torch.int32"),
+        (lambda: History(TopK(k=10), 9, 10), "k=10 and num_classes=10"),
+        (lambda: History(TopK(), 9, 70_000), "num_classes=70000: .*at most 65536"),
+        (lambda: TopK(k=0), "k must be"),
+        (lambda: History(LowRank(rank=10), 9, 10), "rank=10 must be less"),
+        (lambda: History(Dense(), 9, 10, location="disk"), "unknown location 'disk'"),
+        (lambda: History(Dense(), 9, 10, sharing="no"), "unknown sharing 'no'"),
+        (lambda: History("dense", 9, 10), "codec must be one of flatmin.history, such as .*got 'dense'"),
+        (lambda: History(Dense, 9, 10), "codec must be one of flatmin.history, such as .*got <class"),
+        (lambda: History(Dense(), 0, 10), "num_samples must be an integer of at least 1, got 0"),
+        (lambda: History(Dense(), 9, 10, lag=0), "lag must be an integer of at least 1, got 0"),
+        (lambda: History(Dense(), 9, 10, lag=7, momentum=0.9), "lag=7 and momentum=0.9 exclude each other"),
+        (lambda: History(Dense(), 9, 10, temperature=0.0), "temperature must be .* > 0, got 0.0"),
+        (lambda: History(Dense(), 10**9, 10**6), "needs 12000000.0 GB and this machine has .*: take a smaller form"),
     ],
 )
 def test_bad_arguments_are_explained(make, message: str) -> None:
@@ -405,12 +418,81 @@ def test_bad_arguments_are_explained(make, message: str) -> None:
         make()
 
 
-def test_a_given_history_is_used_as_it_is() -> None:
-    history = QuantizedHistory(9, 10, bits=4, lag=2)
-    saf = flatmin.SAF(9, 10, lag=2, history=history)
-    assert saf.history is history
-    assert saf.lag == 2
-    assert flatmin.SAF(9, 10, history=history).lag == 2
+@pytest.mark.parametrize(
+    ("codec", "row_bytes", "printed"),
+    [
+        (Dense(torch.bfloat16), 20, "Dense(dtype=bfloat16)"),
+        (Quantized(4), 7, "Quantized(bits=4)"),
+        (TopK(3), 14, "TopK(k=3)"),
+        (LowRank(5), 9, "LowRank(rank=5)"),
+    ],
+)
+def test_one_codec_serves_many_histories_which_share_nothing(codec: Codec, row_bytes: int, printed: str) -> None:
+    safs = [flatmin.SAF(9, 10, lag=lag, start_epoch=0, history=codec) for lag in (1, 1, 2)]
+    assert [saf.lag for saf in safs] == [1, 1, 2]
+    assert [saf.history.row_bytes for saf in safs] == [row_bytes] * 3
+    assert repr(codec) == printed
+    assert not codec.is_bound
+    assert not codec.state_dict()
+    untouched = [tensor.clone() for tensor in safs[1].buffers()]
+    storages = [{buffer.untyped_storage().data_ptr() for buffer in saf.buffers()} for saf in safs]
+    assert not storages[0] & storages[1]
+    for epoch in range(3):
+        safs[0].set_epoch(epoch)
+        safs[0](outputs(epoch, 9, 10), torch.arange(9))
+    assert all(torch.equal(a, b) for a, b in zip(untouched, safs[1].buffers(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(untouched, safs[0].buffers(), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exchange_recalls_and_then_records(name: str) -> None:
+    together, apart, index = form(name), form(name), torch.tensor([3, 5, 3, 8])
+    for epoch in range(5):
+        logits = outputs(epoch, 4)
+        expected = get(apart, index, epoch, logits)
+        put(apart, index, epoch, logits)
+        exchanged = together.exchange(index, logits, epoch)
+        for ours, theirs in zip(exchanged, expected, strict=True):
+            assert torch.equal(ours, theirs)
+        assert all(torch.equal(a, b) for a, b in zip(together.buffers(), apart.buffers(), strict=True))
+    assert expected[2].tolist() == [True, True, False, True]
+
+
+def test_recalling_changes_nothing() -> None:
+    history, index = form("dense"), torch.arange(N)
+    put(history, index, 0, outputs(0))
+    before = [buffer.clone() for buffer in history.buffers()]
+    assert get(history, index, 1, outputs(1))[2].all()
+    assert get(history, index, 1, outputs(1))[2].all()
+    assert all(torch.equal(a, b) for a, b in zip(before, history.buffers(), strict=True))
+
+
+class Signs(Codec):
+    """A codec by a stranger: one byte a class, 1 for a positive logit."""
+
+    def prepare(self) -> int:
+        return self.num_classes
+
+    def encode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return (logits > 0).to(torch.uint8), logits.isfinite().all(dim=1)
+
+    def decode(self, rows: Tensor, epoch: int, logits: Tensor) -> Tensor:
+        return rows.float()
+
+    def compare(self, logits: Tensor, rows: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        return logits, self.decode(rows, epoch, logits)
+
+    def describe(self) -> dict:
+        return {}
+
+
+def test_a_codec_of_ones_own_works_in_saf() -> None:
+    saf = flatmin.SAF(3, 2, lag=1, start_epoch=0, history=Signs())
+    logits, index = torch.tensor([[1.0, -1.0], [torch.nan, 0.0]]), torch.tensor([2, 0])
+    assert saf(logits, index) == 0
+    saf.set_epoch(1)
+    expected = 0.3 * trajectory_loss(logits[:1], torch.tensor([[1.0, 0.0]]), temperature=5.0) / 2
+    assert saf(logits, index) == expected > 0
 
 
 @pytest.mark.parametrize("name", ["half", "int8"])
@@ -447,7 +529,7 @@ def test_rows_of_a_small_range_are_as_exact_as_others(name: str) -> None:
 
 
 def test_nothing_is_recalled_before_there_was_anything() -> None:
-    history, index = DenseHistory(N, C, lag=3), torch.arange(N)
+    history, index = History(Dense(), N, C, lag=3), torch.arange(N)
     for epoch in range(3):
         assert not get(history, index, epoch, outputs(0))[2].any()
         put(history, index, epoch, outputs(epoch))
@@ -456,7 +538,7 @@ def test_nothing_is_recalled_before_there_was_anything() -> None:
 
 @pytest.mark.parametrize("value", [1.0, torch.nan])
 def test_an_epoch_that_shows_next_to_nothing_does_not_turn_the_basis(value: float) -> None:
-    history, index = LowRankHistory(N, C, rank=8, lag=1), torch.arange(N)
+    history, index = History(LowRank(8), N, C, lag=1), torch.arange(N)
     for epoch in range(5):
         put(history, index, epoch, outputs(epoch, rank=8))
     put(history, index[:2], 5, value * outputs(5, 2, rank=8))

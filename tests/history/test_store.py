@@ -4,6 +4,7 @@ import copy
 import errno
 import gc
 import io
+import json
 import logging
 import os
 import pickle
@@ -18,31 +19,31 @@ from torch import Tensor
 
 import flatmin
 from flatmin.errors import InvalidArgumentError, OutputError
-from flatmin.history import DenseHistory, History, LowRankHistory, QuantizedHistory, TopKHistory
+from flatmin.history import Dense, LowRank, Quantized, TopK
 from flatmin.history import _choose as choosing
 from flatmin.history import _memory as memory
 
 N, C, LAG, BATCH = 30, 20, 2, 8
-FORMS: dict[str, Callable[..., History]] = {
-    "dense": lambda **options: DenseHistory(N, C, lag=LAG, **options),
-    "half": lambda **options: DenseHistory(N, C, dtype=torch.float16, lag=LAG, **options),
-    "int8": lambda **options: QuantizedHistory(N, C, bits=8, lag=LAG, **options),
-    "int6": lambda **options: QuantizedHistory(N, C, bits=6, lag=LAG, **options),
-    "int4": lambda **options: QuantizedHistory(N, C, bits=4, lag=LAG, **options),
-    "topk": lambda **options: TopKHistory(N, C, k=4, lag=LAG, **options),
-    "lowrank": lambda **options: LowRankHistory(N, C, rank=5, lag=LAG, **options),
-    "mean": lambda **options: DenseHistory(N, C, momentum=0.9, **options),
+FORMS: dict[str, dict[str, object]] = {
+    "dense": {"history": Dense(), "lag": LAG},
+    "half": {"history": Dense(torch.float16), "lag": LAG},
+    "int8": {"history": Quantized(8), "lag": LAG},
+    "int6": {"history": Quantized(6), "lag": LAG},
+    "int4": {"history": Quantized(4), "lag": LAG},
+    "topk": {"history": TopK(4), "lag": LAG},
+    "lowrank": {"history": LowRank(5), "lag": LAG},
+    "mean": {"history": Dense(), "momentum": 0.9},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 Step = tuple[int, Tensor, Tensor]
 
 
 def make(form: str, **options: object) -> flatmin.SAF:
-    return flatmin.SAF(N, C, start_epoch=0, history=FORMS[form](**options))
+    return flatmin.SAF(N, C, start_epoch=0, **{**FORMS[form], **options})
 
 
 def steps(*epochs: int) -> list[Step]:
-    """Batches of shuffled epochs: the epoch, the samples, and what the network says of them."""
+    """Batches of shuffled epochs: the epoch, the samples, and the network's logits."""
     result = []
     for epoch in epochs:
         generator = torch.Generator().manual_seed(epoch)
@@ -256,15 +257,15 @@ def test_the_host_never_waits_for_a_value_on_the_device(form: str) -> None:
 @pytest.mark.parametrize(
     ("gigabytes", "classes", "momentum", "expected", "reason"),
     [
-        (0.1, 1000, None, {"form": "DenseHistory", "dtype": "float32"}, "the most exact within"),
-        (0.06, 1000, None, {"form": "DenseHistory", "dtype": "float16"}, "the most exact within"),
-        (0.03, 1000, None, {"form": "QuantizedHistory", "bits": 8}, "the most exact within"),
-        (0.02, 1000, None, {"form": "QuantizedHistory", "bits": 6}, "the most exact within"),
-        (0.0175, 1000, None, {"form": "LowRankHistory"}, "the most exact within"),
-        (0.001, 1000, None, {"form": "LowRankHistory"}, "the smallest, and more than"),
-        (0.035, 1000, 0.9, {"form": "DenseHistory", "dtype": "float32"}, "the most exact within"),  # one slot
-        (0.001, 1000, 0.9, {"form": "QuantizedHistory", "bits": 8}, "the smallest, and more than"),
-        (0.0001, 95, None, {"form": "QuantizedHistory", "bits": 6}, "the smallest, and more than"),
+        (0.1, 1000, None, {"codec": "Dense", "dtype": "float32"}, "the most exact within"),
+        (0.06, 1000, None, {"codec": "Dense", "dtype": "float16"}, "the most exact within"),
+        (0.03, 1000, None, {"codec": "Quantized", "bits": 8}, "the most exact within"),
+        (0.02, 1000, None, {"codec": "Quantized", "bits": 6}, "the most exact within"),
+        (0.0175, 1000, None, {"codec": "LowRank"}, "the most exact within"),
+        (0.001, 1000, None, {"codec": "LowRank"}, "the smallest, and more than"),
+        (0.035, 1000, 0.9, {"codec": "Dense", "dtype": "float32"}, "the most exact within"),  # one slot
+        (0.001, 1000, 0.9, {"codec": "Quantized", "bits": 8}, "the smallest, and more than"),
+        (0.0001, 95, None, {"codec": "Quantized", "bits": 6}, "the smallest, and more than"),
     ],
 )
 def test_auto_chooses_by_size_and_says_why(
@@ -276,7 +277,7 @@ def test_auto_chooses_by_size_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(choosing, "_memory", lambda: ("the machine under test", round(gigabytes * 1e9)))
+    monkeypatch.setattr(choosing, "_memory", lambda on_host: ("the machine under test", round(gigabytes * 1e9)))
     with caplog.at_level(logging.INFO, logger="flatmin"):
         history = flatmin.SAF(1000, classes, history="auto", momentum=momentum).history
     assert expected.items() <= history.describe().items()
@@ -353,44 +354,37 @@ def test_state_fits_safetensors(form: str, tmp_path: Path) -> None:
     assert_same(follow(one, rest), follow(two, rest))
 
 
-OTHERS: list[tuple[Callable[[], History], Callable[[], History], str, str]] = [
-    (FORMS["dense"], FORMS["int8"], "form=QuantizedHistory.*bits=8", "form=DenseHistory.*bits=None"),
-    (FORMS["int8"], FORMS["topk"], "form=TopKHistory.*k=4", "form=QuantizedHistory"),
-    (FORMS["topk"], FORMS["lowrank"], "form=LowRankHistory.*rank=5", "form=TopKHistory"),
-    (lambda: DenseHistory(N, C, lag=2), lambda: DenseHistory(N, C, lag=3), "lag=3", "lag=2"),
-    (lambda: TopKHistory(N, C, k=4), lambda: TopKHistory(N, C, k=5), "k=5", "k=4"),
-    (
-        lambda: TopKHistory(N, C, k=4),
-        lambda: TopKHistory(N, C, k=4, temperature=2.0),
-        "temperature=2.0",
-        "temperature=5.0",
-    ),
-    (lambda: LowRankHistory(N, C, rank=5), lambda: LowRankHistory(N, C, rank=6), "rank=6", "rank=5"),
+SIZES = {"num_samples": N, "num_classes": C}
+OTHERS: list[tuple[dict[str, object], dict[str, object], str, str]] = [
+    (FORMS["dense"], FORMS["int8"], "codec=Quantized.*bits=8", "codec=Dense.*bits=None"),
+    (FORMS["int8"], FORMS["topk"], "codec=TopK.*k=4", "codec=Quantized"),
+    (FORMS["topk"], FORMS["lowrank"], "codec=LowRank.*rank=5", "codec=TopK"),
+    ({"lag": 2}, {"lag": 3}, "lag=3", "lag=2"),
+    ({"history": TopK(4)}, {"history": TopK(5)}, "k=5", "k=4"),
+    ({"history": TopK(4)}, {"history": TopK(4), "temperature": 2.0}, "temperature=2.0", "temperature=5.0"),
+    ({"history": LowRank(5)}, {"history": LowRank(6)}, "rank=6", "rank=5"),
     (FORMS["dense"], FORMS["half"], "dtype=float16", "dtype=float32"),
-    (FORMS["half"], lambda: DenseHistory(N, C, lag=LAG, dtype=torch.bfloat16), "dtype=bfloat16", "dtype=float16"),
+    (FORMS["half"], {"history": Dense(torch.bfloat16), "lag": LAG}, "dtype=bfloat16", "dtype=float16"),
     (FORMS["int8"], FORMS["int4"], "bits=4", "bits=8"),
-    (lambda: DenseHistory(N, C, lag=1), FORMS["mean"], "momentum=0.9", "momentum=None"),
-    (FORMS["mean"], lambda: DenseHistory(N, C, momentum=0.5), "momentum=0.5", "momentum=0.9"),
+    ({"lag": 1}, FORMS["mean"], "momentum=0.9", "momentum=None"),
+    (FORMS["mean"], {"momentum": 0.5}, "momentum=0.5", "momentum=0.9"),
     (
         FORMS["int6"],
-        lambda: QuantizedHistory(N + 1, C, bits=6, lag=LAG),
+        {**FORMS["int6"], "num_samples": N + 1},
         "num_samples=31",
         "num_samples=30; has the data set grown or shrunk",
     ),
     # Of 19 classes and of 20, packed in 6 bits, rows are as long.
-    (FORMS["int6"], lambda: QuantizedHistory(N, C - 1, bits=6, lag=LAG), "num_classes=19", "num_classes=20"),
+    (FORMS["int6"], {**FORMS["int6"], "num_classes": C - 1}, "num_classes=19", "num_classes=20"),
 ]
 
 
 @pytest.mark.parametrize(("ours", "theirs", "their_name", "our_name"), OTHERS)
 @pytest.mark.parametrize("within", ["saf", "module", "history"])
 def test_state_of_another_history_is_refused_and_nothing_is_loaded(
-    ours: Callable[[], History], theirs: Callable[[], History], their_name: str, our_name: str, within: str
+    ours: dict[str, object], theirs: dict[str, object], their_name: str, our_name: str, within: str
 ) -> None:
-    safs = [
-        flatmin.SAF(h.num_samples, h.num_classes, temperature=h.describe().get("temperature", 5.0), history=h)
-        for h in (ours(), theirs())
-    ]
+    safs = [flatmin.SAF(**{**SIZES, **options}) for options in (ours, theirs)]
     for epoch, saf in enumerate(safs):
         saf.set_epoch(epoch + 3)
         saf(torch.randn(4, saf.num_classes), torch.arange(4))
@@ -404,6 +398,23 @@ def test_state_of_another_history_is_refused_and_nothing_is_loaded(
     after = safs[0].state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert safs[0].get_extra_state().tolist() == [3, 4]
+
+
+@every_form
+def test_state_of_an_earlier_layout_is_refused_in_one_line_and_nothing_is_loaded(form: str) -> None:
+    saf = make(form)
+    follow(saf, steps(0, 1))
+    before = held(saf)
+    earlier = {name.replace("codec.", ""): torch.ones_like(tensor) for name, tensor in before.items()}
+    description = {"form": "DenseHistory", "num_samples": N, "num_classes": C, "lag": LAG, "momentum": None}
+    encoded = torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8)
+    with pytest.raises(InvalidArgumentError) as error:
+        saf.load_state_dict({**earlier, "history._extra_state": encoded})
+    assert str(error.value).startswith("the state's history was saved by an earlier version of flatmin")
+    assert "nothing was loaded" in str(error.value)
+    assert "\n" not in str(error.value)
+    after = saf.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("bad", [torch.tensor([1, 2]), torch.tensor(list(b"[1]")), "text", torch.tensor([300])])
@@ -437,15 +448,14 @@ def test_no_graph_is_kept(form: str) -> None:
         logits = layer(x)
         (saf(logits, torch.arange(BATCH)) + logits.sum()).backward()  # would raise if it led into an earlier epoch
     assert not any(buffer.requires_grad or buffer.grad_fn for buffer in saf.buffers())
-    batch = saf.history.open(torch.arange(BATCH), 5)
     logits = layer(x)
-    _, past, _ = saf.history.recall(batch, logits)
+    _, past, _ = saf.history.recall(torch.arange(BATCH), logits, 5)
     assert logits.requires_grad
     assert not past.requires_grad
 
 
 def test_shards_of_one_process_are_the_whole() -> None:
-    saf = flatmin.SAF(N, C, history=DenseHistory(N, C, lag=1, sharing="shard"))
+    saf = flatmin.SAF(N, C, lag=1, sharing="shard")
     saf(torch.ones(N, C), torch.arange(N))
     state = saf.state_dict()
     assert state["history.store.rows"].shape[1] == N

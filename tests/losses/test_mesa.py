@@ -65,7 +65,7 @@ def test_average_and_loss_equal_the_oracle():
     teacher = network(torch.float64).eval()
 
     def check() -> None:
-        mesa.update(model)
+        mesa.update()
         states.append(copy.deepcopy(model.state_dict()))
         expected = {
             name: oracles.ema(start, [state[name] for state in states[1:]], 0.8) if start.is_floating_point() else None
@@ -93,7 +93,7 @@ def test_integer_buffers_are_copied(decay):
     model.register_buffer("position", torch.arange(1000))
     model.register_buffer("allowed", torch.tensor([True, False]))
     mesa = flatmin.MESA(model, decay=decay)
-    train(model, mesa, plain(model), steps=3, after=lambda: mesa.update(model))
+    train(model, mesa, plain(model), steps=3, after=lambda: mesa.update())
     average = mesa.average.module
     assert torch.equal(average.position, torch.arange(1000))
     assert torch.equal(average.allowed, model.allowed)
@@ -110,7 +110,7 @@ def test_averaged_model_runs_from_start_epoch_on_in_eval_mode_and_without_gradie
         mesa.set_epoch(epoch)
         mesa.train()
         losses.append(mesa(model(x), x))
-        mesa.update(model)
+        mesa.update()
         assert len(calls) == max(0, epoch - 1)
     assert calls == [(False, False)] * 2
     assert losses[0] == losses[1] == 0 < losses[2]
@@ -143,7 +143,7 @@ def test_attach_is_update_by_hand(make):
         mesa, optimizer = flatmin.MESA(model, **SOON), make(model)
         if attached:
             handle = mesa.attach(optimizer)
-        losses = train(model, mesa, optimizer, after=(lambda: None) if attached else lambda: mesa.update(model))  # noqa: B023
+        losses = train(model, mesa, optimizer, after=(lambda: None) if attached else lambda: mesa.update())  # noqa: B023
         results.append((losses, mesa))
         if attached:
             handle.remove()
@@ -185,7 +185,7 @@ def test_further_arguments_and_output_objects_pass_through():
     mesa = flatmin.MESA(model, start_epoch=0)
     arguments = {"shift": torch.tensor([5.0, 0.0, 0.0]), "scale": 3.0}
     logits = model(x, **arguments).logits
-    assert mesa(logits, x, **arguments) == 0  # the average is still the model, so it has said the same
+    assert mesa(logits, x, **arguments) == 0  # the average is still the model, so its logits are the same
     assert mesa(logits, x, arguments["shift"], scale=3.0) == 0
     assert mesa(logits, x, arguments["shift"]) > 0
 
@@ -193,7 +193,7 @@ def test_further_arguments_and_output_objects_pass_through():
 def test_average_can_be_deployed():
     model, (x, _) = network(), data()
     mesa = flatmin.MESA(model, **SOON)
-    train(model, mesa, plain(model), after=lambda: mesa.update(model))
+    train(model, mesa, plain(model), after=lambda: mesa.update())
     deployed = network().eval()
     deployed.load_state_dict(mesa.average.module.state_dict())
     assert torch.equal(deployed(x), mesa.average(x))
@@ -203,7 +203,7 @@ def test_average_can_be_deployed():
 
 
 @pytest.mark.parametrize("forgotten", [True, False])
-def test_forgotten_update_is_said_once_where_mesa_was_called(forgotten):
+def test_forgotten_update_is_warned_of_once_where_mesa_was_called(forgotten):
     model, (x, _) = network(), data()
     mesa = flatmin.MESA(model, **SOON)
     with warnings.catch_warnings(record=True) as caught:
@@ -213,7 +213,7 @@ def test_forgotten_update_is_said_once_where_mesa_was_called(forgotten):
             for _ in range(3):
                 mesa(model(x), x)
             if not forgotten:
-                mesa.update(model)
+                mesa.update()
     assert [warning.category for warning in caught] == [FlatminWarning] * forgotten
     if forgotten:
         assert "update" in str(caught[0].message)
@@ -224,7 +224,7 @@ def test_state_dict_is_bitwise_neutral():
     model = network()
     mesa = flatmin.MESA(model, decay=0.9, start_epoch=1)
     mesa.set_epoch(3)
-    train(model, mesa, plain(model), after=lambda: mesa.update(model))
+    train(model, mesa, plain(model), after=lambda: mesa.update())
     file = io.BytesIO()
     torch.save({"mesa": mesa.state_dict(), "model": model.state_dict()}, file)
     file.seek(0)
@@ -236,7 +236,7 @@ def test_state_dict_is_bitwise_neutral():
     results = []
     for net, loss in ((model, mesa), (twin, resumed)):
         torch.manual_seed(5)
-        results.append(torch.stack(train(net, loss, plain(net), after=lambda: loss.update(net))))  # noqa: B023
+        results.append(torch.stack(train(net, loss, plain(net), after=lambda: loss.update())))  # noqa: B023
     assert torch.equal(*results)
     assert_same_state(mesa.average, resumed.average)
 
@@ -274,7 +274,7 @@ def test_wrapped_models_are_unwrapped(name, process_group):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    mesa.update(wrapped)
+    mesa.update()
     torch.testing.assert_close(mesa.average.module[0].weight, (start + model[0].weight) / 2)
     assert_same_state(mesa.average, attached.average)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import flatmin
+from flatmin.averages import WeightAverage
 from flatmin.errors import InvalidArgumentError
 
 C = 3
@@ -122,7 +123,7 @@ class TestFraction:
                 losses.append(F.cross_entropy(logits, y) + mesa(logits, x))
                 losses[-1].backward()
                 optimizer.step()
-                mesa.update(model)
+                mesa.update()
             return torch.stack(losses).detach()
 
         model = network()
@@ -159,7 +160,7 @@ class TestFraction:
         mesa = mesa_of(model, fraction=0.5)
         seen = watched(mesa)
         logits = model(x, pair, **arguments).logits
-        assert mesa(logits, x, pair, **arguments) == 0  # the average is still the model, so it has said the same
+        assert mesa(logits, x, pair, **arguments) == 0  # the average is still the model, so its logits are the same
         assert len(seen[0]) == 4
         assert not seen[0].requires_grad
         arguments["mask"] = ~arguments["mask"]
@@ -232,6 +233,9 @@ class Ema(nn.Module):
 
 AVERAGES = {
     "AveragedModel": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
+    "EMA": lambda model: flatmin.EMA(model, decay=0.9),
+    "SwitchEMA": lambda model: flatmin.SwitchEMA(model, decay=0.9),
+    "LAWA": lambda model: flatmin.LAWA(model, k=2),
     "ModelEmaV3": Ema,
     "module": copy.deepcopy,
     "compiled": lambda model: torch.compile(copy.deepcopy(model), backend="eager"),
@@ -247,12 +251,14 @@ class TestSharing:
         moved(own), moved(shared)
         average.train()
         modes, before = [], copy.deepcopy(average.state_dict())
-        inner = average if kind == "module" else average.module if kind in ("AveragedModel", "ModelEmaV3") else average
+        training = [module.training for module in average.modules()]
+        inner = average if kind in ("module", "compiled") else average.module
+        assert inner.training == (not isinstance(average, WeightAverage))  # flatmin's stay in evaluation mode
         inner.register_forward_hook(lambda net, *_: modes.append((net.training, torch.is_grad_enabled())))
         logits = model(x)
         assert shared(logits, x) == own(logits, x) > 0
         assert modes == [(False, False)]
-        assert all(module.training for module in average.modules())
+        assert [module.training for module in average.modules()] == training
         after = average.state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())
         assert shared.average is average
@@ -277,6 +283,27 @@ class TestSharing:
         average.update_parameters(model)
         assert first > mesa(model(x), x) > 0
 
+    def test_training_with_a_given_ema_is_training_with_an_own_one(self):
+        results = []
+        for given in (True, False):
+            model, x, y = network(), batch(16), torch.arange(16) % C
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+            ema = flatmin.EMA(model, decay=0.9) if given else None
+            mesa = mesa_of(model, decay=None, average=ema) if given else mesa_of(model)
+            (ema if given else mesa).attach(optimizer)
+            torch.manual_seed(3)
+            losses = []
+            for _ in range(5):
+                optimizer.zero_grad()
+                logits = model(x)
+                losses.append(F.cross_entropy(logits, y) + mesa(logits, x))
+                losses[-1].backward()
+                optimizer.step()
+            assert mesa.average.n_averaged == 6
+            assert (mesa.decay is None) == given
+            results.append([*torch.stack(losses).detach(), *mesa.average.module.state_dict().values()])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
     def test_nothing_is_copied_saved_or_moved(self):
         model = nn.Linear(1000, 100)
         average = AveragedModel(model)
@@ -293,7 +320,7 @@ class TestSharing:
         model = network()
         mesa = mesa_of(model, decay=None, average=copy.deepcopy(model))
         with pytest.raises(InvalidArgumentError, match="whoever owns it updates it"):
-            mesa.update(model)
+            mesa.update()
         with pytest.raises(InvalidArgumentError, match="whoever owns it updates it"):
             mesa.attach(torch.optim.SGD(model.parameters(), lr=0.1))
 
@@ -312,6 +339,7 @@ class TestSharing:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
+            ({"average": flatmin.EMA(network(9))}, r"'0.weight' is \(9, 4\) in it and \(8, 4\) in model"),
             ({"average": network(), "decay": 0.9}, "^decay must be left out where average is given, got 0.9"),
             ({"average": network(9)}, r"^average .*'0.weight' is \(9, 4\) in it and \(8, 4\) in model"),
             ({"average": AveragedModel(network(9))}, "^average must have the parameters of model"),
@@ -335,8 +363,13 @@ class TestSharing:
             def __deepcopy__(self, memo):
                 raise AssertionError("FSDP does not support deepcopy")
 
-        with pytest.raises(InvalidArgumentError, match=r"^model cannot be copied \(FSDP.*fully_shard"):
+        with pytest.raises(InvalidArgumentError, match=r"^model cannot be copied \(FSDP.*fully_shard.*give MESA an av"):
             flatmin.MESA(Fixed(4, C))
+        for make in (flatmin.EMA, flatmin.SwitchEMA, flatmin.LAWA):
+            with pytest.raises(InvalidArgumentError, match=r"^model cannot be copied \(FSDP.*fully_shard") as error:
+                make(Fixed(4, C))
+            assert "average=" not in str(error.value)  # which these do not have
+            assert "MESA" not in str(error.value)
 
 
 def count(nbytes: int, *alive: object) -> int:

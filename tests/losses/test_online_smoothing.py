@@ -136,7 +136,7 @@ def test_a_class_that_is_none_is_refused_before_any_is_counted(wrong):
             lambda: flatmin.OnlineLabelSmoothing(3)(torch.zeros(2, 4), torch.zeros(2).long()),
             "was made for num_classes=3",
         ),
-        (lambda: flatmin.OnlineLabelSmoothing(3)(torch.zeros(2, 3), torch.zeros(2, 3)), "y must be class numbers"),
+        (lambda: flatmin.OnlineLabelSmoothing(3)(torch.zeros(2, 3), torch.zeros(2, 3)), "y must be class indices"),
         (lambda: flatmin.OnlineLabelSmoothing(3).set_epoch(-1), "epoch must be an integer of at least 0, got -1"),
     ],
 )

@@ -10,7 +10,7 @@ from torch.utils.data import DistributedSampler
 
 import flatmin
 from flatmin.errors import FlatminWarning, InvalidArgumentError
-from flatmin.history import DenseHistory
+from flatmin.history import Dense
 from tests.reference import oracles
 
 N, C = 23, 4
@@ -64,13 +64,12 @@ def recorded(lag: int = 1, logits: torch.Tensor | None = None, **arguments) -> f
     return saf
 
 
-def in_float64(lag: int) -> DenseHistory:
-    return DenseHistory(N, C, lag=lag, dtype=torch.float64)
+IN_FLOAT64 = {"history": Dense(torch.float64)}
 
 
 def kept(saf: flatmin.SAF) -> torch.Tensor:
     """The logits in a dense history, shape (lag, N, C)."""
-    return saf.history.store.rows.view(saf.history.dtype)
+    return saf.history.store.rows.view(saf.history.codec.dtype)
 
 
 def first_logits() -> torch.Tensor:
@@ -83,7 +82,7 @@ def first_logits() -> torch.Tensor:
 def test_equals_the_oracle_over_many_epochs(lag, repeat, start_epoch):
     options = {"coefficient": 0.7, "temperature": 4.0, "lag": lag, "start_epoch": start_epoch}
     batches = stream(14, repeat=repeat)
-    ours = follow(flatmin.SAF(N, C, history=in_float64(lag), **options), batches)
+    ours = follow(flatmin.SAF(N, C, **IN_FLOAT64, **options), batches)
     oracle = oracles.saf([(epoch, index.tolist(), logits.tolist()) for epoch, index, logits in batches], **options)
     assert sum(loss > 0 for loss, _ in oracle) > 20
     for (loss, gradient), (value, slope) in zip(ours, oracle, strict=True):
@@ -185,7 +184,7 @@ def test_outputs_too_large_for_the_history_are_not_remembered():
     assert saf(torch.randn(3, C), torch.arange(3)) == 0
 
 
-def test_forgotten_set_epoch_is_said_once_where_saf_was_called():
+def test_forgotten_set_epoch_is_warned_of_once_where_saf_was_called():
     saf = flatmin.SAF(N, C)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -238,9 +237,9 @@ def test_state_dict_carries_how_far_the_epoch_has_come():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_history_in_another_dtype(dtype):
-    saf = flatmin.SAF(N, C, history=DenseHistory(N, C, lag=3, dtype=dtype))
+    saf = flatmin.SAF(N, C, history=Dense(dtype))
     assert saf.history.row_bytes == dtype.itemsize * C
-    got, exact = (follow(module, stream(9)) for module in (saf, flatmin.SAF(N, C, history=in_float64(3))))
+    got, exact = (follow(module, stream(9)) for module in (saf, flatmin.SAF(N, C, **IN_FLOAT64)))
     tolerance = 10 * torch.finfo(dtype).eps
     for (loss, _), (expected, _) in zip(got, exact, strict=True):
         torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
@@ -280,7 +279,7 @@ def test_autocast_does_not_lower_the_precision():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_records_what_was_said_and_no_graph(dtype):
+def test_records_logits_and_no_graph(dtype):
     saf, logits = flatmin.SAF(N, C), torch.randn(3, C, requires_grad=True)
     saf(logits, torch.tensor([4, 2, 9], dtype=dtype))
     assert torch.equal(kept(saf)[0, [4, 2, 9]], logits.detach())

@@ -1,4 +1,4 @@
-"""Averages of a network's weights along its training: rivals that cost no pass, and what MESA compares with."""
+"""Averages of a network's weights along its training, to evaluate in its place, or as the target of MESA."""
 
 from ._average import ema_decay as ema_decay
 from ._base import WeightAverage as WeightAverage

@@ -1,33 +1,44 @@
 """What averages of a network's weights share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import InvalidArgumentError
 from ._average import copied, evaluating
 
 
 class WeightAverage(nn.Module, ABC):
-    """An average of a network along its training, kept up to date by two calls, and evaluated in its place.
+    """An average of a network's weights along its training, to evaluate in place of the network.
 
-    Called as the network is, it runs the average in evaluation mode and without gradient. Floating buffers (batch-norm
+    `update` takes the network's current weights into the average; each subclass says when to call it. Calling the
+    average runs the averaged network, in evaluation mode and without gradient. Floating buffers (batch-norm
     statistics) are averaged with the weights, integer ones are copied. ``state_dict`` has all that a resumed run needs.
 
     Args:
         model: The network that is trained, already on its device, wrapped (DistributedDataParallel, torch.compile) or
             not. It is copied.
-        decay: Of the average, to warn of a dtype too coarse for it.
 
     Attributes:
-        average: A ``torch.optim.swa_utils.AveragedModel`` in evaluation mode; ``average.module`` is the network itself.
+        module: The averaged network itself, without wrappers, in evaluation mode.
+        n_averaged: How many networks it has seen: the one it was made from, and one for each `update`; int64.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if ``model`` cannot be copied.
     """
 
-    def __init__(self, model: nn.Module, *, decay: float = 0.0) -> None:
+    module: nn.Module
+    n_averaged: Tensor
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.average = copied(model, decay)
+        self.module = copied(model)
+        self.register_buffer("n_averaged", torch.ones((), dtype=torch.int64, device="cpu"))
         self._model = (model,)  # in a tuple, so that it is no submodule and not saved twice
 
     @property
@@ -36,24 +47,33 @@ class WeightAverage(nn.Module, ABC):
         return self._model[0]
 
     @abstractmethod
-    def step_done(self) -> None:
-        """Call it after each ``optimizer.step()``, or `attach` once."""
+    def update(self) -> None:
+        """Takes the network's current weights into the average."""
 
     @abstractmethod
-    def epoch_done(self) -> None:
-        """Call it after each epoch, before the evaluation."""
-
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Calls `step_done` after each step of ``optimizer`` by itself; the handle's ``remove()`` detaches."""
-        return optimizer.register_step_post_hook(lambda *_: self.step_done())
+        """Makes ``optimizer`` call `update` after each of its steps; ``remove()`` of the handle detaches."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the averaged network in evaluation mode."""
-        with evaluating(self.average):
-            return self.average(*args, **kwargs)
+        """Runs the averaged network, in evaluation mode and without gradient."""
+        with evaluating(self.module):
+            return self.module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "WeightAverage":
-        """Sets the mode of this module; the average stays in evaluation mode."""
+        """Sets the mode of this module; the averaged network stays in evaluation mode."""
         super().train(mode)
-        self.average.eval()
+        self.module.eval()
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}average.n_averaged" in state_dict:
+            raise InvalidArgumentError(
+                "the state's average was saved by an earlier version of flatmin, whose layout was another; nothing was "
+                "loaded, begin with a new average or go on with that version"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def after_each_step(optimizer: Optimizer, call: Callable[[], None]) -> RemovableHandle:
+    """Makes ``optimizer`` make a call after each of its steps."""
+    return optimizer.register_step_post_hook(lambda *_: call())

@@ -7,20 +7,29 @@
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .._checks import check_number
-from ._average import move
-from ._base import WeightAverage
+from ._average import move, warn_if_too_coarse
+from ._base import WeightAverage, after_each_step
 
 
 class EMA(WeightAverage):
-    """Keeps the moving average and lets training be: no pass, one copy of the network.
+    """Keeps the exponential moving average of the weights; training is not touched. No pass, one copy of the network.
 
-    The control for MESA, whose target it is: what is gained by evaluating the average alone.
+    ``average_t = decay * average_(t-1) + (1 - decay) * model_t``, started at the model's weights.
+
+    Call `update` after each ``optimizer.step()``, or `attach` once. Evaluate the average with ``ema(x)``, save or
+    deploy ``ema.module``. `flatmin.MESA` can use it as its target: ``MESA(model, average=ema)``.
 
     Args:
-        model: The network that is trained. It is copied.
-        decay: Of the average, in (0, 1); `ema_decay` makes it from a horizon in epochs.
+        model: The network that is trained, already on its device, wrapped or not. It is copied.
+        decay: Decay of the average, in (0, 1); `ema_decay` makes it from a horizon in epochs.
+
+    Attributes:
+        module: The averaged network itself.
+        n_averaged: 1 plus the number of updates, int64, as in ``torch.optim.swa_utils.AveragedModel``.
 
     Raises:
         InvalidArgumentError: (a ValueError) if ``decay`` is out of its bounds, or ``model`` cannot be copied.
@@ -38,12 +47,27 @@ class EMA(WeightAverage):
 
     def __init__(self, model: nn.Module, *, decay: float = 0.999) -> None:
         self.decay = check_number("decay", decay, above=0, below=1)
-        super().__init__(model, decay=self.decay)
+        super().__init__(model)
+        warn_if_too_coarse(self.module, self.decay)
 
     @torch.no_grad()
-    def step_done(self) -> None:
-        """Moves the average towards the network."""
-        move(self.average.module, self.model, self.decay)
+    def update(self) -> None:
+        """Moves the average towards the network. Call it after each ``optimizer.step()``, or `attach` once.
 
-    def epoch_done(self) -> None:
-        """Does nothing."""
+        Raises:
+            InvalidArgumentError: If the network was sharded and the average was not.
+        """
+        move(self.module, self.model, self.decay)
+        self.n_averaged += 1
+
+    def attach(self, optimizer: Optimizer) -> RemovableHandle:
+        """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step.
+
+        Returns:
+            A handle; its ``remove()`` detaches.
+        """
+        return after_each_step(optimizer, self.update)
+
+    def extra_repr(self) -> str:
+        """Shows the decay when printed."""
+        return f"decay={self.decay}"

@@ -2,30 +2,39 @@
 
 *Switch EMA: A Free Lunch for Better Flatness and Sharpness*, Li et al. 2024, arXiv 2402.09240::
 
-    average_t = decay * average_(t-1) + (1 - decay) * model_t
-    model = average                                             at each epoch's end
+    average_t = decay * average_(t-1) + (1 - decay) * model_t       after each step
+    model = average                                                 after each epoch
 """
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .._checks import check_integer, check_number
-from ._average import move, overwrite
-from ._base import WeightAverage
+from ._average import move, overwrite, warn_if_too_coarse
+from ._base import WeightAverage, after_each_step
 
 
 class SwitchEMA(WeightAverage):
-    """Keeps the moving average and, after each epoch, puts it in the network's place: no pass, one copy.
+    """Keeps the moving average of the weights and puts it into the network after each epoch. No pass, one copy.
 
-    The optimizer's state (momenta) stays as it is. After an epoch network and average are the same, so that either may
-    be evaluated.
+    ``average_t = decay * average_(t-1) + (1 - decay) * model_t``, and ``model = average`` after each epoch.
+
+    Call `update` after each ``optimizer.step()``, or `attach` once, and `switch` after each epoch, before the
+    evaluation. Network and average are then equal, so evaluate either. The optimizer's momenta stay as they are.
 
     Args:
-        model: The network that is trained. It is copied.
-        decay: Of the average, in (0, 1); .999 in most of the authors' recipes. Where the horizon is long beside an
-            epoch, the switch takes back most of what the epoch has learnt: choose it by `ema_decay`.
-        start_epoch: Epochs, from the first, after which nothing is switched; the authors' recipes for classification
-            and regression from scratch have 5 of several hundred.
+        model: The network that is trained, already on its device, wrapped or not. It is copied.
+        decay: Decay of the average, in (0, 1); 0.999 in most of the authors' recipes. Make it with `ema_decay` from a
+            horizon of about one epoch. With a much longer horizon each switch takes back most of what the epoch learnt.
+        start_epoch: Switch only after more than so many epochs. The authors' recipes for classification and
+            regression from scratch have 5, of several hundred.
+
+    Attributes:
+        module: The averaged network itself.
+        n_averaged: 1 plus the number of updates, int64.
+        epochs: Number of calls of `switch`, int64.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument is out of its bounds, or ``model`` cannot be copied.
@@ -33,10 +42,10 @@ class SwitchEMA(WeightAverage):
     Example:
         >>> import torch, flatmin
         >>> model = torch.nn.Linear(4, 3)
-        >>> sema = flatmin.SwitchEMA(model, decay=0.9)
-        >>> handle = sema.attach(torch.optim.SGD(model.parameters(), lr=0.1))
-        >>> sema.epoch_done()
-        >>> bool((model.weight == sema.average.module.weight).all())
+        >>> average = flatmin.SwitchEMA(model, decay=0.9)
+        >>> handle = average.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> average.switch()
+        >>> bool((model.weight == average.module.weight).all())
         True
     """
 
@@ -45,17 +54,35 @@ class SwitchEMA(WeightAverage):
     def __init__(self, model: nn.Module, *, decay: float = 0.999, start_epoch: int = 0) -> None:
         self.decay = check_number("decay", decay, above=0, below=1)
         self.start_epoch = check_integer("start_epoch", start_epoch, least=0)
-        super().__init__(model, decay=self.decay)
+        super().__init__(model)
+        warn_if_too_coarse(self.module, self.decay)
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @torch.no_grad()
-    def step_done(self) -> None:
-        """Moves the average towards the network."""
-        move(self.average.module, self.model, self.decay)
+    def update(self) -> None:
+        """Moves the average towards the network. Call it after each ``optimizer.step()``, or `attach` once.
+
+        Raises:
+            InvalidArgumentError: If the network was sharded and the average was not.
+        """
+        move(self.module, self.model, self.decay)
+        self.n_averaged += 1
 
     @torch.no_grad()
-    def epoch_done(self) -> None:
-        """Puts the average in the network's place, once ``start_epoch`` epochs have gone by."""
+    def switch(self) -> None:
+        """Puts the average into the network, once ``start_epoch`` epochs have gone by. Call it after each epoch."""
         self.epochs += 1
         if int(self.epochs) > self.start_epoch:
-            overwrite(self.model, self.average.module)
+            overwrite(self.model, self.module)
+
+    def attach(self, optimizer: Optimizer) -> RemovableHandle:
+        """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step; `switch` stays yours to call.
+
+        Returns:
+            A handle; its ``remove()`` detaches.
+        """
+        return after_each_step(optimizer, self.update)
+
+    def extra_repr(self) -> str:
+        """Shows the hyperparameters when printed."""
+        return f"decay={self.decay}, start_epoch={self.start_epoch}"

@@ -1,19 +1,11 @@
-"""Where SAF keeps a network's past outputs."""
+"""What SAF remembers: the past logits of every sample, and in which form."""
 
-from ._base import Batch as Batch
-from ._base import History as History
 from ._choose import make_history as make_history
-from ._dense import DenseHistory as DenseHistory
-from ._lowrank import LowRankHistory as LowRankHistory
-from ._quantized import QuantizedHistory as QuantizedHistory
-from ._topk import TopKHistory as TopKHistory
+from ._codec import Codec as Codec
+from ._dense import Dense as Dense
+from ._history import History as History
+from ._lowrank import LowRank as LowRank
+from ._quantized import Quantized as Quantized
+from ._topk import TopK as TopK
 
-__all__ = [
-    "Batch",
-    "DenseHistory",
-    "History",
-    "LowRankHistory",
-    "QuantizedHistory",
-    "TopKHistory",
-    "make_history",
-]
+__all__ = ["Codec", "Dense", "History", "LowRank", "Quantized", "TopK", "make_history"]

@@ -1,109 +1,131 @@
-"""A history by name."""
+"""A history by name, or by size."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from .. import _distributed
 from .._checks import check_choice
 from ..errors import InvalidArgumentError
-from ._base import History
-from ._dense import DenseHistory
-from ._lowrank import RANK as LOW_RANK
-from ._lowrank import LowRankHistory
+from ._codec import Codec
+from ._dense import Dense
+from ._history import LAG, History, exclude_each_other
+from ._lowrank import LowRank
 from ._memory import physical_memory
-from ._quantized import QuantizedHistory
-from ._ranks import Ranks
-from ._topk import TopKHistory
+from ._quantized import Quantized
+from ._store import TAG_BYTES
+from ._topk import TopK
 
-LAG = 3
 MEAN_MOMENTUM = 0.9
-# With "auto", the history may take this share of the memory it will live in, and the first of these that does is taken.
+# With "auto" the history may take this share of the memory it will live in; the first codec that does is taken.
 SHARE = 1 / 8
 
-FORMS: dict[str, tuple[Callable[..., History], dict[str, Any]]] = {
-    "dense": (DenseHistory, {}),
-    "half": (DenseHistory, {"dtype": torch.float16}),
-    "int8": (QuantizedHistory, {"bits": 8}),
-    "int6": (QuantizedHistory, {"bits": 6}),
-    "int4": (QuantizedHistory, {"bits": 4}),
-    "topk": (TopKHistory, {}),
-    "lowrank": (LowRankHistory, {}),
-    "mean": (DenseHistory, {}),
+CODECS: dict[str, Codec] = {
+    "dense": Dense(),
+    "half": Dense(torch.float16),
+    "int8": Quantized(8),
+    "int6": Quantized(6),
+    "int4": Quantized(4),
+    "topk": TopK(),
+    "lowrank": LowRank(),
+    "mean": Dense(),
 }
+# What "auto" may choose, the most exact first.
+AUTO, AUTO_MEAN = ("dense", "half", "int8", "int6", "lowrank"), ("dense", "half", "int8")
 
 logger = logging.getLogger("flatmin")
 
 
 def make_history(
-    name: str,
+    history: str | Codec,
     num_samples: int,
     num_classes: int,
     *,
-    lag: int | None,
-    temperature: float,
+    lag: int | None = None,
     momentum: float | None = None,
+    temperature: float = 5.0,
     path: str | Path | None = None,
+    location: str = "device",
+    sharing: str = "auto",
 ) -> History:
-    """Makes a history of a form that has a name.
+    """Makes a history from a name or a codec.
 
     Args:
-        name: One of `FORMS`, or "auto": the most exact one that takes at most an eighth of the accelerator's memory, or
-            of this machine's where there is none. Which, and why, is said to the logger "flatmin".
-        num_samples: Number of samples.
-        num_classes: Number of classes.
-        lag: Number of epochs between writing and reading; None for 3, or for a mean.
-        temperature: That of the loss.
-        momentum: Of the mean; None for none, or for .9 with "mean".
+        history: A codec, or a name: "dense", "half", "int8", "int6", "int4", "topk", "lowrank"; "mean" for a running
+            mean; "auto" for the most exact one that takes at most an eighth of the memory it will live in, the
+            accelerator's or else this machine's. The logger "flatmin" tells which one "auto" takes, and why.
+        num_samples: Number of samples ``N`` in the data set.
+        num_classes: Number of classes ``C``.
+        lag: Compare each row with the one from ``lag`` epochs earlier. None: 3, or a running mean.
+        momentum: Momentum of the running mean, in [0, 1). None: no mean, or 0.9 with "mean".
+        temperature: Temperature of the loss, > 0.
         path: A folder for a scratch file, see `History`.
+        location: "device" or "host", see `History`.
+        sharing: "replicate", "shard" or "auto", see `History`.
 
     Raises:
-        InvalidArgumentError: If there is no such form, or it cannot be combined so.
+        InvalidArgumentError: (a ValueError) if there is no such name, or the arguments exclude each other.
         OutputError: If ``path`` cannot be written or has no room.
+
+    Example:
+        >>> from flatmin.history import make_history
+        >>> make_history("lowrank", num_samples=1000, num_classes=1000).row_bytes
+        96
     """
-    check_choice("history", name, (*FORMS, "auto"))
-    if name == "mean" and momentum is None:
+    if isinstance(history, str):
+        check_choice("history", history, (*CODECS, "auto"))
+    elif not isinstance(history, Codec):
+        raise InvalidArgumentError(
+            f"history must be a name or a codec, such as 'int6' or flatmin.history.LowRank(rank=64), "
+            f"got {history!r:.80}"
+        )
+    if history == "mean" and momentum is None:
         momentum = MEAN_MOMENTUM
     if lag is not None and momentum is not None:
-        raise InvalidArgumentError(f"lag={lag} and momentum={momentum} exclude each other: a mean is of all epochs")
-    if name == "auto":
+        raise exclude_each_other(lag, momentum)
+    lag = LAG if lag is None else lag
+    if history == "auto":
         if path is not None:
             raise InvalidArgumentError(f"path={str(path)!r} and history='auto' exclude each other: name the form")
-        name = Ranks().from_first(_choose(num_samples, num_classes, lag or LAG, mean=momentum is not None))
-    kind, arguments = FORMS[name]
-    if kind in (DenseHistory, QuantizedHistory):
-        return kind(num_samples, num_classes, lag=lag or LAG, momentum=momentum, path=path, **arguments)
-    if momentum is not None:
-        raise InvalidArgumentError(
-            f"momentum={momentum} and history={name!r} exclude each other: a mean is kept in 'dense', 'half' or 'int8'"
-        )
-    if kind is TopKHistory:
-        arguments = {"temperature": temperature}
-    return kind(num_samples, num_classes, lag=lag or LAG, path=path, **arguments)
+        chosen = _choose(num_samples, num_classes, lag, momentum=momentum, on_host=location == "host")
+        history = str(_distributed.from_first(chosen))
+    return History(
+        CODECS[history] if isinstance(history, str) else history,
+        num_samples,
+        num_classes,
+        lag=lag,
+        momentum=momentum,
+        temperature=temperature,
+        path=path,
+        location=location,
+        sharing=sharing,
+    )
 
 
-def _choose(num_samples: int, num_classes: int, lag: int, *, mean: bool) -> str:
-    """The name of the most exact form that takes a fair share of the memory, and in the log why."""
-    row_bytes = {"dense": 4 * num_classes, "half": 2 * num_classes, "int8": num_classes + 2}
-    sizes = {name: (1 if mean else lag) * num_samples * (each + 4) for name, each in row_bytes.items()}
-    if not mean:
-        sizes["int6"] = lag * num_samples * (-(-num_classes * 6 // 8) + 6)
-        if num_classes > LOW_RANK:
-            bases = 4 * num_classes * (LOW_RANK + 1) * (lag + 2)
-            sizes["lowrank"] = lag * num_samples * (LOW_RANK + 8) + bases
-    where, memory = _memory()
-    fitting = [name for name, size in sizes.items() if size <= SHARE * memory]
-    name = fitting[0] if fitting else min(sizes, key=sizes.__getitem__)
-    reason = "the most exact within" if fitting else "the smallest, and more than"
+def _choose(num_samples: int, num_classes: int, lag: int, *, momentum: float | None, on_host: bool) -> str:
+    """Names the most exact codec that takes a fair share of the memory, and logs why."""
+    where, memory = _memory(on_host)
+    sizes: dict[str, int] = {}
+    for name in AUTO if momentum is None else AUTO_MEAN:
+        if name == "lowrank" and num_classes <= LowRank().rank:
+            continue
+        slots = lag if momentum is None else 1
+        codec = CODECS[name].bind(num_classes, lag=slots, temperature=1.0, momentum=momentum)
+        learnt = sum(buffer.nbytes for buffer in codec.buffers())
+        sizes[name] = slots * num_samples * (codec.row_bytes + TAG_BYTES) + learnt
+        if sizes[name] <= SHARE * memory:
+            reason = "the most exact within"
+            break
+    else:
+        name, reason = min(sizes, key=sizes.__getitem__), "the smallest, and more than"
     logger.info(
         "history %r: %.3g GB, %s an eighth of the %.3g GB of %s", name, sizes[name] / 1e9, reason, memory / 1e9, where
     )
     return name
 
 
-def _memory() -> tuple[str, int]:
-    if torch.cuda.is_available():
+def _memory(on_host: bool) -> tuple[str, int]:
+    if torch.cuda.is_available() and not on_host:
         return "the GPU", torch.cuda.mem_get_info()[1]
     return "main memory", physical_memory() or 8 * 2**30

@@ -13,14 +13,14 @@ from ..errors import InvalidArgumentError, OutputError
 
 
 def zeros(shape: Sequence[int], *, what: str, device: str | None = None) -> Tensor:
-    """Returns zeros, uint8, if this machine has the memory at all; on torch's default device where none is given.
+    """Returns zeros, uint8, if this machine has the memory at all; without ``device`` on torch's default one.
 
     Raises:
-        InvalidArgumentError: If it has not; the message names ``what`` and smaller forms.
+        InvalidArgumentError: If it does not; the message names ``what`` and smaller forms.
     """
     size, there = math.prod(shape), physical_memory()
     try:
-        if there is not None and size > there:  # zeros are only taken when written to, and the process killed then
+        if there is not None and size > there:  # memory is taken when it is written to, and the process killed then
             raise MemoryError
         return torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
     except (RuntimeError, MemoryError) as error:
@@ -32,19 +32,19 @@ def zeros(shape: Sequence[int], *, what: str, device: str | None = None) -> Tens
 
 
 def scratch_file(folder: Path, shape: Sequence[int]) -> Tensor:
-    """Returns zeros, uint8, mapped from a nameless file in ``folder`` that has all its room from the start.
+    """Returns zeros, uint8, memory-mapped from a nameless file in ``folder`` that reserves all its room at once.
 
     Raises:
         OutputError: If the file cannot be made, or the disk has no room for it.
     """
     size = math.prod(shape)
-    if size == 0:  # a rank with nothing to keep
+    if size == 0:  # a rank that keeps nothing
         return torch.zeros(tuple(shape), dtype=torch.uint8, device="cpu")
     try:
         descriptor, name = tempfile.mkstemp(prefix="flatmin-history-", dir=folder)
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, size)  # a full disk says so here, and not by a signal later
+                os.posix_fallocate(descriptor, 0, size)  # a full disk raises here, instead of killing the process later
             else:
                 os.truncate(descriptor, size)
             return torch.from_file(name, shared=True, size=size, dtype=torch.uint8).view(*shape)
@@ -59,7 +59,7 @@ def scratch_file(folder: Path, shape: Sequence[int]) -> Tensor:
 
 
 def physical_memory() -> int | None:
-    """Bytes of main memory, where the system says so."""
+    """Bytes of main memory; None if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

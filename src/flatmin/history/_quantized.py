@@ -1,15 +1,13 @@
 """Every logit of every sample, rounded to a few bits."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import check_integer
 from ..errors import InvalidArgumentError
-from ._base import History
+from ._codec import Codec
 from ._rows import OUT_OF_RANGE, RANGE, from_bytes, nonzero, within_range
 
 
@@ -30,9 +28,9 @@ def quantize(logits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, step: Tensor, bits: int, num_classes: int) -> Tensor:
-    """Undoes `quantize`, up to a constant: logits with the row's largest at 0, float32, shape (B, C)."""
+    """Undoes `quantize` up to a constant: the row's largest logit is at 0; float32, shape (B, C)."""
     codes, step = unpack(codes, bits, num_classes), step.float()[:, None]
-    # What was out of range has no share at all, as the present has none there.
+    # A logit that was out of range gets no probability at all, as the current one has none there.
     lost = (codes == 2**bits - 1) & (step >= RANGE / (2**bits - 1) * (1 - 2**-11))
     return (codes * -step).masked_fill(lost, -OUT_OF_RANGE)
 
@@ -62,82 +60,57 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _in_groups(rows: Tensor, size: int) -> tuple[Tensor, ...]:
-    """The first of every ``size`` columns, the second, and so on; zeros where the last group is not full."""
+    """Column 0 of every group of ``size``, column 1, and so on; the last group is filled up with zeros."""
     rows = F.pad(rows, (0, -rows.shape[1] % size))
-    return tuple(rows[:, place::size] for place in range(size))
+    return tuple(rows[:, position::size] for position in range(size))
 
 
-class QuantizedHistory(History):
+class Quantized(Codec):
     """Keeps all ``C`` logits of a row in ``bits`` bits each, with the step of the row: ``C * bits / 8 + 2`` bytes.
 
     Args:
-        num_samples: Number of samples ``N`` in the data set.
-        num_classes: Number of classes ``C``.
         bits: 8, 6 or 4.
-        lag: Number of epochs between writing and reading.
-        momentum: See `History`.
-        path: See `History`.
-        location: See `History`.
-        sharing: See `History`.
 
     Raises:
-        InvalidArgumentError: If an argument is out of its bounds, or the rows do not fit into memory.
-        OutputError: If ``path`` cannot be written or has no room.
+        InvalidArgumentError: If ``bits`` is another number, or too few for a running mean.
 
     Example:
-        >>> from flatmin.history import QuantizedHistory
-        >>> QuantizedHistory(num_samples=50_000, num_classes=100, bits=6).row_bytes
+        >>> from flatmin.history import History, Quantized
+        >>> History(Quantized(bits=6), num_samples=50_000, num_classes=100).row_bytes
         77
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        num_classes: int,
-        *,
-        bits: int = 8,
-        lag: int = 3,
-        momentum: float | None = None,
-        path: str | Path | None = None,
-        location: str = "device",
-        sharing: str = "auto",
-    ) -> None:
+    def __init__(self, bits: int = 8) -> None:
+        super().__init__()
         if bits not in (8, 6, 4) or not isinstance(bits, int):
             raise InvalidArgumentError(f"bits must be 8, 6 or 4, got {bits!r}")
-        if momentum is not None and bits < 8:
-            raise InvalidArgumentError(
-                f"momentum={momentum} and bits={bits} exclude each other: a mean moves by less than a step of so few "
-                "bits, and would stand still; take 8"
-            )
         self.bits = bits
-        codes = -(-check_integer("num_classes", num_classes, least=2) * bits // 8)
-        super().__init__(
-            num_samples,
-            num_classes,
-            row_bytes=codes + 2,
-            lag=lag,
-            momentum=momentum,
-            path=path,
-            location=location,
-            sharing=sharing,
-        )
 
-    def encode(self, logits: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """See `History.encode`."""
+    def prepare(self) -> int:
+        """See `Codec.prepare`."""
+        if self.momentum is not None and self.bits < 8:
+            raise InvalidArgumentError(
+                f"momentum={self.momentum} and bits={self.bits} exclude each other: a running mean moves by less than "
+                "a step of so few bits and would stand still; take 8"
+            )
+        return -(-self.num_classes * self.bits // 8) + 2
+
+    def encode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Codec.encode`."""
         logits = logits.float()
-        whole = logits.isfinite().all(dim=1)
-        codes, step = quantize(logits.where(whole[:, None], 0), self.bits)
-        return torch.cat([codes, step[:, None].view(torch.uint8)], dim=1), whole
+        finite = logits.isfinite().all(dim=1)
+        codes, step = quantize(logits.where(finite[:, None], 0), self.bits)
+        return torch.cat([codes, step[:, None].view(torch.uint8)], dim=1), finite
 
     def decode(self, rows: Tensor, epoch: int, logits: Tensor) -> Tensor:
-        """See `History.decode`."""
+        """See `Codec.decode`."""
         codes, step = torch.split(rows, [self.row_bytes - 2, 2], dim=1)
         return dequantize(codes, from_bytes(step, torch.float16).flatten(), self.bits, self.num_classes)
 
     def compare(self, logits: Tensor, rows: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """See `History.compare`."""
+        """See `Codec.compare`."""
         return logits, self.decode(rows, epoch, logits)
 
     def describe(self) -> dict[str, Any]:
-        """See `History.describe`."""
-        return {**self._shape(), "bits": self.bits}
+        """See `Codec.describe`."""
+        return {"bits": self.bits}

@@ -1,4 +1,4 @@
-"""How the processes of one training exchange indices and rows."""
+"""How the ranks of one training exchange indices and rows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ from ..errors import InvalidArgumentError
 
 
 class Ranks:
-    """The ranks of ``torch.distributed``'s default group, and what they send one another.
+    """The ranks of ``torch.distributed``'s default group, and what they send to each other.
 
-    Indices are exchanged among the hosts, which know them, so that no rank has to ask an accelerator how much it will
-    receive; rows travel from device to device.
+    Indices are exchanged between the hosts, which know them, so that no rank has to ask an accelerator how much it will
+    receive. Rows travel from device to device.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Ranks:
 
     @property
     def size(self) -> int:
-        """Number of ranks; 1 where nothing is distributed."""
+        """Number of ranks; 1 without a process group."""
         return _distributed.size()
 
     @property
@@ -36,20 +36,20 @@ class Ranks:
         return _distributed.rank()
 
     def meet(self, index: Tensor, epoch: int) -> list[Tensor]:
-        """Returns every rank's ``index``, int64 on the host; called by all ranks.
+        """Returns every rank's ``index``, int64, on the host. A collective call.
 
         Raises:
             InvalidArgumentError: If the ranks are in different epochs.
         """
         while True:
-            # The first message tells lengths alone; afterwards one is enough, unless a batch is longer than all before.
+            # The first message only carries lengths. Later one is enough, unless a batch is longer than all before.
             message = torch.zeros(2 + self._room, dtype=torch.int64, device="cpu")
             message[:2] = torch.tensor([epoch, len(index)])
             if len(index) <= self._room:
                 message[2 : 2 + len(index)] = index
             heard = [torch.empty_like(message) for _ in range(self.size)]
             dist.all_gather(heard, message, group=self._host_group())
-            epochs, lengths = ([int(each[place]) for each in heard] for place in (0, 1))
+            epochs, lengths = ([int(each[column]) for each in heard] for column in (0, 1))
             if len(set(epochs)) > 1:
                 raise InvalidArgumentError(
                     f"the ranks are in different epochs, {epochs}: call saf.set_epoch(epoch) on every rank, and SAF "
@@ -60,11 +60,14 @@ class Ranks:
             self._room = max(lengths)
 
     def gather(self, rows: Tensor, lengths: Sequence[int]) -> Callable[[], Tensor]:
-        """Begins to send ``rows`` to all ranks; what is returned waits and gives those of all, in the ranks' order.
+        """Begins to send ``rows`` to all ranks.
 
         Args:
             rows: uint8, shape (lengths[rank], n).
             lengths: How many rows each rank sends.
+
+        Returns:
+            A function that waits for the rows of all ranks and returns them, in the order of the ranks.
         """
         sent = rows.new_zeros(max(*lengths, 1), rows.shape[1])
         sent[: len(rows)] = rows
@@ -78,11 +81,14 @@ class Ranks:
         return arrive
 
     def travel(self, parcels: Sequence[Tensor], lengths: Sequence[int]) -> Callable[[], Tensor]:
-        """Begins to send each rank its parcel; what is returned waits and gives what came, in the ranks' order.
+        """Begins to send each rank its parcel.
 
         Args:
-            parcels: One for each rank, uint8, shape (any, n).
+            parcels: Rows for each rank, uint8, shape (any, n).
             lengths: How many rows come from each rank.
+
+        Returns:
+            A function that waits for what the ranks have sent here and returns it, in the order of the ranks.
         """
         sent = torch.cat(list(parcels))
         received = sent.new_empty(sum(lengths), sent.shape[1])
@@ -94,16 +100,8 @@ class Ranks:
 
         return arrive
 
-    def add(self, tensor: Tensor) -> Tensor:
-        """Returns the sum of ``tensor`` over all ranks."""
-        return _distributed.total(tensor)
-
-    def from_first(self, value: str) -> str:
-        """Returns what the first rank has; called by all ranks."""
-        return str(_distributed.from_first(value))
-
     def assemble(self, part: Tensor, length: int) -> Tensor:
-        """Puts together, on every host, what the ranks keep: ``part`` is ``whole[:, rank::size]``."""
+        """Puts what the ranks keep together, on every host: ``part`` is ``whole[:, rank::size]``."""
         whole = torch.empty(part.shape[0], length, *part.shape[2:], dtype=part.dtype, device="cpu")
         for rank in range(self.size):
             shape = whole[:, rank :: self.size].shape
@@ -113,14 +111,14 @@ class Ranks:
         return whole
 
     def _host_group(self) -> "dist.ProcessGroup | None":
-        """The default group if it serves the CPU, or else one of gloo, which all ranks make when they first meet."""
+        """The default group if it serves the CPU, or else one of gloo, which all ranks make when they first need it."""
         if self._hosts is None and "gloo" not in dist.get_backend_config():
             self._hosts = dist.new_group(backend="gloo")
         return self._hosts
 
 
 def occurrences(index: Tensor) -> tuple[Tensor, Tensor]:
-    """For each position of ``index``, the first and the last position that hold the same sample."""
+    """For each position of ``index``, the first and the last position of the same sample."""
     ordered, order = index.sort(stable=True)
     first = order[torch.searchsorted(ordered, index)]
     last = order[torch.searchsorted(ordered, index, right=True) - 1]

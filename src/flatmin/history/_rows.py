@@ -1,12 +1,12 @@
-"""What the forms share in turning logits into bytes."""
+"""What the codecs share in turning logits into bytes."""
 
 import torch
 from torch import Tensor
 
-# Logits that lie further below the largest of their row are taken to lie there: at the paper's temperature, 5, their
-# share is e^-20. It keeps a class masked out by -1e9 from taking the precision of all others.
+# Logits further below the largest of their row than this are moved up to there: at the paper's temperature, 5, their
+# share is e^-20. A class masked out with -1e9 then does not take the precision of all others.
 RANGE = 100.0
-OUT_OF_RANGE = 1e6  # where a form puts them when it gives them back: without any share
+OUT_OF_RANGE = 1e6  # how far below the largest a codec puts such logits when it decodes them: no share at all
 
 
 def within_range(logits: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def within_range(logits: Tensor) -> Tensor:
 
 
 def nonzero(step: Tensor) -> Tensor:
-    """Steps to divide by: that of a flat row, 0, as 1."""
+    """Steps to divide by: that of a flat row, 0, becomes 1."""
     return step.where(step > 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""What a history says of itself in its state, so that no other takes it over."""
+"""How a history describes itself in its state, so that no other history loads it."""
 
 import json
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ def check_described(ours: Mapping[str, Any], state: Any) -> None:
     """Compares a description with what `described` made of another.
 
     Args:
-        ours: Of the history that is to take over a state.
-        state: From the state; None if there is none, of which torch itself complains.
+        ours: Description of the history that is to load a state.
+        state: Description from the state; None if it has none, about which torch itself complains.
 
     Raises:
         InvalidArgumentError: If they differ; the message says in what.
@@ -31,11 +31,16 @@ def check_described(ours: Mapping[str, Any], state: Any) -> None:
         theirs = dict(json.loads(bytes(state.tolist())))
     except (ValueError, AttributeError, TypeError) as error:
         raise InvalidArgumentError(f"the state's _extra_state does not describe a history: {error}") from error
+    if "codec" not in theirs:
+        raise InvalidArgumentError(
+            "the state's history was saved by an earlier version of flatmin, whose layout was another; nothing was "
+            "loaded, begin with an empty history or go on with that version"
+        )
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if names:
-        said = [", ".join(f"{name}={each.get(name)}" for name in names) for each in (theirs, ours)]
+        values = [", ".join(f"{name}={each.get(name)}" for name in names) for each in (theirs, ours)]
         grown = "; has the data set grown or shrunk?" if "num_samples" in names else ""
         raise InvalidArgumentError(
-            f"the state is of a history with {said[0]} and this one has {said[1]}{grown}; nothing was loaded, "
+            f"the state is of a history with {values[0]} and this one has {values[1]}{grown}; nothing was loaded, "
             "make SAF as it was when the state was saved"
         )

@@ -1,4 +1,4 @@
-"""Rows of bytes by sample number: in memory, on the host or in a file, on one rank or spread over several."""
+"""Rows of bytes by sample index: on the device, in main memory or in a file, on one rank or spread over several."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,24 +12,24 @@ from ..errors import InvalidArgumentError
 from ._memory import scratch_file, zeros
 from ._ranks import Ranks
 
-NEVER = -1  # the epoch of a row that holds nothing
-SHARD_ABOVE = 2**30  # bytes from which on, with sharing="auto", each rank keeps a part of the rows only
+NEVER = -1  # the epoch of an empty row
+SHARD_ABOVE = 2**30  # bytes; with sharing="auto", each rank keeps only a part of more than that
 TAG_BYTES = 4  # a row's epoch, int32
 
 
 class Store(nn.Module):
     """Keeps, for each sample, ``slots`` rows of bytes, each with the epoch it was written in.
 
-    What has to come from a GPU, or from other ranks, is under way when `write` returns, and arrives before anything is
-    read again. No method waits for an accelerator, but where several ranks keep their rows on the host.
+    Rows that come from a GPU or from other ranks are still under way when `write` returns; they arrive before anything
+    is read again. No method waits for an accelerator, except where several ranks keep their rows on the host.
 
     Args:
-        slots: Number of rows a sample has.
+        slots: Number of rows of each sample.
         num_samples: Number of samples.
         row_bytes: Bytes of a row.
         path: Folder for a scratch file, see `History`.
-        location: "device" | "host", see `History`.
-        sharing: "replicate" | "shard" | "auto", see `History`.
+        location: "device" or "host", see `History`.
+        sharing: "replicate", "shard" or "auto", see `History`.
     """
 
     rows: Tensor
@@ -46,7 +46,7 @@ class Store(nn.Module):
         total = slots * num_samples * (row_bytes + TAG_BYTES)
         check_choice("sharing", sharing, ("auto", "replicate", "shard"))
         self.sharded = sharing == "shard" or (sharing == "auto" and total > SHARD_ABOVE and self.ranks.size > 1)
-        # Sample i is with rank i % size, at place i // size; unsharded, as if there were one rank.
+        # Sample i is with rank i % size, at position i // size. Unsharded it is as if there were one rank.
         self.part = (self.ranks.rank, self.ranks.size) if self.sharded else (0, 1)
         shape = (slots, len(range(self.part[0], num_samples, self.part[1])), row_bytes)
         what = f"a history of {num_samples} samples"
@@ -57,10 +57,10 @@ class Store(nn.Module):
         self._pending: list[Callable[[], None]] = []
 
     def meet(self, index: Tensor, epoch: int) -> list[Tensor] | None:
-        """Lets what is under way arrive, and tells all ranks which samples each of them has; None on one rank.
+        """Lets rows under way arrive, and returns the indices of every rank; None on one rank. A collective call.
 
         Raises:
-            InvalidArgumentError: If the ranks are not those that this was made for, or in different epochs.
+            InvalidArgumentError: If the ranks are not those this was made for, or are in different epochs.
         """
         self.flush()
         if self.sharded and self.part != (self.ranks.rank, self.ranks.size):
@@ -76,13 +76,14 @@ class Store(nn.Module):
         """Reads rows.
 
         Args:
-            index: Sample numbers of this rank, int64, shape (B,).
-            slot: Which of a sample's rows.
-            device: Where to.
+            index: Sample indices of this rank, int64, shape (B,).
+            slot: Which row of each sample.
+            device: The device to read to.
             everyone: What `meet` returned.
 
         Returns:
-            The rows, uint8, shape (B, row_bytes), and their epochs, int32, shape (B,); for the rows of `NEVER` zeros.
+            The rows, uint8, shape (B, row_bytes), and their epochs, int32, shape (B,). An empty row is all
+            zeros, and its epoch is `NEVER`.
         """
         if everyone is None or not self.sharded:
             rows, epochs = self._load(index, slot)
@@ -96,14 +97,14 @@ class Store(nn.Module):
         return _unpack(packed)
 
     def write(self, index: Tensor, slot: int, rows: Tensor, epochs: Tensor, everyone: Sequence[Tensor] | None) -> None:
-        """Writes rows; where a sample comes twice, its rows are equal.
+        """Writes rows. If a sample occurs twice, its rows must be equal.
 
         Args:
-            index: Sample numbers, int64, shape (B,); on several ranks those in ``everyone`` count.
-            slot: Which of a sample's rows.
+            index: Sample indices, int64, shape (B,); on several ranks those in ``everyone`` are used instead.
+            slot: Which row of each sample.
             rows: uint8, shape (B, row_bytes).
             epochs: int32, shape (B,).
-            everyone: The sample numbers that each rank writes, on the host; None on one rank.
+            everyone: The sample indices that each rank writes, on the host; None on one rank.
         """
         if everyone is None:
             self._keep(index, slot, rows, epochs)
@@ -111,7 +112,7 @@ class Store(nn.Module):
         packed = _pack(rows, epochs)
         if not self.sharded:
             arrive = self.ranks.gather(packed, [len(each) for each in everyone])
-            places = torch.cat(list(everyone))
+            positions = torch.cat(list(everyone))
         else:
             me, size = self.part
             owner = everyone[me] % size
@@ -119,11 +120,11 @@ class Store(nn.Module):
             parcels = torch.split(packed[order], torch.bincount(owner, minlength=size).tolist())
             mine = [each[each % size == me] // size for each in everyone]
             arrive = self.ranks.travel(parcels, [len(each) for each in mine])
-            places = torch.cat(mine)
-        self._pending.append(lambda: self._keep(places, slot, *_unpack(arrive().to(self.rows.device))))
+            positions = torch.cat(mine)
+        self._pending.append(lambda: self._keep(positions, slot, *_unpack(arrive().to(self.rows.device))))
 
     def flush(self) -> None:
-        """Waits for the rows that are still under way."""
+        """Waits for rows that are still under way."""
         while self._pending:
             self._pending.pop(0)()
 
@@ -132,7 +133,7 @@ class Store(nn.Module):
         return self.rows[slot].index_select(0, index), self.epochs[slot].index_select(0, index)
 
     def _keep(self, index: Tensor, slot: int, rows: Tensor, epochs: Tensor) -> None:
-        """Writes what `_load` would read; later, where it first has to come from an accelerator."""
+        """Writes rows here; later if they first have to come from an accelerator."""
         device = self.rows.device
         if rows.is_cuda and device.type == "cpu":
             arrive = _fetch(rows, epochs)
@@ -144,16 +145,18 @@ class Store(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Store":
         # Rows that are kept on the host stay there when the module is moved.
-        return self if self.on_host else super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self.on_host:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
-        self.flush()  # a copy, or a pickle, cannot wait for what is under way to this one
+        self.flush()  # a copy or a pickle cannot wait for rows that are under way to this one
         return self.__dict__.copy()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.flush()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.part[1] > 1:  # whole, so that it can be loaded on any number of ranks
+        if self.part[1] > 1:  # all rows, so that the state can be loaded on any number of ranks
             for name in ("rows", "epochs"):
                 destination[prefix + name] = self.ranks.assemble(getattr(self, name), self.num_samples)
 
@@ -161,7 +164,7 @@ class Store(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         self.flush()
-        # Copied into what is here, a file perhaps, also with assign=True.
+        # Copied into the tensors that are here, a file perhaps, also with assign=True.
         local_metadata = {**local_metadata, "assign_to_params_buffers": False}
         me, size = self.part
         names = [prefix + name for name in ("rows", "epochs") if prefix + name in state_dict]
@@ -170,7 +173,7 @@ class Store(nn.Module):
 
 
 def _pack(rows: Tensor, epochs: Tensor) -> Tensor:
-    """Puts rows and epochs side by side, as bytes, for a journey."""
+    """Puts rows and epochs side by side, as bytes, to be sent."""
     return torch.cat([rows, epochs[:, None].view(torch.uint8)], dim=1)
 
 
@@ -180,18 +183,19 @@ def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    """Moves a tensor, from main memory to a GPU without waiting for it."""
+    """Moves a tensor; from main memory to a GPU without waiting."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def _fetch(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Begins to copy tensors from a GPU to main memory; what is returned waits and gives them."""
+    """Begins to copy tensors from a GPU to main memory; the function returned waits and returns the copies."""
     copies = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
     for copy, each in zip(copies, tensors, strict=True):
         copy.copy_(each, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    make_event: Callable[[], torch.cuda.Event] = torch.cuda.Event  # torch leaves it without types
+    copied = make_event()
     copied.record(torch.cuda.current_stream(tensors[0].device))
 
     def arrive() -> tuple[Tensor, ...]:

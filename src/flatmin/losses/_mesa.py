@@ -5,16 +5,16 @@
 
 import warnings
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
-from .._checks import check_integer, check_number
-from ..averages._average import check_alike, copied, evaluating, move
+from .._checks import check_integer, check_module, check_number
+from ..averages import EMA
+from ..averages._average import check_alike, evaluating
 from ..errors import FlatminWarning, InvalidArgumentError
 from ._share import random_share, take
 from ._trajectory import trajectory_loss
@@ -23,42 +23,44 @@ DECAY = 0.9998  # the authors'
 
 
 class MESA(nn.Module):
-    """Penalises how far the network's output has moved from that of its own moving average.
+    """Penalises how far the network's output has moved from that of the moving average of its weights.
 
     ``coefficient * T**2 / B * sum_i KL(softmax(average(x)_i / T) || softmax(logits_i / T))``
 
-    with ``average_t = decay * average_(t-1) + (1 - decay) * model_t``, started at the model's weights. The average is
-    ``torch.optim.swa_utils.AveragedModel``: floating buffers (batch-norm statistics) are averaged with the weights,
-    integer ones are copied. It runs in evaluation mode and without gradient, and not at all before ``start_epoch``.
+    with ``average_t = decay * average_(t-1) + (1 - decay) * model_t``, started at the model's weights. Add it to the
+    criterion. The average runs in evaluation mode and without gradient, and not at all before ``start_epoch``. It needs
+    no index, and works with mixup and on streams of data.
 
-    It costs a forward pass, about one third of a step, and one copy of the network. There are three ways to make it
-    cheaper: ``fraction`` and ``interval`` run the average on less, and ``average`` shares a copy that is there anyway.
+    It costs one forward pass, about a third of a step, and one copy of the network. To make it cheaper, run the average
+    on less (``fraction``, ``interval``), in lower precision (``autocast``), or share a copy that exists anyway
+    (``average``).
 
-    Under ``DistributedDataParallel`` give it the wrapped model: the average is then the same on all processes, its
-    batch-norm statistics too. For FSDP2 make it first and then call ``fully_shard`` on the model and, in the same way,
-    on ``mesa.average.module``; each process averages its own shards.
+    With ``DistributedDataParallel`` pass the wrapped model: the average is then the same on all ranks, batch-norm
+    statistics included. With FSDP2 make MESA first, then call ``fully_shard`` on the model and, in the same way, on
+    ``mesa.average.module``; each rank averages its own shards.
 
     Args:
         model: The network that is trained, already on its device, wrapped (DistributedDataParallel, torch.compile) or
             not. It is copied unless ``average`` is given.
         coefficient: Weight of the loss, lambda in the paper; at least 0.
         temperature: ``T`` > 0.
-        decay: Of the average, in (0, 1); .9998 if None. `ema_decay` makes it from a horizon in epochs.
+        decay: Decay of the average, in (0, 1). None: 0.9998, the authors'. Make it with `ema_decay` from a horizon in
+            epochs.
         start_epoch: First epoch, from 0, in which the loss is not 0.
-        fraction: Share of each batch, in (0, 1], on which the average is run and the mean is taken: the loss is the
-            same on average, and noisier. The samples are drawn at random, by a generator of MESA's own.
-        interval: The loss is computed in every ``interval``-th call and 0 in the others, so that its mean weight is
-            ``coefficient / interval``. Calls are counted, not steps: with an optimizer that calls its closure twice an
-            even interval would always meet the same one of the two, and likewise with micro-batches.
-        autocast: ``torch.bfloat16`` or ``torch.float16``: the average is run under autocast to it. With None it is run
-            under whatever the call is.
-        average: An average of the model that somebody else keeps up to date: an ``AveragedModel``, timm's
-            ``ModelEmaV3``, or any module of the model's structure. MESA runs it, in evaluation mode, and neither
-            copies, updates, moves nor saves it.
+        fraction: Share of each batch, in (0, 1], on which the average runs and over which the mean is taken. The loss
+            is the same on average, and noisier. A generator of MESA's own draws the samples.
+        interval: Compute the loss in every ``interval``-th call and return 0 in the others; its mean weight is then
+            ``coefficient / interval``. Calls are counted, not steps. If a step makes several calls (a closure called
+            twice, micro-batches), choose an interval that has no divisor in common with their number.
+        autocast: Run the average under autocast to ``torch.bfloat16`` or ``torch.float16``. None: inherit the caller's
+            autocast state.
+        average: An average of the model that you keep up to date: a `flatmin.EMA`, torch's ``AveragedModel``, timm's
+            ``ModelEmaV3``, or any module of the model's structure. MESA runs it in evaluation mode, and does not copy,
+            update, move or save it. None: MESA makes an `EMA` of its own.
 
     Attributes:
-        average: The averaged model, an ``AveragedModel`` in evaluation mode, ready for use; ``average.module`` is the
-            network itself. The one that was given, if one was.
+        average: MESA's own `flatmin.EMA`, or the average that was given. ``mesa.average.module`` is the averaged
+            network itself, ready to evaluate, save or deploy.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument is out of its bounds, ``model`` cannot be copied, or
@@ -104,26 +106,21 @@ class MESA(nn.Module):
             raise InvalidArgumentError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
         self.autocast = autocast
         self.average: nn.Module
-        self.decay: float | None
         if average is None:
-            self.decay = check_number("decay", DECAY if decay is None else decay, above=0, below=1)
-            self.average = copied(model, self.decay)
+            self.average = _own_average(model, DECAY if decay is None else decay)
         else:
             if decay is not None:
                 raise InvalidArgumentError(f"decay must be left out where average is given, got {decay!r}")
-            check_alike(average, model)
-            self.decay = None
+            check_alike(average, check_module("model", model))
             self.__dict__["average"] = average  # past nn.Module: a submodule would be moved and saved with MESA
-        self._model = (model,)  # in a tuple, so that it is no submodule and not saved twice
         self._epoch = 0
-        self._calls = 0  # in which the loss was not switched off
-        self._seed = torch.initial_seed() % 2**32  # a call's share is drawn with _seed + _calls
+        self._calls = 0  # of those in which the loss was not switched off
+        self._seed = torch.initial_seed() % 2**32  # each call draws its share with _seed + _calls
         self._first_epoch: int | None = None
-        self._updated = False
-        self._warned = False
+        self._checked = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch begins, from 0; call it before each.
+        """Tells MESA which epoch begins, from 0. Call it before each epoch.
 
         Raises:
             InvalidArgumentError: If ``epoch`` is not an integer of at least 0.
@@ -134,16 +131,16 @@ class MESA(nn.Module):
         """Computes the loss of a batch.
 
         Args:
-            logits: The network's outputs, floating, shape (B, C).
-            *args: What the network was called with; the averaged model is called with the same. With a ``fraction``
-                below 1 it gets its samples of every tensor whose first dimension is B, in tuples, lists and dicts too.
-            **kwargs: Likewise.
+            logits: The network's logits, floating, shape (B, C).
+            *args: What the network was called with; the average is called with the same. With a ``fraction`` below 1,
+                the drawn samples are taken of every tensor whose first dimension is B, in tuples, lists and dicts too.
+            **kwargs: The keyword arguments that the network was called with, used in the same way.
 
         Returns:
-            A scalar, float64 if ``logits`` are float64 and float32 otherwise.
+            A scalar, float64 if ``logits`` are float64 and float32 otherwise; 0 after ``.eval()``.
 
         Raises:
-            InvalidArgumentError: If the logits are not (B, C), or the averaged model returns another shape.
+            InvalidArgumentError: If the logits are not floating or not (B, C), or the average returns another shape.
         """
         if logits.ndim != 2 or not logits.is_floating_point():
             raise InvalidArgumentError(
@@ -173,49 +170,43 @@ class MESA(nn.Module):
             )
         return self.coefficient * trajectory_loss(logits, target, temperature=self.temperature)
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Moves the average towards ``model``; call it after each ``optimizer.step()``.
+    @property
+    def decay(self) -> float | None:
+        """Decay of MESA's own average; None if the average was given."""
+        return None if self._own is None else self._own.decay
 
-        Args:
-            model: The network that is trained, wrapped (DistributedDataParallel, torch.compile) or not.
+    def update(self) -> None:
+        """Moves MESA's own average towards the model. Call it after each ``optimizer.step()``, or `attach` once.
 
         Raises:
-            InvalidArgumentError: If the average was given by its owner, or ``model`` is not of its structure.
+            InvalidArgumentError: If the average was given, or the model was sharded and its average was not.
         """
-        average, decay = self._own_average()
-        move(average.module, model, decay)
-        average.n_averaged += 1
-        self._updated = True
+        self._updated_here().update()
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Calls `update` after each step of ``optimizer`` by itself, with the model that MESA was made for.
-
-        Args:
-            optimizer: The optimizer of the training loop, a plain one or flatmin's.
+        """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step.
 
         Returns:
             A handle; its ``remove()`` detaches.
 
         Raises:
-            InvalidArgumentError: If the average was given by its owner.
+            InvalidArgumentError: If the average was given.
         """
-        self._own_average()
-        return optimizer.register_step_post_hook(lambda *_: self.update(self._model[0]))
+        return self._updated_here().attach(optimizer)
 
     def train(self, mode: bool = True) -> "MESA":
-        """Sets the mode of the loss; the averaged model stays in evaluation mode, or as its owner has it."""
+        """Sets the mode of the loss; its own average stays in evaluation mode, and one that was given as it is."""
         super().train(mode)
-        if self.decay is not None:
+        if self._own is not None:
             self.average.eval()
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Carries epoch, number of calls and seed in ``state_dict``, as a tensor, so that any format can store them."""
+        """Puts epoch, number of calls and seed into ``state_dict``, as a tensor, which any format can store."""
         return torch.tensor([self._epoch, self._calls, self._seed])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes them from a ``state_dict``; an older one holds the epoch alone."""
+        """Reads them from a ``state_dict``; an older one has only the epoch."""
         self._epoch, *rest = (int(number) for number in state)
         if rest:
             self._calls, self._seed = rest
@@ -228,25 +219,40 @@ class MESA(nn.Module):
     def _nothing(self, logits: Tensor) -> Tensor:
         return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
 
-    def _own_average(self) -> tuple[AveragedModel, float]:
-        """The average and its decay, where it is MESA's own."""
-        if self.decay is None:
+    @property
+    def _own(self) -> EMA | None:
+        own = self._modules.get("average")  # one that was given is no submodule
+        return own if isinstance(own, EMA) else None
+
+    def _updated_here(self) -> EMA:
+        """The average, if it is MESA's own."""
+        if self._own is None:
             raise InvalidArgumentError(
                 "the average was given as average=..., so whoever owns it updates it: leave out mesa.update and "
                 "mesa.attach, or let MESA make its own average"
             )
-        return cast(AveragedModel, self.average), self.decay
+        return self._own
 
     def _check_updates(self) -> None:
         """Warns once when an epoch has gone by without an update: the target is still the untrained network."""
         if self._first_epoch is None:
             self._first_epoch = self._epoch
-        late = self._epoch > self._first_epoch and not self._updated and self.decay is not None
-        if late and not self._warned and int(self._own_average()[0].n_averaged) == 1:
-            self._warned = True
+        if self._own is None or self._checked or self._epoch <= self._first_epoch:
+            return
+        self._checked = True
+        if int(self._own.n_averaged) == 1:
             warnings.warn(
                 "MESA's average has never been updated, so it is still the network it was made with: call "
-                "mesa.update(model) after optimizer.step(), or mesa.attach(optimizer) once",
+                "mesa.update() after optimizer.step(), or mesa.attach(optimizer) once",
                 FlatminWarning,
                 stacklevel=5,  # _check_updates, forward, nn.Module.__call__ (two frames), the caller
             )
+
+
+def _own_average(model: nn.Module, decay: float) -> EMA:
+    check_number("decay", decay, above=0, below=1)
+    check_module("model", model)
+    try:
+        return EMA(model, decay=decay)
+    except InvalidArgumentError as error:  # it cannot be copied
+        raise InvalidArgumentError(f"{error}; or give MESA an average of your own, average=...") from error

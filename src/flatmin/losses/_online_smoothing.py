@@ -1,8 +1,8 @@
-"""Online label smoothing: the soft labels of a class are what the network said of it in the epoch before.
+"""Online label smoothing: the soft labels of a class are the mean prediction for it in the epoch before.
 
 *Delving Deep into Label Smoothing*, Zhang et al., IEEE TIP 2021, arXiv 2011.12562::
 
-    S_y = mean over the samples of class y classified rightly in the last epoch of softmax(logits)
+    S_y = mean of softmax(logits) over the samples of class y that were classified correctly in the last epoch
     loss = (1 - coefficient) * CE(y) + coefficient * CE(S_y)            averaged over the batch
 """
 
@@ -21,19 +21,21 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class OnlineLabelSmoothing(nn.Module):
-    """Moves a part of the criterion's weight from the label to what the network itself says of the label's class.
+    """Moves a part of the criterion's weight from the label to the network's own mean prediction for that class.
 
-    It is added to the plain cross entropy, as SAF and MESA are: ``coefficient / B * sum_i (CE(S_y) - CE(y))``, which
-    makes of the sum what the paper has. Like SAF it distils the network into itself; unlike SAF it keeps one row a
-    class, C x C numbers, needs no samples' indices, and works on streams of data. It costs no pass.
+    ``coefficient / B * sum_i (CE(S_y) - CE(y))``
 
-    In the first epoch, before there is anything to go by, S is uniform, which is plain label smoothing; so it stays for
-    a class of which no sample is classified rightly. Under ``torch.distributed`` what is counted on all ranks is summed
-    in `set_epoch`, which all of them have to call.
+    Add it to the plain cross entropy; the total is then the paper's loss. Like SAF it distils the network into itself.
+    Unlike SAF it keeps one row a class, C x C numbers, needs no sample indices, and works on streams of data. It costs
+    no pass through the network.
+
+    In the first epoch S is uniform, which is plain label smoothing. It stays uniform for a class until one of its
+    samples is classified correctly. With ``torch.distributed``, `set_epoch` sums the predictions of all ranks, so all
+    of them must call it.
 
     Args:
-        num_classes: Number of classes ``C``.
-        coefficient: Weight of the soft labels, in [0, 1]; .5 in the paper.
+        num_classes: Number of classes ``C``, at least 2.
+        coefficient: Weight of the soft labels, in [0, 1]; 0.5 in the paper.
 
     Attributes:
         soft_labels: ``S``, float32, shape (C, C), a row for each class.
@@ -66,7 +68,7 @@ class OnlineLabelSmoothing(nn.Module):
 
     @torch.no_grad()
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch begins, from 0; call it before each. What the last one has said is what counts from now on.
+        """Tells it which epoch begins, from 0. Call it before each epoch: it makes the soft labels anew.
 
         Raises:
             InvalidArgumentError: If ``epoch`` is not an integer of at least 0.
@@ -80,18 +82,18 @@ class OnlineLabelSmoothing(nn.Module):
         self.sums.zero_()
 
     def forward(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Computes what is to be added to the cross entropy of a batch, and counts it in training mode.
+        """Computes what to add to the cross entropy of a batch and, in training mode, collects its predictions.
 
         Args:
-            logits: The network's outputs, floating, shape (B, C).
-            y: Class numbers, int64, shape (B,). On an accelerator one out of range is caught by the device itself.
+            logits: The network's logits, floating, shape (B, C).
+            y: Class indices, int64, shape (B,). On an accelerator the device itself catches one out of range.
 
         Returns:
-            A scalar, float64 if ``logits`` are float64 and float32 otherwise; below 0 where the soft labels are closer
-            to what the network says than the hard one. 0 after ``.eval()``.
+            A scalar, float64 if ``logits`` are float64 and float32 otherwise. It is below 0 if the soft labels are
+            closer to the predictions than the hard ones. 0 after ``.eval()``.
 
         Raises:
-            InvalidArgumentError: If a shape or dtype is another, or a class number is out of range.
+            InvalidArgumentError: If a shape or dtype does not fit, or a class index is out of range.
         """
         self._check(logits, y)
         if not self.training:
@@ -101,11 +103,11 @@ class OnlineLabelSmoothing(nn.Module):
         return self.coefficient * soft_cross_entropy(logits, self.soft_labels[y] - hard)
 
     def get_extra_state(self) -> Tensor:
-        """Carries the epoch in ``state_dict``, as a tensor, so that any format can store it."""
+        """Puts the epoch into ``state_dict``, as a tensor, which any format can store."""
         return torch.tensor([self._epoch])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes the epoch from a ``state_dict``."""
+        """Reads the epoch from a ``state_dict``."""
         self._epoch = int(state)
 
     def extra_repr(self) -> str:
@@ -113,9 +115,9 @@ class OnlineLabelSmoothing(nn.Module):
         return f"num_classes={self.num_classes}, coefficient={self.coefficient}"
 
     def _count(self, logits: Tensor, y: Tensor) -> None:
-        said = logits.to(self.sums.dtype).softmax(dim=1)
-        right = (logits.argmax(dim=1) == y) & said.isfinite().all(dim=1)
-        self.sums.index_add_(0, y, said.where(right[:, None], 0))  # masked and not selected: no wait for the device
+        predictions = logits.to(self.sums.dtype).softmax(dim=1)
+        correct = (logits.argmax(dim=1) == y) & predictions.isfinite().all(dim=1)
+        self.sums.index_add_(0, y, predictions.where(correct[:, None], 0))  # masked, since selecting would wait
 
     def _check(self, logits: Tensor, y: Tensor) -> None:
         if logits.ndim != 2 or logits.shape[1] != self.num_classes or not logits.is_floating_point():
@@ -125,15 +127,15 @@ class OnlineLabelSmoothing(nn.Module):
             )
         if y.dtype != torch.int64 or y.shape != logits.shape[:1]:
             raise InvalidArgumentError(
-                f"y must be class numbers, int64 of shape ({len(logits)},), got {y.dtype} of shape {tuple(y.shape)}; "
+                f"y must be class indices, int64 of shape ({len(logits)},), got {y.dtype} of shape {tuple(y.shape)}; "
                 "soft labels (mixup, cutmix) belong to no class"
             )
-        if y.device.type == "cpu" and len(y) > 0:  # elsewhere to look would stall the step
+        if y.device.type == "cpu" and len(y) > 0:  # reading values elsewhere would stall the step
             low, high = (int(bound) for bound in y.aminmax())
             if low < 0 or high >= self.num_classes:
                 raise InvalidArgumentError(
-                    f"y must lie in [0, {self.num_classes}), got values from {low} to {high}; of samples without a "
-                    "class, such as cross_entropy's ignore_index, leave out the rows"
+                    f"y must lie in [0, {self.num_classes}), got values from {low} to {high}; leave out the rows of "
+                    "samples without a class, such as cross_entropy's ignore_index"
                 )
         if self.sums.device != logits.device:
             raise InvalidArgumentError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._checks import check_integer, check_number
 from ..errors import FlatminWarning, InvalidArgumentError
-from ..history import History, make_history
+from ..history import Codec, make_history
 from ._trajectory import trajectory_loss
 
 
@@ -22,33 +22,41 @@ class SAF(nn.Module):
 
     ``coefficient * T**2 / B * sum_i KL(softmax(past_i / T) || softmax(logits_i / T))``
 
-    over the samples recorded exactly ``lag`` epochs ago; the other samples contribute 0. Every call in training mode
-    records the detached logits, from the first epoch on. After ``.eval()`` it neither records nor penalises.
+    The sum runs over the samples recorded exactly ``lag`` epochs earlier; the others contribute 0. Add it to the
+    criterion. Every call in training mode records the detached logits, from the first epoch on. After ``.eval()`` it
+    records nothing and returns 0.
 
-    It costs no pass through the network; a step does not wait for the accelerator. What it keeps, and in how many
-    bytes (``history.nbytes``), is the history's choice, see `flatmin.history`; it lives on the device that ``.to()``
-    says. Under ``torch.distributed`` samples are compared with what any rank recorded: make SAF and call it alike on
-    all ranks.
+    It costs no pass through the network, and no step waits for the accelerator. What it keeps, and in how many bytes
+    (``saf.history.nbytes``), depends on ``history``; the rows are on the device that ``.to()`` names. Make SAF after
+    ``torch.distributed`` is initialised and call it equally often on all ranks: each sample is then compared with what
+    any rank recorded.
 
-    A batch is read as if its samples had come one after another, those of several ranks in the ranks' order: of a
-    sample that comes twice in an epoch the first contributes and the last is remembered. Outputs that are not finite
-    are not remembered. So with an optimizer that calls its closure twice, as SAM does, it does not reach the second
-    gradient: use one or the other.
+    Use it or an optimizer that calls its closure twice, such as SAM, but not both. The samples of a batch count one
+    after another, those of several ranks in the order of the ranks; if a sample occurs twice in an epoch, the first
+    occurrence contributes and the last is recorded. SAM's second pass would contribute nothing. Logits that are not
+    finite are recorded as missing.
 
     Args:
         num_samples: Number of samples ``N`` in the data set; indices run from 0 to ``N - 1``.
-        num_classes: Number of classes ``C``.
+        num_classes: Number of classes ``C``, at least 2.
         coefficient: Weight of the loss, lambda in the paper; at least 0.
         temperature: ``T`` > 0.
-        lag: After how many epochs an output is compared with; at least 1; 3 unless the history says otherwise.
+        lag: Compare each output with the one from ``lag`` epochs earlier; at least 1. None: 3, or a running mean.
         start_epoch: First epoch, from 0, in which the loss is not 0. The paper's "after 5 epochs" is 5.
-        history: "dense" (float32), "half", "int8", "int6", "int4", "topk", "lowrank"; "mean": the running mean of a
-            sample's outputs in place of one ``lag`` epochs ago; "auto": by size; or a `flatmin.history.History`.
-        momentum: Of that mean, in [0, 1); .9 with "mean". Also makes "half" and "int8" keep a mean.
-        path: A folder for a scratch file in which the history lives if it exceeds memory; see `History`.
+        history: How the past is kept, see `flatmin.history`: "dense" (float32), "half", "int8", "int6", "int4",
+            "lowrank" or "topk"; "mean" for the running mean of a sample's logits; "auto" by size; or a codec with
+            arguments of your own, such as ``flatmin.history.LowRank(rank=64)``.
+        momentum: Momentum of a running mean, in [0, 1), to keep instead of the logits of ``lag`` epochs. None: 0.9
+            with "mean", otherwise no mean.
+        path: A folder for a scratch file that holds the rows if they exceed memory, see `flatmin.history.History`.
+        location: "device" or "host", see `flatmin.history.History`.
+        sharing: "replicate", "shard" or "auto", see `flatmin.history.History`.
+
+    Attributes:
+        history: The `flatmin.history.History`.
 
     Raises:
-        InvalidArgumentError: (a ValueError) if an argument is out of its bounds, or does not fit the history given.
+        InvalidArgumentError: (a ValueError) if an argument is out of its bounds, or two exclude each other.
         OutputError: If ``path`` cannot be written or has no room.
 
     Example:
@@ -72,9 +80,11 @@ class SAF(nn.Module):
         temperature: float = 5.0,
         lag: int | None = None,
         start_epoch: int = 5,
-        history: str | History = "dense",
+        history: str | Codec = "dense",
         momentum: float | None = None,
         path: str | Path | None = None,
+        location: str = "device",
+        sharing: str = "auto",
     ) -> None:
         super().__init__()
         self.num_samples = check_integer("num_samples", num_samples, least=1)
@@ -87,28 +97,23 @@ class SAF(nn.Module):
         self.coefficient = check_number("coefficient", coefficient, least=0)
         self.temperature = check_number("temperature", temperature, above=0)
         self.start_epoch = check_integer("start_epoch", start_epoch, least=0)
-        if isinstance(history, str):
-            self.history = make_history(
-                history,
-                self.num_samples,
-                self.num_classes,
-                lag=None if lag is None else check_integer("lag", lag, least=1),
-                temperature=self.temperature,
-                momentum=momentum,
-                path=path,
-            )
-        else:
-            self.history = _fitting(
-                history,
-                {"num_samples": num_samples, "num_classes": num_classes, "temperature": self.temperature},
-                {"lag": lag, "momentum": momentum, "path": path},
-            )
+        self.history = make_history(
+            history,
+            self.num_samples,
+            self.num_classes,
+            lag=None if lag is None else check_integer("lag", lag, least=1),
+            momentum=momentum,
+            temperature=self.temperature,
+            path=path,
+            location=location,
+            sharing=sharing,
+        )
         self._epoch = 0
-        self._seen = 0  # samples in this epoch, counted on the host
+        self._seen = 0  # samples so far in this epoch, counted on the host
         self._warned = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch begins, from 0; call it before each, as ``DistributedSampler.set_epoch``.
+        """Tells SAF which epoch begins, from 0. Call it before each epoch, as ``DistributedSampler.set_epoch``.
 
         Raises:
             InvalidArgumentError: If ``epoch`` is not an integer of at least 0.
@@ -117,16 +122,16 @@ class SAF(nn.Module):
         self._seen = 0
 
     def forward(self, logits: Tensor, index: Tensor) -> Tensor:
-        """Computes the loss of a batch and records its outputs.
+        """Computes the loss of a batch and records its logits.
 
         Args:
-            logits: The network's outputs, floating, shape (B, C).
-            index: The samples' numbers in the data set, int64, shape (B,). Best left on the CPU, where they come
-                from: there they are checked, and copied without waiting. On an accelerator, reading their values to
-                check them would stall the step; an index out of range is caught by the device itself.
+            logits: The network's logits, floating, shape (B, C).
+            index: The samples' indices in the data set, int64, shape (B,). Leave them on the CPU, where they come
+                from: there they are checked, and copied without waiting. Checking values on an accelerator would stall
+                the step; there the device itself catches an index out of range.
 
         Returns:
-            A scalar, float64 if ``logits`` are float64 and float32 otherwise.
+            A scalar, float64 if ``logits`` are float64 and float32 otherwise; 0 after ``.eval()``.
 
         Raises:
             InvalidArgumentError: If shapes, dtypes, devices or indices do not fit.
@@ -136,26 +141,25 @@ class SAF(nn.Module):
         if not self.training:
             return zero
         self._count(len(index) * self.history.store.ranks.size)
-        batch = self.history.open(index, self._epoch)
-        loss = zero
-        # Where nothing can contribute, the host knows it, and nothing is computed.
-        if self._epoch >= max(self.start_epoch, self.history.lag) and self.coefficient > 0:
-            now, then, counts = self.history.recall(batch, logits)
-            loss = self.coefficient * trajectory_loss(now, then, temperature=self.temperature, mask=counts)
-        self.history.record(batch, logits)
-        return loss
+        # The host knows when nothing can contribute; then nothing is computed.
+        compare = self._epoch >= max(self.start_epoch, self.history.lag) and self.coefficient > 0
+        compared = self.history.exchange(index, logits, self._epoch, compare=compare)
+        if compared is None:
+            return zero
+        now, past, mask = compared
+        return self.coefficient * trajectory_loss(now, past, temperature=self.temperature, mask=mask)
 
     @property
     def lag(self) -> int:
-        """After how many epochs an output is compared with; 1 where the history is a running mean."""
+        """Each output is compared with the one from so many epochs earlier; 1 with a running mean."""
         return self.history.lag
 
     def get_extra_state(self) -> Tensor:
-        """Carries the epoch in ``state_dict``, as a tensor, so that any format can store it."""
+        """Puts the epoch, and how many samples it had, into ``state_dict``, as a tensor, which any format can store."""
         return torch.tensor([self._epoch, self._seen])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes the epoch from a ``state_dict``."""
+        """Reads them from a ``state_dict``."""
         self._epoch, self._seen = (int(number) for number in state)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -180,13 +184,13 @@ class SAF(nn.Module):
             )
         if index.is_floating_point() and index.ndim == 2:
             raise InvalidArgumentError(
-                f"index must hold sample numbers, got {_describe(index)}, which looks like soft labels: with mixup or "
+                f"index must hold sample indices, got {_describe(index)}, which looks like soft labels: with mixup or "
                 "cutmix a sample's past output belongs to another mixture; use flatmin.MESA, whose target sees the "
                 "same mixed input"
             )
         if index.dtype not in (torch.int64, torch.int32) or index.shape != logits.shape[:1]:
             raise InvalidArgumentError(
-                f"index must be int64 and of shape ({len(logits)},), one sample number for each row of logits, "
+                f"index must be int64 and of shape ({len(logits)},), one sample index for each row of logits, "
                 f"got {_describe(index)}; flatmin.with_indices(loader) yields it"
             )
         for elsewhere in self.history.devices - {logits.device}:
@@ -203,31 +207,17 @@ class SAF(nn.Module):
                 )
 
     def _count(self, batch: int) -> None:
-        """Warns once when an epoch is much longer than the data set: set_epoch was forgotten."""
+        """Warns once if an epoch is much longer than the data set: set_epoch was forgotten."""
         self._seen += batch
         if self._seen > 1.5 * self.num_samples and not self._warned:
             self._warned = True
             warnings.warn(
                 f"SAF has seen {self._seen} samples since epoch {self._epoch} began, and the data set has "
-                f"{self.num_samples}: call saf.set_epoch(epoch) before each epoch, or it compares nothing; where "
-                "samples are meant to come again within an epoch, only the first time counts",
+                f"{self.num_samples}: call saf.set_epoch(epoch) before each epoch, or it compares nothing; if "
+                "samples are meant to occur again within an epoch, only the first occurrence counts",
                 FlatminWarning,
                 stacklevel=5,  # _count, forward, nn.Module.__call__ (two frames), the caller
             )
-
-
-def _fitting(history: object, needed: dict[str, float], excluded: dict[str, object]) -> History:
-    """Checks a history that the user has made."""
-    if not isinstance(history, History):
-        raise InvalidArgumentError(f"history must be a name or a flatmin.history.History, got {history!r:.80}")
-    described = history.describe()
-    for name, value in needed.items():
-        if name in described and described[name] != value:
-            raise InvalidArgumentError(f"{name}={value} and the history given was made for {name}={described[name]}")
-    for name, argument in excluded.items():
-        if argument is not None and argument != described.get(name):
-            raise InvalidArgumentError(f"{name}={argument!r} is the history's own: give it to {type(history).__name__}")
-    return history
 
 
 def _describe(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""A random share of a batch, for what need not be computed on all of it."""
+"""A random share of a batch, for a loss that is estimated on part of it."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ from torch.utils._pytree import tree_map_only
 
 
 def random_share(batch: int, fraction: float, seed: int) -> Tensor | None:
-    """Draws ``max(1, round(fraction * batch))`` of a batch's positions, each as likely as any other.
+    """Draws ``max(1, round(fraction * batch))`` of a batch's positions, all with equal probability.
 
     Args:
-        batch: Size of the batch.
-        fraction: In (0, 1].
-        seed: The same seed draws the same; torch's own random state is not touched.
+        batch: Number of samples in the batch.
+        fraction: Share of them, in (0, 1].
+        seed: The same seed draws the same positions. torch's global generator is not used.
 
     Returns:
-        The positions, int64, on the CPU, or None where they are all of them: nothing is drawn then.
+        The positions, int64, on the CPU; None if they would be all, and then nothing is drawn.
 
     Example:
         >>> from flatmin.losses._share import random_share
@@ -31,12 +31,12 @@ def random_share(batch: int, fraction: float, seed: int) -> Tensor | None:
 
 
 def take(arguments: Any, index: Tensor, batch: int) -> Any:
-    """Takes the samples ``index`` of every tensor of first dimension ``batch`` in ``arguments``.
+    """Takes the samples ``index`` of every tensor in ``arguments`` whose first dimension is ``batch``.
 
     Args:
-        arguments: Tensors, in tuples, lists and dicts or not; anything else in them passes as it is.
-        index: Positions, on the CPU. No accelerator waits for them.
-        batch: Size of the batch.
+        arguments: Tensors, also within tuples, lists and dicts. Anything else is passed on as it is.
+        index: Positions, int64, on the CPU. They are copied to an accelerator without waiting.
+        batch: Number of samples in the batch.
     """
 
     def taken(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The formula that SAF and MESA share: equations 8 and 12 of the paper, a pure function.
+"""The loss that SAF and MESA share: equations 8 and 12 of the paper, as a pure function.
 
 *Sharpness-Aware Training for Free*, Du et al., NeurIPS 2022, arXiv 2205.14083.
 """
@@ -7,28 +7,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Softened logits are held within this bound, so that no difference of two of them overflows. Far below it already, the
-# smaller of two has probability 0.
+# Softened logits are clamped to this bound, so that no difference of two of them overflows. Differences far smaller
+# already give the smaller logit probability 0.
 BOUND = 1e30
 
 
 def trajectory_loss(logits: Tensor, target: Tensor, *, temperature: float, mask: Tensor | None = None) -> Tensor:
-    """Divergence of what a network says from what it said before, averaged over the batch.
+    """Divergence of a network's predictions from a target, such as its past predictions, averaged over the batch.
 
     ``T**2 / B * sum_i mask_i * KL(softmax(target_i / T) || softmax(logits_i / T))``
 
-    The factor ``T**2`` keeps the gradient's size independent of ``T``, as in distillation (Hinton et al., 2015). The
-    paper's equations do not write it, the authors' code has it; divide the coefficient by ``T**2`` to be without it.
+    The factor ``T**2`` keeps the size of the gradient independent of ``T``, as in distillation (Hinton et al. 2015,
+    arXiv 1503.02531). The paper's equations omit it and the authors' code has it; divide your coefficient by ``T**2``
+    to be without it.
 
     Args:
-        logits: What the network says now, shape (B, C), any floating dtype.
-        target: What it said before, shape (B, C). No gradient flows into it.
-        temperature: ``T`` > 0, dividing both.
-        mask: Which samples count, bool, shape (B,); all of them if None. The mean is over ``B`` all the same.
+        logits: The current logits, floating, shape (B, C).
+        target: The logits to stay close to, floating, shape (B, C). No gradient flows into them.
+        temperature: ``T`` > 0; both are divided by it.
+        mask: Bool, shape (B,): the samples that contribute. None: all. The mean is over all ``B`` in any case.
 
     Returns:
-        A scalar, float64 if ``logits`` are float64 and float32 otherwise, inside autocast too. Finite if both
-        arguments are finite.
+        A scalar, float64 if ``logits`` are float64 and float32 otherwise, inside autocast too. It is finite if both
+        arguments are, and 0 for an empty batch.
 
     Example:
         >>> import torch

@@ -161,7 +161,7 @@ def test_averages_follow_the_base_optimizer():
     before = model.weight.clone()
     model(torch.ones(2, 4)).sum().backward()
     base.step()
-    torch.testing.assert_close(method.average.average.module.weight, (before + model.weight) / 2)
+    torch.testing.assert_close(method.average.module.weight, (before + model.weight) / 2)
     assert assemble("switch_ema", decay=0.5)[2].average.decay == 0.5
     assert assemble("switch_ema")[2].average.decay == 1 - 1 / 5
     assert assemble("lawa", k=3)[2].average.k == 3

@@ -84,7 +84,7 @@ class Trainer:
             run.settings,
         )
         self.optimizer, self.trajectory, self.average = method.optimizer, method.trajectory, method.average
-        self._penalty, self._chooses = method.penalty, method.chooses
+        self._penalty, self._chooses, self._at_epoch_end = method.penalty, method.chooses, method.at_epoch_end
         # A registered method's own optimizer may call the closure as often as it likes; under a scaler, which steps
         # without one, only those that know the scaler.
         own = method.optimizer is not base and not self._scaler.is_enabled()
@@ -127,8 +127,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.scheduler.step()
         _distributed.broadcast_buffers([self.model])
-        if self.average is not None:
-            self.average.epoch_done()
+        self._at_epoch_end()
         test_loss, test_accuracy = self.evaluate()
         measured = epoch_sharpness(self, lr)
         self.epoch += 1
@@ -210,7 +209,7 @@ class Trainer:
     @property
     def evaluated(self) -> nn.Module:
         """The network that is evaluated: the one that is trained, or its average."""
-        return self.model if self.average is None else self.average.average.module
+        return self.model if self.average is None else self.average.module
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
