@@ -44,8 +44,7 @@ class Loop:
             self.method.trajectory.set_epoch(epoch)
         losses = [float(self.step(index, micro_batches)) for index in torch.randperm(N).split(B)]
         self.scheduler.step()
-        if self.method.average is not None:
-            self.method.average.epoch_done()
+        self.method.at_epoch_end()
         return losses
 
     def step(self, index: torch.Tensor, micro_batches: int = 1) -> torch.Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ...averages import EMA, LAWA, SwitchEMA, WeightAverage, ema_decay
+from ...averages import EMA, LAWA, SwitchEMA, ema_decay
 from ...errors import InvalidArgumentError
 from .card import Card, Settings
 from .hyperparameters import taken
@@ -43,21 +43,20 @@ def size(module: nn.Module) -> int:
 
 
 def _ema(given: Ingredients, settings: Settings) -> Assembled:
-    return _averaged(given, EMA(given.model, decay=decay_of(given, settings)))
+    ema = EMA(given.model, decay=decay_of(given, settings))
+    ema.attach(given.optimizer)
+    return Assembled(given.optimizer, average=ema, extra_bytes=size(ema))
 
 
 def _switch_ema(given: Ingredients, settings: Settings) -> Assembled:
-    decay = decay_of(given, settings)
-    return _averaged(given, SwitchEMA(given.model, decay=decay, start_epoch=settings["start_epoch"]))
+    average = SwitchEMA(given.model, decay=decay_of(given, settings), start_epoch=settings["start_epoch"])
+    average.attach(given.optimizer)
+    return Assembled(given.optimizer, average=average, extra_bytes=size(average), at_epoch_end=average.epoch_done)
 
 
 def _lawa(given: Ingredients, settings: Settings) -> Assembled:
-    return _averaged(given, LAWA(given.model, k=settings["k"]))
-
-
-def _averaged(given: Ingredients, average: WeightAverage) -> Assembled:
-    average.attach(given.optimizer)
-    return Assembled(given.optimizer, average=average, extra_bytes=size(average))
+    lawa = LAWA(given.model, k=settings["k"])
+    return Assembled(given.optimizer, average=lawa, extra_bytes=size(lawa), at_epoch_end=lawa.epoch_done)
 
 
 # The classes have a decay; here a horizon in epochs is what can be compared between data sets.

@@ -62,7 +62,9 @@ class Assembled:
             another around the base one that shares its ``param_groups`` and ``state``.
         trajectory: The module with ``set_epoch`` and state, or None.
         penalty: Called as ``penalty(logits, y, index, inputs)`` in the closure, or None.
-        average: What is evaluated in place of the network, or None. Attached to the optimizer already.
+        average: What is evaluated in place of the network, or None. Attached to the optimizer already, if it follows
+            its steps.
+        at_epoch_end: Called after each epoch, before the evaluation.
         chooses: Whether the closure is told which samples to take, and returns the loss of each, as ESAM's.
         extra_bytes: What the method has in memory beyond the base optimizer while a pass runs, at most, in bytes.
     """
@@ -73,3 +75,4 @@ class Assembled:
     extra_bytes: int = 0
     average: WeightAverage | None = None
     chooses: bool = False
+    at_epoch_end: Callable[[], None] = lambda: None

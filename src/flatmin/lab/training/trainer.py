@@ -84,17 +84,17 @@ class Trainer:
             run.settings,
         )
         self.optimizer, self.trajectory, self.average = method.optimizer, method.trajectory, method.average
-        self._penalty, self._chooses = method.penalty, method.chooses
-        # A registered method's own optimizer may call the closure as often as it likes; under a scaler, which steps
-        # without one, only those that know the scaler.
-        own = method.optimizer is not base and not self._scaler.is_enabled()
-        self._takes_closure = own or isinstance(method.optimizer, SharpnessAware)
+        self._penalty, self._chooses, self._at_epoch_end = method.penalty, method.chooses, method.at_epoch_end
         if self._chooses and problem.criterion is not None:
             raise InvalidArgumentError(
                 f"{run.method} needs each sample's loss, and the experiment file's criterion() gives their mean: leave "
                 f"{run.method} out, or the criterion"
             )
         self.extra_bytes = method.extra_bytes
+        # A registered method's own optimizer may call the closure as often as it likes; under a scaler, which steps
+        # without one, only those that know the scaler.
+        own = method.optimizer is not base and not self._scaler.is_enabled()
+        self._takes_closure = own or isinstance(method.optimizer, SharpnessAware)
         self.criterion = make_criterion(problem, run.settings["smoothing"])
         self.epoch = 0
         self.progress = Progress(totals=torch.zeros(2, device=self.device))
@@ -127,8 +127,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.scheduler.step()
         _distributed.broadcast_buffers([self.model])
-        if self.average is not None:
-            self.average.epoch_done()
+        self._at_epoch_end()
         test_loss, test_accuracy = self.evaluate()
         measured = epoch_sharpness(self, lr)
         self.epoch += 1
