@@ -14,6 +14,9 @@ A method of your own takes part in everything. Register its card at the top leve
 
 and then ``flatmin compare my_experiment.py --methods base,small_logits --set small_logits.strength=0.1,1``, or
 ``flatmin train my_experiment.py --method small_logits --set strength=1``.
+
+``METHODS`` has every card by its name, and cannot be written to. ``COMPARED`` are the names that are compared where no
+others are given. ``FORMER_NAMES`` says what a method is called now that committed results have under another name.
 """
 
 from .card import Card as Card
