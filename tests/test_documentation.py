@@ -31,28 +31,20 @@ PROSE = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "
 
 
 class Block(NamedTuple):
-    """A fenced block of a page: under which heading, from which line on, in which language."""
+    """A fenced block: of which page, from which line on, in which language."""
 
     page: str
-    heading: str
     line: int
     language: str
     code: str
 
 
-BLOCK = re.compile(r"^#+ (.+)$|^```(\w*)\n((?:.*\n)*?)```$", re.MULTILINE)
-
-
 def blocks(page: Path) -> list[Block]:
-    text, found, last = page.read_text(), [], ""
-    for match in BLOCK.finditer(text):
-        heading, language, code = match.groups()
-        last = heading or last
-        if heading is None:
-            found.append(
-                Block(str(page.relative_to(ROOT)), last, text[: match.start()].count("\n") + 1, language, code)
-            )
-    return found
+    text = page.read_text()
+    return [
+        Block(str(page.relative_to(ROOT)), text[: found.start()].count("\n") + 1, *found.groups())
+        for found in re.finditer(r"^```(\w*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
+    ]
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
