@@ -1,9 +1,9 @@
-"""An experiment file: your data and your network in functions that flatmin calls.
+"""An experiment file: your data and your network, in functions that flatmin calls.
 
     flatmin compare examples/my_experiment.py --epochs 30
     flatmin train examples/my_experiment.py --method saf
 
-Here: is a breast tumour benign or malignant? 569 patients, 30 measurements each, from scikit-learn.
+The example: is a breast tumour benign or malignant? 569 patients, 30 measurements each, from scikit-learn.
 """
 
 from collections.abc import Iterable
@@ -16,31 +16,31 @@ from torch.utils.data import TensorDataset
 
 
 def model() -> nn.Module:
-    """A fresh network; flatmin calls this once for each run and has set the random seed before."""
+    """Returns a fresh network. flatmin sets the random seed and calls this once for each run."""
     return nn.Sequential(
         nn.Linear(30, 64),
         nn.BatchNorm1d(64),
         nn.ReLU(),
-        nn.Linear(64, 2),  # one output a class, without a softmax; two classes need two outputs
+        nn.Linear(64, 2),  # one logit for each class, no softmax; two classes need two logits
     )
 
 
 def train_set() -> TensorDataset:
-    """What to learn from: any data set that gives pairs (input, class number), class numbers from 0."""
+    """Returns the training set: any data set of pairs (input, class index), classes from 0."""
     return _split()[0]
 
 
 def test_set() -> TensorDataset:
-    """What to measure on. It shares no patient with the training set."""
+    """Returns the test set. It shares no patient with the training set."""
     return _split()[1]
 
 
 def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The plain optimizer that the methods are compared with; without this function it is --optimizer."""
+    """Returns the plain optimizer, which is the base of the comparison. Without this function, --optimizer is."""
     return torch.optim.AdamW(parameters, lr=0.003, weight_decay=0.01)
 
 
-# There may also be a criterion(): it returns a loss of (outputs, class numbers). The cross entropy is the default.
+# Optional: criterion() returns a loss of (logits, class indices). Without it, the cross entropy is taken.
 
 
 def _split() -> tuple[TensorDataset, TensorDataset]:
@@ -48,7 +48,7 @@ def _split() -> tuple[TensorDataset, TensorDataset]:
     table = load_breast_cancer()
     inputs, labels = torch.tensor(table.data, dtype=torch.float32), torch.tensor(table.target)
     train, test = train_test_split(range(len(labels)), test_size=0.5, stratify=labels, random_state=0)
-    # Measured on the training half alone: the test half must not leak into what the network sees.
+    # Scaled by the training half alone: nothing of the test half may leak into what the network sees.
     mean, std = inputs[train].mean(dim=0), inputs[train].std(dim=0)
     inputs = (inputs - mean) / std
     return TensorDataset(inputs[train], labels[train]), TensorDataset(inputs[test], labels[test])

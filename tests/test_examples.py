@@ -34,7 +34,10 @@ def test_it_is_short(path):
     assert len(path.read_text().splitlines()) <= 60
 
 
-@pytest.mark.parametrize("method", ["saf", "mesa", "sam"])
+METHODS = ["logit_squeezing", "saf", "mesa", "sam"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_loop_of_ones_own_learns_with_every_method(own_loop, capsys, method):
     accuracy = own_loop.main(method, epochs=12)
     lines = capsys.readouterr().out.splitlines()
@@ -43,16 +46,21 @@ def test_the_loop_of_ones_own_learns_with_every_method(own_loop, capsys, method)
     assert lines[-1] == f"epoch 12: test accuracy {100 * accuracy:.2f} %"
 
 
-def test_the_methods_of_the_loop_differ(own_loop, monkeypatch):
-    """The penalty and the wrapper are at work: without them all three would be the same run."""
+@pytest.mark.parametrize("method", METHODS)
+def test_the_methods_of_the_loop_differ(own_loop, monkeypatch, method):
+    """The penalty or the wrapper is at work: without it every method would be the same run."""
     calls = []
     for name in ("SAF", "MESA"):
         kind = getattr(own_loop.flatmin, name)
-        monkeypatch.setattr(kind, "forward", noting(kind.forward, calls, name))
-    monkeypatch.setattr(own_loop.flatmin.SAM, "_gradient", noting(own_loop.flatmin.SAM._gradient, calls, "SAM"))
-    for method in ("saf", "mesa", "sam"):
-        own_loop.main(method, epochs=1)
-    assert calls == ["SAF"] * 8 + ["MESA"] * 8 + ["SAM"] * 8
+        monkeypatch.setattr(kind, "forward", noting(kind.forward, calls, name.lower()))
+    squeezing = own_loop.flatmin.logit_squeezing
+    monkeypatch.setattr(own_loop.flatmin, "logit_squeezing", noting(squeezing, calls, "logit_squeezing"))
+    network = own_loop.models.SmallCNN
+    passes = []
+    monkeypatch.setattr(network, "forward", noting(network.forward, passes, "pass"))
+    own_loop.main(method, epochs=1)
+    assert calls == ([] if method == "sam" else [method] * 8)
+    assert len(passes) == (16 if method == "sam" else 8) + 1  # and the evaluation
 
 
 def noting(function, calls, name):
@@ -66,7 +74,7 @@ def noting(function, calls, name):
 def test_the_loop_has_a_command_line():
     found = subprocess.run([sys.executable, EXAMPLES / "own_loop.py", "--help"], capture_output=True, text=True)
     assert found.returncode == 0
-    assert "{saf,mesa,sam}" in found.stdout
+    assert "{logit_squeezing,saf,mesa,sam}" in found.stdout
 
 
 def test_the_experiment_file_trains(flatmin, capsys):
