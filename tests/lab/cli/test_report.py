@@ -11,7 +11,7 @@ from flatmin.errors import FlatminWarning
 from flatmin.lab.report._page import make_section
 from flatmin.lab.report._read import read_studies
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 def test_on_a_results_file_of_this_repository(flatmin):

@@ -180,8 +180,8 @@ def test_two_at_once(flatmin, tmp_path, experiment):
 
 LIMITED = """
 import resource, sys
-from flatmin import cli
-from flatmin.lab import keeper
+from flatmin.lab import cli
+from flatmin.lab.runs import keeper
 
 def limited(*arguments, **options):
     if len(arguments[1]["metrics"]) == 2:

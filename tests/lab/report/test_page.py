@@ -188,5 +188,5 @@ def test_an_installed_package_has_the_templates():
     """They are named in pyproject.toml and are where the page looks for them."""
     names = {file.name for file in resources.files("flatmin.lab.report").joinpath("page").iterdir()}
     assert {"page.html", "page.css", "page.js"} <= names
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r'^flatmin = \[.*"report/page/\*"', project, re.MULTILINE)
+    project = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^flatmin = \[.*"lab/report/page/\*"', project, re.MULTILINE)
