@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.lab.cli._terminal import Display, print_outcome
-from flatmin.lab.comparison.compare import Comparison
 from flatmin.lab.comparison.outcome import make_rows, verdict
+from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.select import select
 from flatmin.lab.methods.method import Assembled, Ingredients, Method
 from flatmin.lab.methods.registry import METHODS

@@ -17,8 +17,8 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from flatmin.lab.comparison.compare import Comparison
 from flatmin.lab.comparison.outcome import make_rows
+from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.stats import interval
 from flatmin.lab.recipe import Recipe
 from flatmin.lab.runs.record import LAST, command_line, environment, write_json

@@ -10,7 +10,7 @@ import torch
 
 from flatmin.lab.methods.registry import get_method, resolve_settings
 from flatmin.lab.recipe import Recipe, Run
-from flatmin.lab.runs.train import train
+from flatmin.lab.runs.run import train
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

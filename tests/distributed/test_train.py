@@ -17,7 +17,7 @@ from flatmin.lab.methods.registry import METHODS, resolve_settings
 from flatmin.lab.problems.load import load_problem
 from flatmin.lab.recipe import Recipe, Run
 from flatmin.lab.runs.checkpoint import load_checkpoint
-from flatmin.lab.runs.train import resume, train
+from flatmin.lab.runs.run import resume, train
 from flatmin.lab.training.torchrun import joined
 from flatmin.lab.training.trainer import Trainer
 from tests.distributed._spawn import run_ranks

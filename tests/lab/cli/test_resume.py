@@ -181,14 +181,14 @@ def test_two_at_once(flatmin, tmp_path, experiment):
 LIMITED = """
 import resource, sys
 from flatmin.lab import cli
-from flatmin.lab.runs import keeper
+from flatmin.lab.runs import writer
 
 def limited(*arguments, **options):
     if len(arguments[1]["metrics"]) == 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     return save(*arguments, **options)
 
-save, keeper.save_checkpoint = keeper.save_checkpoint, limited
+save, writer.save_checkpoint = writer.save_checkpoint, limited
 sys.exit(cli.run(sys.argv[1:]))
 """
 

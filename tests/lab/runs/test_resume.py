@@ -18,12 +18,12 @@ from flatmin._files import locked
 from flatmin.errors import DataError, ExperimentError, FlatminWarning, OutputError
 from flatmin.lab.methods.registry import METHODS
 from flatmin.lab.runs import checkpoint as checkpoint_module
-from flatmin.lab.runs import keeper as keeper_module
 from flatmin.lab.runs import resume as resume_module
-from flatmin.lab.runs import train as train_module
+from flatmin.lab.runs import run as run_module
+from flatmin.lab.runs import writer as writer_module
 from flatmin.lab.runs.checkpoint import load_checkpoint, save_checkpoint
 from flatmin.lab.runs.resume import find_run, open_start, read_run
-from flatmin.lab.runs.train import resume, train
+from flatmin.lab.runs.run import resume, train
 from flatmin.lab.training.trainer import Trainer
 from tests.killed import killed_at
 
@@ -196,7 +196,7 @@ class TestBest:
             raise Ended
 
         run = make_run("base", epochs=2, experiment=experiment)
-        monkeypatch.setattr(keeper_module, "copy_checkpoint", crash)
+        monkeypatch.setattr(writer_module, "copy_checkpoint", crash)
         with pytest.raises(Ended):
             train(run, folder)
         monkeypatch.undo()
@@ -287,7 +287,7 @@ class TestWhere:
         previous = folder / "checkpoints/previous"
         (folder / "checkpoints/last/state.json").write_text("{}")
         monkeypatch.setattr(checkpoint_module, "_put", full)
-        monkeypatch.setattr(keeper_module, "copy_checkpoint", lambda *_, **__: None)
+        monkeypatch.setattr(writer_module, "copy_checkpoint", lambda *_, **__: None)
         with pytest.raises(OutputError) as caught:
             resume(ended, folder, previous, checkpoint_minutes=0)
         assert f"; {previous}, which it was started from, is whole; {said}: flatmin train" in str(caught.value)
@@ -628,7 +628,7 @@ class TestLock:
 @pytest.mark.parametrize(("minutes", "saves"), [(0, 9 + 3), (1e-9, 9 + 3), (10, 3)])
 def test_how_often_a_checkpoint_is_written(folder, make_run, experiment, monkeypatch, minutes, saves):
     count = []
-    save = keeper_module.save_checkpoint
-    monkeypatch.setattr(keeper_module, "save_checkpoint", lambda *a, **k: (count.append(1), save(*a, **k)))
-    train_module.train(make_run("base", experiment=experiment), folder, checkpoint_minutes=minutes)
+    save = writer_module.save_checkpoint
+    monkeypatch.setattr(writer_module, "save_checkpoint", lambda *a, **k: (count.append(1), save(*a, **k)))
+    run_module.train(make_run("base", experiment=experiment), folder, checkpoint_minutes=minutes)
     assert len(count) == saves

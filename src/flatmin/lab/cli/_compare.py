@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ...errors import InvalidArgumentError
-from ..comparison.compare import Comparison
 from ..comparison.outcome import make_rows
+from ..comparison.run import Comparison
 from ..comparison.select import select as select_rows
 from ..methods.registry import COMPARED
 from ..problems.load import has_criterion

@@ -14,8 +14,8 @@ from ..methods.registry import METHODS, get_method, resolve_settings
 from ..recipe import Recipe, Run
 from ..runs.record import LAST, METRICS, run_folder
 from ..runs.resume import find_run, read_run
-from ..runs.train import resume as resume_run
-from ..runs.train import train as train_run
+from ..runs.run import resume as resume_run
+from ..runs.run import train as train_run
 from ..training import torchrun
 from ._options import check_resumed, given_options, with_options
 from ._shared import Interrupted, app, warn_if_idle

@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from ..recipe import Recipe
-from .compare import Comparison
 from .outcome import Row
+from .run import Comparison
 
 SHARE = 0.2  # of the training set that is held out
 FIRST_SEED = 1000  # apart from those of the comparison, which draw other splits

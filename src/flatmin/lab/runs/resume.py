@@ -25,7 +25,7 @@ PLACE = ("experiment", "device", "workers")
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run is continued from, as `Keeper.gather` made it."""
+    """The checkpoint that a run is continued from, as `RunWriter.gather` made it."""
 
     checkpoint: Path
     state: dict[str, Any]

@@ -13,9 +13,9 @@ from ..problems.load import load_problem
 from ..recipe import Recipe, Run
 from ..training import torchrun
 from ..training.trainer import Trainer
-from .keeper import Keeper, restore_files
 from .record import CONFIG, EXPERIMENT, command_line, environment, write_json
 from .resume import open_start
+from .writer import RunWriter, restore_files
 
 OnEpoch = Callable[[dict[str, float]], None]
 
@@ -55,8 +55,8 @@ def train(
         trainer = Trainer(run, load_problem(run.recipe, run.seed))
         if _distributed.rank() == 0:
             write_config(folder, run.to_json(), experiment)
-        keeper = Keeper(folder, run, trainer, minutes=checkpoint_minutes, durable=durable)
-        return _train(keeper, on_epoch, on_step)
+        writer = RunWriter(folder, run, trainer, minutes=checkpoint_minutes, durable=durable)
+        return _train(writer, on_epoch, on_step)
 
 
 def resume(
@@ -93,27 +93,27 @@ def resume(
             if _distributed.rank() == 0:
                 restore_files(folder, start)
             return _conclusion(start.state["metrics"], start.state["extra_bytes"])
-        keeper = Keeper(folder, run, Trainer(run, load_problem(run.recipe, run.seed)), minutes=checkpoint_minutes)
+        writer = RunWriter(folder, run, Trainer(run, load_problem(run.recipe, run.seed)), minutes=checkpoint_minutes)
         if start is not None:
-            keeper.restore(start)
+            writer.restore(start)
         del start  # its tensors are a second copy of everything
-        return _train(keeper, on_epoch, on_step)
+        return _train(writer, on_epoch, on_step)
 
 
-def _train(keeper: Keeper, on_epoch: OnEpoch | None, on_step: Callable[[], None] | None) -> dict[str, float]:
-    trainer = keeper.trainer
+def _train(writer: RunWriter, on_epoch: OnEpoch | None, on_step: Callable[[], None] | None) -> dict[str, float]:
+    trainer = writer.trainer
 
     def step_done() -> None:
-        keeper.step_done()
+        writer.step_done()
         if on_step is not None:
             on_step()
 
-    while trainer.epoch < keeper.run.recipe.epochs:
+    while trainer.epoch < writer.run.recipe.epochs:
         metrics = trainer.train_epoch(step_done)
-        keeper.epoch_done(metrics)
+        writer.epoch_done(metrics)
         if on_epoch is not None:
             on_epoch(metrics)
-    return _conclusion(keeper.metrics, trainer.extra_bytes)
+    return _conclusion(writer.metrics, trainer.extra_bytes)
 
 
 def _conclusion(metrics: list[dict[str, float]], extra_bytes: int) -> dict[str, float]:

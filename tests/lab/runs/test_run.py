@@ -9,9 +9,9 @@ import torch
 from flatmin.errors import ExperimentError
 from flatmin.lab.methods.registry import METHODS
 from flatmin.lab.recipe import Run
-from flatmin.lab.runs import train as train_module
+from flatmin.lab.runs import run as run_module
 from flatmin.lab.runs.checkpoint import load_checkpoint
-from flatmin.lab.runs.train import train
+from flatmin.lab.runs.run import train
 from flatmin.lab.training.trainer import Trainer
 
 KEYS = ["epoch", "train_loss", "train_loss_vanilla", "test_loss", "test_accuracy", "lr", "seconds", "closure_calls"]
@@ -99,7 +99,7 @@ def test_last_is_the_state_of_the_trainer(folder, make_run, experiment, monkeypa
             super().__init__(*arguments)
             trainers.append(self)
 
-    monkeypatch.setattr(train_module, "Trainer", Kept)
+    monkeypatch.setattr(run_module, "Trainer", Kept)
     train(make_run("saf", experiment=experiment), folder)
     state = load_checkpoint(folder / "checkpoints" / "last")
     assert state["epoch"] == trainers[0].epoch == 3

@@ -19,7 +19,7 @@ from .resume import Start, describe_difference
 ASK_EVERY = 10  # steps
 
 
-class Keeper:
+class RunWriter:
     """Writes a run's checkpoints and metrics, on the first rank.
 
     ``checkpoints/last`` is the newest, ``checkpoints/previous`` the one before it, and ``checkpoints/best`` that of the

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from flatmin.errors import DataError, InvalidArgumentError
-from flatmin.lab.comparison import compare
-from flatmin.lab.comparison.compare import Comparison
+from flatmin.lab.comparison import run as run_module
 from flatmin.lab.comparison.outcome import Outcome, Row, make_rows, verdict
+from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.timing import Cost
 from flatmin.lab.recipe import Recipe
 from flatmin.lab.training.trainer import Trainer
@@ -53,13 +53,13 @@ class Inline:
     """Runs in this process, and at once, what a pool would run in others."""
 
     def __init__(self, jobs, context, initializer, arguments):
-        compare._ticks, compare._stop, _ = arguments
+        run_module._ticks, run_module._stop, _ = arguments
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        compare._ticks = compare._stop = None
+        run_module._ticks = run_module._stop = None
 
     def submit(self, function, *arguments):
         future = Future()
@@ -76,7 +76,7 @@ class Inline:
 @pytest.fixture
 def run_comparison(tmp_path, monkeypatch, experiment):
     """Runs a comparison of tiny runs in this process; returns its outcome and what it wrote."""
-    monkeypatch.setattr(compare, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(run_module, "ProcessPoolExecutor", Inline)
     folder = tmp_path / "comparison"
     folder.mkdir()
 
@@ -276,7 +276,7 @@ class TestComparison:
         def compare_times(seconds):
             return SimpleNamespace(ratio=lambda base: seconds / 0.1, median=lambda: seconds)
 
-        monkeypatch.setattr(compare, "measure_rows", costs)
+        monkeypatch.setattr(run_module, "measure_rows", costs)
         found, results, _ = run_comparison(("mesa", "base", "sam"), seeds=1)
         assert found.step_ratio == pytest.approx({"base": 1.0, "mesa": 1.5, "sam": 2.1})
         assert [row["step_seconds"] for row in results["rows"]] == [0.1, 0.15, 0.21]
@@ -293,8 +293,8 @@ class TestComparison:
                 on_epoch({})
             return {"test_accuracy": 0.5}
 
-        monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=lambda: clock.now))
-        monkeypatch.setattr(compare, "train", train)
+        monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+        monkeypatch.setattr(run_module, "train", train)
         monkeypatch.setattr(Comparison, "_measure", lambda self: None)
         found, _, _ = run_comparison(minutes=minutes, seeds=3 if minutes == 1e9 else None)
         assert found.seeds == list(range(seeds))
@@ -319,9 +319,9 @@ class TestComparison:
         def wait(futures, **_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(compare, "ProcessPoolExecutor", Late)
-        monkeypatch.setattr(compare, "wait", wait)
-        monkeypatch.setattr(compare, "train", train)
+        monkeypatch.setattr(run_module, "ProcessPoolExecutor", Late)
+        monkeypatch.setattr(run_module, "wait", wait)
+        monkeypatch.setattr(run_module, "train", train)
         found, results, _ = run_comparison(seeds=3)
         assert found.interrupted is results["interrupted"] is True
         assert found.seeds == results["seeds"] == finished
@@ -343,25 +343,27 @@ class TestComparison:
 
     def test_a_worker_leaves_ctrl_c_to_the_command(self, monkeypatch):
         handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-        monkeypatch.setattr(compare, "_ticks", None)
-        monkeypatch.setattr(compare, "_stop", None)
+        monkeypatch.setattr(run_module, "_ticks", None)
+        monkeypatch.setattr(run_module, "_stop", None)
         try:
-            compare._start_worker("ticks", "stop", 1)
+            run_module._start_worker("ticks", "stop", 1)
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-            assert (compare._ticks, compare._stop, torch.get_num_threads()) == ("ticks", "stop", 1)
+            assert (run_module._ticks, run_module._stop, torch.get_num_threads()) == ("ticks", "stop", 1)
         finally:
             signal.signal(signal.SIGINT, handler)
             torch.set_num_threads(threads)
 
     def test_a_worker_stops_at_its_next_step_when_it_is_told(self, monkeypatch, make_run, tmp_path, experiment):
         stop = SimpleNamespace(is_set=lambda: False)
-        monkeypatch.setattr(compare, "_stop", stop)
-        monkeypatch.setattr(compare, "_ticks", SimpleNamespace(put=lambda one: setattr(stop, "is_set", lambda: True)))
-        with pytest.raises(compare._Stopped):
-            compare._train_one(make_run("base", experiment=experiment, epochs=50), tmp_path / "run")
+        monkeypatch.setattr(run_module, "_stop", stop)
+        monkeypatch.setattr(
+            run_module, "_ticks", SimpleNamespace(put=lambda one: setattr(stop, "is_set", lambda: True))
+        )
+        with pytest.raises(run_module._Stopped):
+            run_module._train_one(make_run("base", experiment=experiment, epochs=50), tmp_path / "run")
         assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
-        with pytest.raises(compare._Stopped):
-            compare._train_one(make_run("base", experiment=experiment), tmp_path / "other")
+        with pytest.raises(run_module._Stopped):
+            run_module._train_one(make_run("base", experiment=experiment), tmp_path / "other")
         assert not (tmp_path / "other").exists()
 
 

@@ -21,7 +21,7 @@ from ..problems.load import load_problem
 from ..problems.problem import class_numbers
 from ..recipe import Recipe, Run
 from ..runs.record import command_line, environment, write_json
-from ..runs.train import read_experiment, train, write_config
+from ..runs.run import read_experiment, train, write_config
 from ..training.device import resolve_device
 from ..training.trainer import Trainer
 from .outcome import LEAST_SEEDS, Outcome, Row
