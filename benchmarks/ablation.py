@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatmin.lab.cli._terminal import Display, print_outcome
-from flatmin.lab.comparison.outcome import make_rows, verdict
+from flatmin.lab.cli._terminal import Display, print_result
+from flatmin.lab.comparison.rows import make_rows
 from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.select import select
 from flatmin.lab.methods.method import Assembled, Ingredients, Method
@@ -158,13 +158,14 @@ def main() -> None:
         rows, selection = select(recipe, rows, Path(folder, "selection"), seeds=arguments.select, **options)
         compared = Path(folder, "compared")
         compared.mkdir()
-        outcome = Comparison(
+        comparison = Comparison(
             recipe, rows, compared, seeds=arguments.seeds, timed=False, selection=selection, **options
-        ).run()
+        )
+        result = comparison.run().result()
         results = json.loads((compared / "results.json").read_text())
-    summary = {"targets": TARGETS, "verdict": verdict(outcome)}
+    summary = {"targets": TARGETS, "verdict": result.verdict}
     write_json(arguments.out, {**results, **summary, "command": f"python benchmarks/{command_line()}", **environment()})
-    print_outcome(outcome, arguments.out)
+    print_result(result)
 
 
 if __name__ == "__main__":

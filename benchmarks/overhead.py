@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 
 from flatmin.errors import MissingDependencyError
 from flatmin.lab.cli._options import parse_settings
-from flatmin.lab.comparison.outcome import Row, make_rows
+from flatmin.lab.comparison.rows import Row, make_rows
 from flatmin.lab.comparison.timing import measure_rows, synchronize
 from flatmin.lab.methods.registry import COMPARED
 from flatmin.lab.problems.models import create_model, model_names

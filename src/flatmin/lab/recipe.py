@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from typing import Any
 
 from .._checks import check_choice, check_integer, check_number
@@ -108,3 +109,16 @@ class Run:
     def from_json(cls, values: Mapping[str, Any]) -> "Run":
         """Takes what `to_json` returned, extra keys or not."""
         return cls(Recipe(**values["recipe"]), values["method"], values["settings"], values["seed"])
+
+
+def as_recipe(given: "Recipe | str | PathLike[str] | None") -> Recipe:
+    """Returns a recipe as it is, an experiment file's with all defaults, or the default recipe for None.
+
+    Raises:
+        InvalidArgumentError: If it is something else.
+    """
+    if given is None or isinstance(given, Recipe):
+        return given or Recipe()
+    if not isinstance(given, (str, PathLike)):
+        raise InvalidArgumentError(f"recipe must be a Recipe or the path of an experiment file, got {given!r:.80}")
+    return Recipe(experiment=fspath(given))

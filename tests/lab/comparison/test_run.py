@@ -11,10 +11,12 @@ import torch
 
 from flatmin.errors import DataError, InvalidArgumentError
 from flatmin.lab.comparison import run as run_module
-from flatmin.lab.comparison.outcome import Outcome, Row, make_rows, verdict
+from flatmin.lab.comparison.outcome import Outcome
+from flatmin.lab.comparison.rows import make_rows
 from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.timing import Cost
 from flatmin.lab.recipe import Recipe
+from flatmin.lab.results import Row
 from flatmin.lab.training.trainer import Trainer
 
 NOISE = [0.3, -0.2, 0.1, -0.4, 0.2]
@@ -45,8 +47,12 @@ def test_the_cost_of_a_row_is_the_mean_over_steps_that_pay_and_others():
     )
     for label, calls in (("base", 1.0), ("latesam", 1.25), ("esam when=every:2", 2.0)):
         found.metrics[label] = {0: {"test_accuracy": 0.9, "mean_closure_calls": calls}}
-    ratios = [entry["step_ratio"] for entry in found.table()]
+    ratios = [row.step_ratio for row in found.result().rows]
     assert ratios == pytest.approx([1.0, 0.25 * 2.0 + 0.75 * 1.1, 0.5 * 2.4 + 0.5 * 1.2])
+
+
+def verdict_of(found):
+    return found.result().verdict
 
 
 class Inline:
@@ -146,64 +152,74 @@ class TestRows:
 
 class TestVerdict:
     def test_clearly_better_with_its_cost(self):
-        text = verdict(outcome(**gains(1.0, 1.1, 0.9, 1.2, 0.8), costs={"base": 1.0, "saf": 1.0149}))
+        text = verdict_of(outcome(**gains(1.0, 1.1, 0.9, 1.2, 0.8), costs={"base": 1.0, "saf": 1.0149}))
         assert text.startswith("Better than base beyond noise here: saf (+1.00 points at 1.01 times the step).")
         assert "Worse" not in text
         assert "Not told apart" not in text
 
     def test_clearly_worse(self):
-        text = verdict(outcome(**gains(-1.0, -1.1, -0.9, -1.2, -0.8)))
+        text = verdict_of(outcome(**gains(-1.0, -1.1, -0.9, -1.2, -0.8)))
         assert text.startswith("Better than base beyond noise here: none. Worse: saf (-1.00 points).")
 
     @pytest.mark.parametrize("differences", [(0.5, -0.6, 0.4, -0.2, 0.3), (0.0,) * 5, (3.0, 0.0, 0.0, 0.0, 0.0)])
     def test_noise_is_not_told_apart(self, differences):
-        text = verdict(outcome(**gains(*differences)))
+        text = verdict_of(outcome(**gains(*differences)))
         assert "beyond noise here: none. Not told apart from it: saf" in text
         assert "Worse" not in text
 
     def test_a_large_mean_is_no_evidence(self):
-        assert "here: none." in verdict(outcome(**gains(20.0, -5.0, 15.0, -8.0, 1.0)))
+        assert "here: none." in verdict_of(outcome(**gains(20.0, -5.0, 15.0, -8.0, 1.0)))
 
     def test_the_paired_difference_counts_and_not_the_spread_over_seeds(self):
         base = [90.0, 95.0, 85.0, 99.0, 80.0]
-        text = verdict(outcome(base=base, saf=[value + 0.1 * number for number, value in enumerate(base, start=3)]))
+        text = verdict_of(outcome(base=base, saf=[value + 0.1 * number for number, value in enumerate(base, start=3)]))
         assert "here: saf (+0.50 points)" in text
 
-    @pytest.mark.parametrize("accuracies", [{"base": [97], "saf": [99]}, {"base": [], "saf": []}])
-    def test_too_little_gives_no_claim(self, accuracies):
-        text = verdict(outcome(**accuracies))
-        assert "too few for a claim" in text
-        assert "Better" not in text
+    @pytest.mark.parametrize(
+        ("accuracies", "said"),
+        [
+            ({"base": [97], "saf": [99]}, "1 finished seed: too few for a claim, which takes 5."),
+            (
+                {"base": [], "saf": []},
+                "No seed was finished by every method, so there is nothing to compare.",
+            ),
+        ],
+    )
+    def test_too_little_gives_no_claim(self, accuracies, said):
+        assert verdict_of(outcome(**accuracies)) == said
 
     def test_the_base_alone(self):
-        assert "nothing to compare" in verdict(outcome(base=[9, 9, 9]))
+        assert "nothing to compare" in verdict_of(outcome(base=[9, 9, 9]))
 
     def test_equal_gains_of_every_one_of_many_seeds_are_better(self):
-        assert "here: saf" in verdict(outcome(**gains(*[1.0] * 10)))
+        assert "here: saf" in verdict_of(outcome(**gains(*[1.0] * 10)))
 
     def test_equal_gains_of_two_seeds_are_not(self):
         samples = {"base": [170, 168], "saf": [172, 170]}  # right answers out of 179
-        text = verdict(outcome(**{label: [100 * right / 179 for right in rights] for label, rights in samples.items()}))
+        text = verdict_of(
+            outcome(**{label: [100 * right / 179 for right in rights] for label, rights in samples.items()})
+        )
         assert text == "2 finished seeds: too few for a claim, which takes 5."
 
     def test_many_comparisons_ask_for_more_evidence(self):
         one = gains(0.9, 0.1, 0.5, 0.2, 0.6)
-        assert outcome(**one).table()[1]["p_value"] == pytest.approx(0.0319, abs=1e-3)
-        assert "here: saf" in verdict(outcome(**one))
+        assert outcome(**one).result().rows[1].p_value == pytest.approx(0.0319, abs=1e-3)
+        assert "here: saf" in verdict_of(outcome(**one))
         noise = {f"m{number}": [value + 0.01 * number for value in one["base"][::-1]] for number in range(3)}
         many = outcome(**one, **noise)
-        assert many.table()[1]["p_value_holm"] == pytest.approx(4 * many.table()[1]["p_value"])
-        assert "here: none." in verdict(many)
+        row = many.result().rows[1]
+        assert row.p_value_holm == pytest.approx(4 * row.p_value)
+        assert "here: none." in verdict_of(many)
 
     def test_it_says_how_it_was_found(self):
-        text = verdict(outcome(**gains(*NOISE), sam=[97] * 5))
+        text = verdict_of(outcome(**gains(*NOISE), sam=[97] * 5))
         assert "Paired over 5 seeds, two-sided t-test at 5 %, Holm-corrected for 2 comparisons" in text
         assert "this data, network and recipe only" in text
 
     def test_each_method_is_in_one_sentence(self):
         found = gains(1.0, 1.1, 0.9, 1.2, 0.8)
         base = found["base"]
-        text = verdict(outcome(**found, sam=[value - 2 - 0.01 * value for value in base], mesa=base[::-1]))
+        text = verdict_of(outcome(**found, sam=[value - 2 - 0.01 * value for value in base], mesa=base[::-1]))
         better, worse, rest = text.split(". ")[:3]
         assert ("saf" in better, "sam" in worse, "mesa" in rest) == (True, True, True)
         assert text.count("points") == 3
@@ -211,19 +227,21 @@ class TestVerdict:
 
 class TestTable:
     def test_mean_interval_paired_difference_and_cost(self):
-        base, saf = outcome(base=[90, 92, 94], saf=[91, 94, 97], costs={"base": 1.0, "saf": 1.5}).table()
+        found = outcome(base=[90, 92, 94], saf=[91, 94, 97], costs={"base": 1.0, "saf": 1.5}).result()
+        base, saf = found.to_json()["rows"]
         assert base["accuracy"] == pytest.approx({"mean": 92, "half": 4.3027 * 2 / math.sqrt(3)}, rel=1e-4)
         assert saf["accuracy"]["mean"] == pytest.approx(94)
         assert saf["difference"] == pytest.approx({"mean": 2, "half": 4.3027 / math.sqrt(3)}, rel=1e-4)
         assert base["difference"]["mean"] == 0
-        assert saf["p_value"] == pytest.approx(0.0742, abs=1e-4)
+        assert saf["p_value"] == saf["p_value_holm"] == pytest.approx(0.0742, abs=1e-4)
+        assert "p_value_holm" not in base
         assert (saf["step_ratio"], saf["extra_bytes"]) == (1.5, None)
 
     def test_seeds_that_only_some_rows_have_finished_are_not_used(self):
         found = outcome(base=[90, 92, 50, None], saf=[91, 93, None, 99])
         assert found.seeds == [0, 1]
-        assert [entry["accuracy"]["mean"] for entry in found.table()] == pytest.approx([91, 92])
-        written = found.to_json()
+        assert [row.accuracy.mean for row in found.result().rows] == pytest.approx([91, 92])
+        written = found.result().to_json()
         assert written["seeds"] == [0, 1]
         assert written["metrics"]["base"].keys() == {"0", "1"}
         assert written["partial"] == {
@@ -234,7 +252,7 @@ class TestTable:
     def test_a_row_without_any_run_leaves_no_seeds(self):
         found = outcome(base=[90, 92], saf=[None, None])
         assert found.seeds == []
-        assert "accuracy" not in found.table()[0]
+        assert "accuracy" not in found.result().to_json()["rows"][0]
 
 
 class TestComparison:
@@ -294,7 +312,7 @@ class TestComparison:
             return {"test_accuracy": 0.5}
 
         monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-        monkeypatch.setattr(run_module, "train", train)
+        monkeypatch.setattr(run_module, "train_run", train)
         monkeypatch.setattr(Comparison, "_measure", lambda self: None)
         found, _, _ = run_comparison(minutes=minutes, seeds=3 if minutes == 1e9 else None)
         assert found.seeds == list(range(seeds))
@@ -321,7 +339,7 @@ class TestComparison:
 
         monkeypatch.setattr(run_module, "ProcessPoolExecutor", Late)
         monkeypatch.setattr(run_module, "wait", wait)
-        monkeypatch.setattr(run_module, "train", train)
+        monkeypatch.setattr(run_module, "train_run", train)
         found, results, _ = run_comparison(seeds=3)
         assert found.interrupted is results["interrupted"] is True
         assert found.seeds == results["seeds"] == finished

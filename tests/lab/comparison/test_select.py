@@ -7,7 +7,8 @@ from torch.utils.data import Dataset
 
 from flatmin.errors import DataError, InvalidArgumentError
 from flatmin.lab.comparison import select as module
-from flatmin.lab.comparison.outcome import Outcome, make_rows
+from flatmin.lab.comparison.outcome import Outcome
+from flatmin.lab.comparison.rows import make_rows
 from flatmin.lab.comparison.select import select
 from flatmin.lab.problems.load import load_problem
 from flatmin.lab.problems.problem import held_out, reduced

@@ -8,7 +8,7 @@ import torch
 
 from flatmin.indices import with_indices
 from flatmin.lab.comparison import timing
-from flatmin.lab.comparison.outcome import make_rows
+from flatmin.lab.comparison.rows import make_rows
 from flatmin.lab.comparison.timing import StepTimes, measure_rows, measure_steps
 
 

@@ -50,8 +50,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             message = str(error)
             if "flatmin.errors." in message:  # from a loader's worker: its traceback, and then what was said
                 message = message.rpartition("flatmin.errors.")[2].partition(": ")[2]
-        except KeyboardInterrupt:
-            message = "interrupted before anything was done"
+        except KeyboardInterrupt as error:
+            message = f"interrupted: {error}" if str(error) else "interrupted before anything was done"
         except Exception as error:
             # typer's own usage errors, whatever version of click they come from
             format_message = getattr(error, "format_message", None)

@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 
+from ..._files import write_json
 from ...errors import FlatminError
 from ...indices import with_indices
 from ..problems.load import load_problem
 from ..problems.problem import class_numbers
 from ..recipe import Recipe, Run
-from ..runs.record import command_line, environment, write_json
-from ..runs.run import read_experiment, train, write_config
+from ..results import LEAST_SEEDS, RESULTS, RUNS, Row, run_name
+from ..runs.record import command_line, environment
+from ..runs.run import read_experiment, train_run, write_config
 from ..training.device import resolve_device
 from ..training.trainer import Trainer
-from .outcome import LEAST_SEEDS, Outcome, Row
+from .outcome import Outcome
 from .timing import measure_rows
 
 
@@ -74,7 +76,7 @@ class Comparison:
 
     def run_folder(self, row: Row, seed: int) -> Path:
         """Where a run of the comparison is kept."""
-        return self.folder / "runs" / f"{row.label.replace(' ', '-')}-seed{seed}"
+        return self.folder / RUNS / run_name(row.label, seed)
 
     def run(self) -> Outcome:
         """Measures the steps, trains every row with every seed, writes ``results.json``.
@@ -84,7 +86,7 @@ class Comparison:
         started = time.monotonic()
         outcome = self.outcome
         config = {
-            "rows": [asdict(row) for row in outcome.rows],
+            "rows": [row.setting_json() for row in outcome.rows],
             "recipe": asdict(outcome.recipe),
             "seeds": self.seeds,
             "minutes": self.minutes,
@@ -101,8 +103,8 @@ class Comparison:
             outcome.interrupted = True
         finally:
             write_json(
-                self.folder / "results.json",
-                {"command": command_line(), **environment(), **outcome.to_json()},
+                self.folder / RESULTS,
+                {"command": command_line(), **environment(), **outcome.result().to_json()},
             )
         return outcome
 
@@ -241,4 +243,4 @@ def _train_one(run: Run, folder: Path) -> dict[str, float]:
     check()
     folder.mkdir(parents=True)
     # Its many short epochs would spend their time waiting for the disk.
-    return train(run, folder, on_epoch=lambda metrics: _ticks.put(1), on_step=check, durable=False)
+    return train_run(run, folder, on_epoch=lambda metrics: _ticks.put(1), on_step=check, durable=False)

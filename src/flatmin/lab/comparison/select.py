@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ..recipe import Recipe
-from .outcome import Row
+from ..results import Row
 from .run import Comparison
 
 SHARE = 0.2  # of the training set that is held out

@@ -2,21 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...errors import require
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % confidence interval (Student's t); the half width is NaN for fewer than two values."""
-
-    mean: float
-    half: float
+from ..results import Interval
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % confidence interval of ``values``, taken to be independent draws.
+    """Mean and 95 % confidence interval (Student's t) of independent draws; of a single value there is no interval.
 
     Example:
         >>> from flatmin.lab.comparison.stats import interval
@@ -26,7 +18,7 @@ def interval(values: Sequence[float]) -> Interval:
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
-        return Interval(mean, math.nan)
+        return Interval(mean)
     stats = require("scipy.stats", install="flatmin[cli]")
     error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
     return Interval(mean, float(stats.t.ppf(0.975, count - 1)) * error)

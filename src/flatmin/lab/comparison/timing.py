@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..methods.registry import get_method
+from ..results import Row
 from ..training.trainer import Trainer
-from .outcome import Row
 
 NEVER = 10**9  # only the first of so many steps pays, in the warm-up
 

@@ -14,10 +14,11 @@ from ... import _distributed
 from ..._checks import check_integer
 from ...errors import DataError, ExperimentError, FlatminError, OutputError
 from ..methods.registry import get_method, resolve_settings
+from ..problems.load import import_experiment
 from ..recipe import Recipe, Run
+from ..results import BEST, CONFIG, EXPERIMENT, LAST, PREVIOUS, RUNS
 from ..training.progress import Progress
 from .checkpoint import STATE, load_checkpoint, settle
-from .record import BEST, CONFIG, EXPERIMENT, LAST, PREVIOUS
 
 # What may differ between the parts of a run: where it happens, and not what.
 PLACE = ("experiment", "device", "workers")
@@ -55,7 +56,7 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         DataError: If its configuration is not whole.
-        ExperimentError: If the experiment file has changed since.
+        ExperimentError: If the experiment file has changed since, or cannot be run.
     """
     path = folder / CONFIG
     try:
@@ -64,17 +65,18 @@ def read_run(folder: Path) -> Run:
             raise DataError(f"{path} is empty: the run ended before it began; remove {folder} and start it anew")
         values = json.loads(content)
         if "rows" in values:
-            raise DataError(f"{folder} is a comparison, which cannot be continued; its runs are in {folder / 'runs'}")
+            raise DataError(f"{folder} is a comparison, which cannot be continued; its runs are in {folder / RUNS}")
         run = Run.from_json(values)
-        settings = resolve_settings(get_method(run.method), run.settings, epochs=run.recipe.epochs)
+        recipe = run.recipe
         check_integer("seed", run.seed, least=0)
-    except DataError:
+        if recipe.experiment is not None:
+            recipe = dataclasses.replace(recipe, experiment=_experiment(folder, Path(recipe.experiment)))
+        import_experiment(recipe)  # which may register the method
+        settings = resolve_settings(get_method(run.method), run.settings, epochs=recipe.epochs)
+    except (DataError, ExperimentError):
         raise
     except Exception as error:  # not JSON, not readable, keys or types that are not those of a run
         raise DataError(f"{path}: not the configuration of a run: {type(error).__name__}: {error!s:.200}") from error
-    recipe = run.recipe
-    if recipe.experiment is not None:
-        recipe = dataclasses.replace(recipe, experiment=_experiment(folder, Path(recipe.experiment)))
     return dataclasses.replace(run, recipe=recipe, settings=settings)
 
 

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from ... import _distributed
-from ..._files import locked, write_whole
+from ..._files import locked, write_json, write_whole
 from ...errors import ExperimentError
 from ..problems.load import load_problem
 from ..recipe import Recipe, Run
+from ..results import CONFIG, EXPERIMENT
 from ..training import torchrun
 from ..training.trainer import Trainer
-from .record import CONFIG, EXPERIMENT, command_line, environment, write_json
+from .record import command_line, environment
 from .resume import open_start
 from .writer import RunWriter, restore_files
 
 OnEpoch = Callable[[dict[str, float]], None]
 
 
-def train(
+def train_run(
     run: Run,
     folder: Path,
     *,
@@ -59,7 +60,7 @@ def train(
         return _train(writer, on_epoch, on_step)
 
 
-def resume(
+def resume_run(
     run: Run,
     folder: Path,
     checkpoint: Path | None = None,

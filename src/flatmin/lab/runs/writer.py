@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ... import _distributed
+from ..._files import append_line, write_lines
 from ...errors import DataError, FlatminError, FlatminWarning, OutputError
 from ..recipe import Run
+from ..results import BEST, LAST, METRICS, PREVIOUS
 from ..training.trainer import Trainer
 from .checkpoint import STATE, copy_checkpoint, save_checkpoint
-from .record import BEST, LAST, METRICS, PREVIOUS, append_line, write_lines
 from .resume import Start, describe_difference
 
 ASK_EVERY = 10  # steps

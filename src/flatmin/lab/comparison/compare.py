@@ -1,0 +1,185 @@
+"""Compare methods on the same splits, initial weights and batches, and say what that means."""
+
+import dataclasses
+import importlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..._checks import check_integer, check_number
+from ...errors import FlatminWarning, InvalidArgumentError
+from ..methods.registry import COMPARED
+from ..problems.load import import_experiment
+from ..recipe import Recipe, as_recipe
+from ..results import METRICS, SELECTION, ComparisonResult
+from ..runs.folder import run_folder
+from ..runs.train import RunInterrupted, warn_if_idle
+from ..training import torchrun
+from .main_guard import check_main_guard
+from .rows import make_rows
+from .run import Comparison
+from .select import select as select_rows
+
+LOOKING = 0.2  # share of the time that is left for sharpness and landscapes, where they are wanted
+LOOKED_AT = 512  # training samples on which they are measured
+
+OnProgress = Callable[[int, int, str], None]
+
+_log = logging.getLogger("flatmin")
+
+
+def compare(
+    recipe: "Recipe | str | PathLike[str] | None" = None,
+    *,
+    methods: Sequence[str] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    seeds: int | None = None,
+    select: int | None = None,
+    look: int = 0,
+    minutes: float = 3.0,
+    jobs: int | None = None,
+    out: "str | PathLike[str] | None" = None,
+    on_progress: OnProgress | None = None,
+) -> ComparisonResult:
+    """Compares methods on the same splits, initial weights and batches, seed by seed, as ``flatmin compare`` does.
+
+    Each method is trained with each seed; what counts is the test accuracy after the last epoch, its difference to the
+    base paired by seed, and what a step costs. Everything is kept in a folder: ``results.json``, each run, and with
+    ``flatmin[report]`` installed a page for the browser. The result prints as a table with the verdict below.
+
+    It starts processes that import the calling script again, so call it under ``if __name__ == "__main__":``. A
+    notebook needs no such line.
+
+    Args:
+        recipe: What is trained and how: a `Recipe`, or the path of an experiment file, which defines ``model()``,
+            ``train_set()`` and ``test_set()``. None trains a small network on digits.
+        methods: Names of the methods; ``"base"`` must be one. None: the default ones.
+        settings: For a method, for a hyperparameter, its value or several values, each of which makes a row, such as
+            ``{"saf": {"coefficient": [0.3, 0.8]}}``.
+        seeds: How many seeds; None: as many as fit in ``minutes``, at least 5.
+        select: Compare only the best of each method's rows, chosen first by so many other seeds on a fifth of the
+            training set that is held out. None: compare all rows.
+        look: Also measure the sharpness of the first seed's networks, and the loss around them at so many points along
+            each of two directions. 0: do not.
+        minutes: Time for everything, where ``seeds`` is None.
+        jobs: Runs at a time; None: one a core, or one on an accelerator.
+        out: Folder of the comparison, new or empty; None for a new one under ``runs/``.
+        on_progress: Called from time to time with epochs done, epochs planned and a word on what is going on.
+
+    Returns:
+        The rows with accuracies, intervals, paired differences, p-values, costs and memory; the verdict; the folder.
+        After Ctrl-C, what was done until then, with ``interrupted`` set.
+
+    Raises:
+        FlatminError: If an argument, a method, the data or the experiment file cannot be used, the folder cannot be
+            written, a run fails, or the call is not guarded by ``if __name__ == "__main__":``.
+        RunInterrupted: After Ctrl-C before an epoch was done; nothing is kept then.
+
+    Example::
+
+        from flatmin import lab
+
+        if __name__ == "__main__":
+            found = lab.compare(lab.Recipe(epochs=20), methods=["base", "sam", "saf"], seeds=5)
+            print(found)
+            print(found.rows[1].difference, found.folder)
+    """
+    if torchrun.launched() > 1:
+        raise InvalidArgumentError("compare starts its own processes: run it without torchrun; jobs says how many")
+    check_main_guard()
+    recipe = as_recipe(recipe)
+    _check_numbers(seeds=seeds, select=select, look=look, minutes=minutes, jobs=jobs)
+    if select is not None and recipe.validation > 0:
+        raise InvalidArgumentError("select holds out samples itself: leave out validation or select")
+    experiment = import_experiment(recipe)  # which may register methods
+    names = _default_methods(recipe, experiment) if methods is None else list(methods)
+    rows = make_rows(names, _each_a_list(settings or {}), epochs=recipe.epochs)
+    if select is not None and len(rows) == len(names):
+        raise InvalidArgumentError(
+            "select has nothing to choose from: give a hyperparameter several values, such as --set "
+            "saf.coefficient=0.3,0.8"
+        )
+    tell = on_progress or (lambda done, planned, word: None)
+    with run_folder(out, "compare") as folder:
+        for row in rows:
+            warn_if_idle(row.label, row.settings, recipe.epochs)
+        selection = None
+        if select is not None:
+            chosen_in = folder / SELECTION
+            try:
+                rows, selection = select_rows(recipe, rows, chosen_in, seeds=select, jobs=jobs, on_progress=tell)
+            except KeyboardInterrupt:
+                kept = f"kept in {chosen_in}" if any(chosen_in.rglob(METRICS)) else "no epoch was done"
+                raise RunInterrupted(f"the settings were not chosen yet, {kept}") from None
+        comparison = Comparison(
+            recipe,
+            rows,
+            folder,
+            seeds=seeds,
+            selection=selection,
+            minutes=(1 - LOOKING) * minutes if look else minutes,
+            jobs=jobs,
+            on_progress=tell,
+        )
+        result = comparison.run().result(folder)
+        if result.interrupted and not any(folder.rglob(METRICS)):
+            raise RunInterrupted("no epoch was done")
+        if look and not result.interrupted:
+            _look_at([comparison.run_folder(row, result.seeds[0]) for row in rows], look, tell)
+        return dataclasses.replace(result, page=write_page(folder)) if result.seeds else result
+
+
+def _check_numbers(*, seeds: int | None, select: int | None, look: int, minutes: float, jobs: int | None) -> None:
+    for name, value in (("seeds", seeds), ("select", select), ("jobs", jobs)):
+        if value is not None:
+            check_integer(name, value, least=1)
+    check_number("minutes", minutes, above=0)
+    if check_integer("look", look, least=0) == 1:
+        raise InvalidArgumentError("look must be at least 2 points along each direction, or 0, got 1")
+
+
+def _default_methods(recipe: Recipe, experiment: Any) -> list[str]:
+    """Those compared by default; without label smoothing where it cannot be, on a criterion of the user's own."""
+    if not hasattr(experiment, "criterion"):
+        return list(COMPARED)
+    _log.info("%s has its own criterion(), so smoothing is left out", recipe.experiment)
+    return [name for name in COMPARED if name != "smoothing"]
+
+
+def _each_a_list(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Sequence[Any]]]:
+    return {
+        method: {name: value if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
+        for method, given in settings.items()
+    }
+
+
+def _look_at(folders: Sequence[Path], points: int, tell: OnProgress) -> None:
+    """Measures sharpness and landscape of each run's network, for the report."""
+    measure = importlib.import_module("flatmin.lab.runs.measure")
+    try:
+        for folder in folders:
+            tell(0, 0, f"sharpness of {folder.name}")
+            measure.measure_sharpness(folder, samples=LOOKED_AT, density={"probes": 1, "steps": 32})
+            measure.measure_landscape(folder, points=points, samples=LOOKED_AT, on_progress=tell)
+    except KeyboardInterrupt:
+        warnings.warn(
+            "interrupted while looking at the networks; the comparison is complete", FlatminWarning, stacklevel=2
+        )
+
+
+def write_page(folder: Path) -> Path | None:
+    """Writes a comparison's report; without Plotly there is none, and an error is only warned of."""
+    if importlib.util.find_spec("plotly") is None:
+        return None
+    from ..report import write_report
+
+    try:
+        return write_report([folder])
+    except (Exception, KeyboardInterrupt) as error:  # the results are there, whatever befalls the page
+        reason = " ".join(str(error).split()) or type(error).__name__
+        warnings.warn(f"the report could not be written: {reason}", FlatminWarning, stacklevel=2)
+        return None
