@@ -106,9 +106,9 @@ def measure(case: Case, device: str, rows: list[Row], seconds: float) -> dict[st
     """Measures all rows on one case."""
     batch = make_batch(case, device)
     costs, trainers = measure_rows(rows, lambda row: build(case, device, row), batch, seconds=seconds)
-    base, measured = costs[0].paying, []
+    base, measured = costs[0].full, []
     for given, trainer, cost in zip(rows, trainers, costs, strict=True):
-        each = cost.paying
+        each = cost.full
         ratios = sorted(ours / plain for ours, plain in zip(each.seconds, base.seconds, strict=True))
         row: dict[str, Any] = {
             "method": given.label,

@@ -45,7 +45,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("method", ["saf", "mesa"])
-def test_killed_at_random_moments_it_comes_out_to_the_bit(flatmin, tmp_path, method):
+def test_killed_at_random_moments_the_result_is_bit_identical(flatmin, tmp_path, method):
     options = ["--method", method, "--epochs", "4", "--start-epoch", "2", "--seed", "3", "--crop", "--device", "cpu"]
     options += ["--lag", "2"] if method == "saf" else []
     assert flatmin("train", *options, "--out", "whole").code == 0
@@ -199,7 +199,7 @@ def check_full(process):
     assert len(process.stderr.splitlines()) == 1, process.stderr
     assert process.stderr.startswith("flatmin: ")
     assert "checkpoints/last: the checkpoint could not be written: " in process.stderr
-    assert "the one before it is whole; when there is room: flatmin train --resume " in process.stderr
+    assert "the one before it is intact; when there is room: flatmin train --resume " in process.stderr
 
 
 def test_a_file_that_may_grow_no_further(flatmin, tmp_path, experiment):

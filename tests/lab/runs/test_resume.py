@@ -1,4 +1,4 @@
-"""A run that was ended anywhere is continued, on the CPU to the bit."""
+"""A run that was ended anywhere is continued, on the CPU bit-identical."""
 
 import contextlib
 import errno
@@ -76,7 +76,7 @@ def flat(value, name=""):
 
 
 def assert_same(one, other):
-    """Both runs have the same metrics and the same checkpoints, to the bit."""
+    """Both runs have the same metrics and the same checkpoints, bit-identical."""
     assert lines(one) == lines(other)
     for which in ("last", "best"):
         ours, theirs = (flat(load_checkpoint(folder / "checkpoints" / which)) for folder in (one, other))
@@ -290,13 +290,13 @@ class TestWhere:
         monkeypatch.setattr(writer_module, "copy_checkpoint", lambda *_, **__: None)
         with pytest.raises(OutputError) as caught:
             resume_run(ended, folder, previous, checkpoint_minutes=0)
-        assert f"; {previous}, which it was started from, is whole; {said}: flatmin train" in str(caught.value)
+        assert f"; {previous}, which it was started from, is intact; {said}: flatmin train" in str(caught.value)
         assert str(caught.value).endswith(f" --resume {previous}")
 
     def test_when_none_is_whole_it_says_so(self, folder, ended):
         for path in folder.glob("checkpoints/*/tensors.safetensors"):
             path.write_bytes(b"")
-        with pytest.raises(DataError, match="there is no other whole checkpoint, so the run must be started anew"):
+        with pytest.raises(DataError, match="there is no other intact checkpoint, so the run must be started anew"):
             resume_run(ended, folder)
 
     def test_a_crash_between_the_renames(self, folder, ended):
@@ -350,7 +350,7 @@ class TestDoesNotFit:
 
     def test_the_configuration_has_changed(self, folder, ended, make_run, experiment):
         ended()
-        with pytest.raises(DataError, match=r"another run than config.json says: epochs was 3 and is 5"):
+        with pytest.raises(DataError, match=r"belongs to another run than config.json: epochs was 3 and is 5"):
             resume_run(make_run("saf", epochs=5, experiment=experiment), folder)
         with pytest.raises(DataError, match="method was 'saf' and is 'mesa'"):
             resume_run(make_run("mesa", experiment=experiment), folder)
@@ -361,7 +361,7 @@ class TestDoesNotFit:
         state["torch"] = "1.0"
         state["scheduler"]["no_longer_there"] = 3
         save_checkpoint(folder / "checkpoints/last", state)
-        with pytest.warns(FlatminWarning, match=r"torch was '1.0' and is .*not come out to the bit"):
+        with pytest.warns(FlatminWarning, match=r"torch was '1.0' and is .*not be bit-identical"):
             resume_run(run, folder)
 
     @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ class TestDoesNotFit:
         state = load_checkpoint(folder / "checkpoints/last")
         state[name] = value
         save_checkpoint(folder / "checkpoints/last", state)
-        with pytest.warns(FlatminWarning, match=f"{name} was {value} and is .*not come out to the bit"):
+        with pytest.warns(FlatminWarning, match=f"{name} was {value} and is .*not be bit-identical"):
             resume_run(run, folder)
 
 
@@ -497,7 +497,7 @@ class TestConfiguration:
 
     def test_a_run_that_was_ended_before_it_began(self, folder, config):
         config.write_text("")
-        with pytest.raises(DataError, match=r"config.json is empty: the run ended before it began; remove"):
+        with pytest.raises(DataError, match=r"config.json is empty: the run ended before training began; remove"):
             read_run(folder)
 
     def test_a_comparison(self, folder, config):

@@ -42,7 +42,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     # A plain kill ends a run as Ctrl-C does: what was done is kept and said.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with speaking(quiet=torchrun.rank() > 0):  # one says for all what is going on
+    with speaking(quiet=torchrun.rank() > 0):  # the first rank speaks for all
         try:
             code = command.main(args=arguments, prog_name="flatmin", standalone_mode=False)
             return code if isinstance(code, int) else 0
@@ -50,8 +50,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             message = str(error)
             if "flatmin.errors." in message:  # from a loader's worker: its traceback, and then what was said
                 message = message.rpartition("flatmin.errors.")[2].partition(": ")[2]
-        except KeyboardInterrupt as error:
-            message = f"interrupted: {error}" if str(error) else "interrupted before anything was done"
+        except KeyboardInterrupt:
+            message = "interrupted before anything was done"
         except Exception as error:
             # typer's own usage errors, whatever version of click they come from
             format_message = getattr(error, "format_message", None)

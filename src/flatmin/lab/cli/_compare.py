@@ -9,7 +9,7 @@ from ..methods.registry import COMPARED
 from ..recipe import Recipe
 from ..results.values import count_of
 from ._options import parse_settings, with_options
-from ._shared import Interrupted, app
+from ._shared import Interrupted, app, interruptible
 from ._terminal import Display, print_result
 
 _COMPARED = ",".join(COMPARED)
@@ -27,7 +27,7 @@ def compare(
         typer.Option(
             "--set",
             metavar="METHOD.NAME=VALUE[,VALUE...]",
-            help="A hyperparameter of one method; several values make a row each. May be repeated.",
+            help="A hyperparameter of one method; each of several values makes a row. May be repeated.",
         ),
     ] = None,
     seeds: Annotated[
@@ -36,20 +36,20 @@ def compare(
     select: Annotated[
         int | None,
         typer.Option(
-            help="Compare only the best of each method's --set values, chosen beforehand on a fifth of the training "
-            "set that is held out, by so many seeds of their own.",
+            help="Compare only the best of each method's --set values, chosen first on a held-out fifth of the "
+            "training set, with this many seeds of their own.",
             min=1,
         ),
     ] = None,
     look: Annotated[
         int,
         typer.Option(
-            help="Also measure the sharpness of the first seed's networks, and the loss around them at so many points "
-            "along each of two directions; 0 for not.",
+            help="Also measure the sharpness of the first seed's networks, and the loss around them at this many "
+            "points along each of two directions; 0: do not.",
             min=0,
         ),
     ] = 0,
-    minutes: Annotated[float, typer.Option(help="Time for all, where --seeds is not given.", min=0.1)] = 3.0,
+    minutes: Annotated[float, typer.Option(help="Time for everything, if --seeds is not given.", min=0.1)] = 3.0,
     jobs: Annotated[
         int | None, typer.Option(help="Runs at a time.  [default: one a core; one on an accelerator]", min=1)
     ] = None,
@@ -59,12 +59,12 @@ def compare(
 
     Prints the test accuracy after the last epoch, its paired difference to the base optimizer, both with a 95 %
     confidence interval, and what each method costs. EXPERIMENT, a Python file that defines model(), train_set() and
-    test_set(), takes the place of --data and --model: does it help on my problem, and what does it cost? With
-    flatmin[report] installed, the folder also gets report.html, the same and more for a browser.
+    test_set(), replaces --data and --model: does it help on my problem, and what does it cost? With flatmin[report]
+    installed, the folder also gets report.html, the same and more for a browser.
     """
     settings = parse_settings(set_ or [])
     names = None if methods is None else [name.strip() for name in methods.split(",")]
-    with Display() as display:
+    with interruptible(), Display() as display:
         result = run_comparison(
             recipe,
             methods=names,

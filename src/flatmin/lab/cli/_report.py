@@ -30,10 +30,10 @@ def report(
         str | None, typer.Option(help="Also write what runs logged into this folder, for TensorBoard.")
     ] = None,
 ) -> None:
-    """Write one page on what was found: for a browser, with no network.
+    """Write one page on what was found, for a browser without a network.
 
-    It has the verdict, accuracy against cost, paired differences, curves by epoch, loss landscapes, the Hessian's
-    spectra and measures of sharpness, memory, and how all was made; each plot's numbers too.
+    It shows the verdict, accuracy against cost, paired differences, curves by epoch, loss landscapes, Hessian spectra,
+    measures of sharpness, memory, and how everything was made, each plot with its numbers.
     """
     page = write_report(runs, out)
     if figures is not None:

@@ -1,6 +1,11 @@
 """What the commands share: the application, and the end of what Ctrl-C has ended."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import typer
+
+from ..runs.train import RunInterrupted
 
 app = typer.Typer(
     help="Train networks into flat minima at the price of the plain optimizer, and measure what it gains.",
@@ -16,3 +21,12 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
     def __str__(self) -> str:
         return f"interrupted: {super().__str__()}"
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Makes one line of what Ctrl-C has left; typer would end the command itself on a KeyboardInterrupt."""
+    try:
+        yield
+    except RunInterrupted as error:
+        raise Interrupted(str(error)) from None

@@ -23,7 +23,7 @@ err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class _Notices(logging.Handler):
-    """Shows what the library has to say of its own choices."""
+    """Shows the notices of the library, such as choices that it has made."""
 
     def emit(self, record: logging.LogRecord) -> None:
         err_console.print(record.getMessage(), markup=False)
@@ -76,7 +76,7 @@ class Display:
         self._bar.stop()
 
     def tell(self, done: int, planned: int, word: str) -> None:
-        """Shows how far it has come."""
+        """Shows the progress."""
         self._bar.update(self._task, completed=done, total=planned or None, description=word)
         if not err_console.is_terminal and word != self._said:
             self._said = word

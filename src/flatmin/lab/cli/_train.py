@@ -12,7 +12,7 @@ from ..runs.resume import find_run, read_run
 from ..runs.train import resume as resume_one
 from ..runs.train import train as train_one
 from ._options import check_resumed, given_options, with_options
-from ._shared import app
+from ._shared import app, interruptible
 from ._terminal import out_console
 
 _METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
@@ -45,15 +45,16 @@ def train(
     if resume is not None:
         _resume(Path(resume), given_options(context), checkpoint_minutes)
         return
-    done = train_one(
-        recipe,
-        method=method,
-        settings=settings,
-        seed=seed,
-        out=out,
-        checkpoint_minutes=checkpoint_minutes,
-        on_epoch=_show(recipe.epochs),
-    )
+    with interruptible():
+        done = train_one(
+            recipe,
+            method=method,
+            settings=settings,
+            seed=seed,
+            out=out,
+            checkpoint_minutes=checkpoint_minutes,
+            on_epoch=_show(recipe.epochs),
+        )
     out_console.print(str(done), markup=False)
 
 
@@ -71,7 +72,8 @@ def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float) -> Non
         shown.append(metrics)
         show(metrics)
 
-    done = resume_one(path, checkpoint_minutes=checkpoint_minutes, on_epoch=note, **place)
+    with interruptible():
+        done = resume_one(path, checkpoint_minutes=checkpoint_minutes, on_epoch=note, **place)
     if not shown:
         out_console.print(f"the run is finished: all {run.recipe.epochs} epochs were done before", markup=False)
     out_console.print(str(done), markup=False)

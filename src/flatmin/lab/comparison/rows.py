@@ -10,18 +10,20 @@ from ..results import Row
 
 
 def make_rows(methods: Sequence[str], settings: Mapping[str, Mapping[str, Sequence[Any]]], *, epochs: int) -> list[Row]:
-    """Makes the rows of a comparison: every method in every combination of the settings given for it.
+    """Makes the rows of a comparison: each method with every combination of the values given for it.
 
     Args:
-        methods: Names from the registry. The first row that stands for ``base`` becomes the base; there must be one.
+        methods: Names of methods; ``"base"`` must be one, and its first row is the base of the comparison.
         settings: For a method, for a hyperparameter, the values to try.
         epochs: Length of the runs, to which some defaults are tied.
 
     Raises:
-        InvalidArgumentError: If a method or hyperparameter is unknown, twice there, or ``base`` is missing.
+        InvalidArgumentError: If a method or hyperparameter is unknown or given twice, or ``base`` is missing.
     """
     if len(set(methods)) != len(methods):
-        raise InvalidArgumentError(f"methods names one twice: {', '.join(methods)}; for several settings use --set")
+        raise InvalidArgumentError(
+            f"methods has a name twice: {', '.join(methods)}; for several settings of one use --set"
+        )
     for name in settings:
         get_method(name)
         if name not in methods:

@@ -1,4 +1,4 @@
-"""Several methods on the same splits, initial weights and batches, seed by seed."""
+"""Runs a comparison: times the steps, trains every row with every seed on several processes, writes the results."""
 
 import multiprocessing
 import os
@@ -40,13 +40,13 @@ class Comparison:
         seeds: How many seeds; None for as many as fit in ``minutes``, at least 5.
         first_seed: The first of them.
         timed: Whether to measure the steps.
-        selection: How the rows were chosen among candidates, if they were; see `select`. It goes into the results.
+        selection: How the rows were chosen among candidates, if they were (see `select`); written to the results.
         minutes: Time for all, where ``seeds`` is None.
-        jobs: Processes; None for one a core on the CPU and one on an accelerator.
+        jobs: Number of processes; None: one a core on the CPU, one on an accelerator.
         on_progress: Called from time to time with epochs done, epochs planned and a word on what is going on.
 
     Raises:
-        FlatminError: If something in it cannot be used; found out before the first run.
+        FlatminError: If something in it cannot be used; this is noticed before the first run.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Comparison:
         self._tell = on_progress or (lambda done, planned, word: None)
 
     def run_folder(self, row: Row, seed: int) -> Path:
-        """Where a run of the comparison is kept."""
+        """The folder of one of its runs."""
         return self.folder / RUNS / run_name(row.label, seed)
 
     def run(self) -> Outcome:
@@ -109,7 +109,7 @@ class Comparison:
         return outcome
 
     def _measure(self) -> None:
-        """Builds every row once, so that what is wrong with it shows now, and times the steps of all."""
+        """Builds every row once, so that mistakes show now, and times the steps of all."""
         recipe, rows = self.outcome.recipe, self.outcome.rows
         self._tell(0, 0, "timing the steps")
         problem = load_problem(recipe, seed=0)
@@ -130,17 +130,17 @@ class Comparison:
         finally:
             torch.set_num_threads(threads)
         for row, trainer, cost in zip(rows, trainers, costs, strict=True):
-            self.outcome.step_ratio[row.label] = cost.paying.ratio(costs[0].paying)
-            self.outcome.step_seconds[row.label] = cost.paying.median()
+            self.outcome.step_ratio[row.label] = cost.full.ratio(costs[0].full)
+            self.outcome.step_seconds[row.label] = cost.full.median()
             if cost.plain is not None:
-                self.outcome.plain_ratio[row.label] = cost.plain.ratio(costs[0].paying)
+                self.outcome.plain_ratio[row.label] = cost.plain.ratio(costs[0].full)
             self.outcome.extra_bytes[row.label] = trainer.extra_bytes
         if device.type == "cuda":  # what was measured here leaves room for the process that trains
             del base, trainers, trainer
             torch.cuda.empty_cache()
 
     def _try(self) -> None:
-        """Builds every row once, so that what is wrong with it shows now."""
+        """Builds every row once, so that mistakes show now."""
         problem = load_problem(self.outcome.recipe, seed=self.first_seed)
         for row in self.outcome.rows:
             Trainer(Run(self.outcome.recipe, row.method, row.settings), problem)
@@ -182,7 +182,8 @@ class Comparison:
                 self._collect(futures)
                 if isinstance(error, BrokenProcessPool):
                     raise FlatminError(
-                        f"a run was killed, perhaps for want of memory: try --jobs 1; what was done is in {self.folder}"
+                        "a run was killed, perhaps because memory ran out: try --jobs 1; finished runs are in "
+                        f"{self.folder}"
                     ) from error
                 raise
 
@@ -208,7 +209,7 @@ def _cores() -> int:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Ignores Ctrl-C for a moment, where that can be said: in the main thread."""
+    """Ignores Ctrl-C for a moment; possible only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -242,5 +243,5 @@ def _train_one(run: Run, folder: Path) -> dict[str, float]:
 
     check()
     folder.mkdir(parents=True)
-    # Its many short epochs would spend their time waiting for the disk.
+    # Not durable: many short epochs would spend their time waiting for the disk.
     return train_run(run, folder, on_epoch=lambda metrics: _ticks.put(1), on_step=check, durable=False)

@@ -1,4 +1,4 @@
-"""Intervals and tests of a paired comparison, by scipy."""
+"""Confidence intervals and tests of a paired comparison, by scipy."""
 
 import math
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def interval(values: Sequence[float]) -> Interval:
 def paired_p_value(differences: Sequence[float]) -> float:
     """Two-sided p-value of the paired t-test, for the mean of ``differences`` being 0; 1 for fewer than two.
 
-    Accuracies are counts of samples, so that all differences can be equal, and the statistic infinite. Then it is the
-    p-value of the sign test, ``2 ** (1 - n)``, and never less than that.
+    Accuracies are counts of samples, so all differences can be equal and the statistic infinite. The result is then the
+    p-value of the sign test, ``2 ** (1 - n)``.
 
     Example:
         >>> from flatmin.lab.comparison.stats import paired_p_value
@@ -45,7 +45,7 @@ def paired_p_value(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p-values for their number, by Holm's method, in their own order.
+    """Corrects p-values for their number by Holm's method; the order stays.
 
     Example:
         >>> from flatmin.lab.comparison.stats import holm

@@ -1,4 +1,4 @@
-"""One run from start to end, kept on disk as it goes, and continued where it was ended."""
+"""One run from start to end: trained, kept on disk as it goes, continued after a crash."""
 
 import math
 from collections.abc import Callable
@@ -32,24 +32,24 @@ def train_run(
 ) -> dict[str, float]:
     """Trains as ``run`` says and keeps everything in ``folder``, which exists and is empty.
 
-    It receives ``config.json`` before training begins, a line of ``metrics.jsonl`` and ``checkpoints/last`` after each
-    epoch, and ``checkpoints/best`` (of the highest test accuracy) when there is a better one; the checkpoint before the
-    last is ``checkpoints/previous``. An experiment file is copied beside them.
+    ``config.json`` and a copy of the experiment file are written before training begins. After each epoch follow a line
+    of ``metrics.jsonl`` and ``checkpoints/last``; the checkpoint before it becomes ``checkpoints/previous``, and the one
+    with the highest test accuracy is ``checkpoints/best``.
 
     Args:
         run: What to train.
         folder: Where to keep it.
-        on_epoch: Called with each epoch's metrics once they are on disk.
-        on_step: Called after each step; what it raises ends the training.
-        checkpoint_minutes: A checkpoint is also written within an epoch when the last is so old; 0 for every step.
-        durable: Whether checkpoints survive a failure of the power too, and not only of the process.
+        on_epoch: Called with the metrics of each epoch once they are on disk.
+        on_step: Called after each step; an exception that it raises ends the training.
+        checkpoint_minutes: Within an epoch, write a checkpoint when the last one is this old; 0: after every step.
+        durable: Whether checkpoints also survive a power failure, not only the end of the process.
 
     Returns:
-        The last epoch's metrics (see `Trainer.train_epoch`), ``extra_bytes`` and ``mean_closure_calls``, of a step over
-        the whole run.
+        The metrics of the last epoch (see `Trainer.train_epoch`), with ``extra_bytes`` and ``mean_closure_calls``, the
+        closure calls of a step, averaged over the run.
 
     Raises:
-        FlatminError: If something that the run names cannot be used, or the folder cannot be written.
+        FlatminError: If something in the run cannot be used, or the folder cannot be written.
     """
     with _alone(folder):
         experiment = read_experiment(run.recipe)  # as it is now, when it is run; reading the data may take long
@@ -69,23 +69,25 @@ def resume_run(
     on_step: Callable[[], None] | None = None,
     checkpoint_minutes: float = 10.0,
 ) -> dict[str, float]:
-    """Continues what `train` began in ``folder``, as if it had never been ended.
+    """Continues what `train_run` began in ``folder``, as if it had never been ended.
 
-    It comes out to the bit on the CPU, with the same number of processes and workers, if the data set keeps no random
-    state of its own.
-
-    A run that had not come to a checkpoint begins at its start; one that is finished is left as it is.
+    On the CPU, with as many processes and workers, the result is bit-identical, unless the data set keeps its own random
+    state. A run without any checkpoint starts from the beginning; a finished run is left as it is.
 
     Args:
-        run: From `read_run`, with another device or number of workers if need be.
+        run: From `read_run`; device and number of workers may differ.
         folder: The run's.
         checkpoint: One of its checkpoints; None for the newest.
-        on_epoch: As in `train`, as are the others and what is returned.
-        on_step: Likewise.
-        checkpoint_minutes: Likewise.
+        on_epoch: As for `train_run`.
+        on_step: As for `train_run`.
+        checkpoint_minutes: As for `train_run`.
+
+    Returns:
+        As `train_run`.
 
     Raises:
-        FlatminError: As in `train`, and if the checkpoint is damaged or does not fit, or another process is at it.
+        FlatminError: As for `train_run`, and if the checkpoint is damaged or does not fit, or another process writes
+            the run.
     """
     with _alone(folder):
         with torchrun.first_before_others():
@@ -123,7 +125,7 @@ def _conclusion(metrics: list[dict[str, float]], extra_bytes: int) -> dict[str, 
 
 
 def _alone(folder: Path) -> AbstractContextManager[None]:
-    """Keeps other runs away from a folder; that of the first rank, who is the one to write."""
+    """Keeps other processes from writing the folder; only the first rank writes, so only it takes the lock."""
     return locked(folder) if _distributed.rank() == 0 else nullcontext()
 
 
