@@ -66,7 +66,7 @@ class Recipe:
     epochs: int = _option(60, "Epochs of training.")
     batch_size: int = _option(
         128,
-        "Samples in a batch, all processes together; the last batch is dropped if any process would get fewer than two.",
+        "Samples in a batch, all processes together; the last is dropped if a process would get fewer than two of it.",
     )
     optimizer: str = _option("sgd", "sgd | adamw; the learning rate follows a cosine down to 0.")
     lr: float | None = _option(None, "Learning rate at the start.  [default: 0.1 for sgd, 0.001 for adamw]")
@@ -85,7 +85,8 @@ class Recipe:
     )
     log_curvature: int = _option(
         0,
-        "Measure the Hessian's largest eigenvalue after every N-th epoch and the last: about forty passes over 512 samples; 0: never.",
+        "Measure the Hessian's largest eigenvalue after every N-th epoch and the last: about forty passes over 512 "
+        "samples; 0: never.",
     )
     precision: str = _option(
         "float32", "float32 | bfloat16 | float16; the last two by autocast, float16 with a gradient scaler."

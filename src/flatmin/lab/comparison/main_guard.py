@@ -42,7 +42,7 @@ def _is_guarded(path: Path, line: int) -> bool:
         return True
     return any(
         isinstance(node, ast.If)
-        and node.body[0].lineno <= line <= (node.body[-1].end_lineno or line)
+        and node.lineno <= line <= (node.end_lineno or line)
         and any(isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test))
         for node in ast.walk(tree)
     )

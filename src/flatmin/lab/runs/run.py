@@ -33,8 +33,8 @@ def train_run(
     """Trains as ``run`` says and keeps everything in ``folder``, which exists and is empty.
 
     ``config.json`` and a copy of the experiment file are written before training begins. After each epoch follow a line
-    of ``metrics.jsonl`` and ``checkpoints/last``; the checkpoint before it becomes ``checkpoints/previous``, and the one
-    with the highest test accuracy is ``checkpoints/best``.
+    of ``metrics.jsonl`` and ``checkpoints/last``. The checkpoint before it becomes ``checkpoints/previous``; that with the
+    highest test accuracy is ``checkpoints/best``.
 
     Args:
         run: What to train.
@@ -71,8 +71,8 @@ def resume_run(
 ) -> dict[str, float]:
     """Continues what `train_run` began in ``folder``, as if it had never been ended.
 
-    On the CPU, with as many processes and workers, the result is bit-identical, unless the data set keeps its own random
-    state. A run without any checkpoint starts from the beginning; a finished run is left as it is.
+    On the CPU, with as many processes and workers, the result is bit-identical, unless the data set keeps a random
+    state itself. A run without any checkpoint starts from the beginning; a finished run is left as it is.
 
     Args:
         run: From `read_run`; device and number of workers may differ.
