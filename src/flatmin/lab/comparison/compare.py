@@ -160,14 +160,19 @@ def _each_a_list(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
 def _look_at(folders: Sequence[Path], points: int, tell: OnProgress) -> None:
     """Measures sharpness and landscape of each run's network, for the report."""
     measure = importlib.import_module("flatmin.lab.runs.measure")
+    density = {"probes": 1, "steps": 32}  # rough
     try:
         for folder in folders:
             tell(0, 0, f"sharpness of {folder.name}")
-            measure.measure_sharpness(folder, samples=LOOKED_AT, density={"probes": 1, "steps": 32})
-            measure.measure_landscape(folder, points=points, samples=LOOKED_AT, on_progress=tell)
+            saved = measure.open_saved(folder)
+            batches = measure.fixed_batches(saved.problem, LOOKED_AT, 0, saved.device)
+            measure.write_sharpness(saved, batches, density=density)
+            measure.write_landscape(saved, batches, points=points, on_progress=tell)
     except KeyboardInterrupt:
         warnings.warn(
-            "interrupted while looking at the networks; the comparison is complete", FlatminWarning, stacklevel=2
+            "interrupted while measuring sharpness and landscapes; the comparison itself is complete",
+            FlatminWarning,
+            stacklevel=2,
         )
 
 

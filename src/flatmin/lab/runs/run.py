@@ -33,8 +33,8 @@ def train_run(
     """Trains as ``run`` says and keeps everything in ``folder``, which exists and is empty.
 
     ``config.json`` and a copy of the experiment file are written before training begins. After each epoch follow a line
-    of ``metrics.jsonl`` and ``checkpoints/last``. The checkpoint before it becomes ``checkpoints/previous``; that with the
-    highest test accuracy is ``checkpoints/best``.
+    of ``metrics.jsonl`` and ``checkpoints/last``. The checkpoint before it becomes ``checkpoints/previous``; the best
+    one by test accuracy is ``checkpoints/best``.
 
     Args:
         run: What to train.
