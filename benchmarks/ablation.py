@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatmin.lab.comparison.compare import Comparison
-from flatmin.lab.comparison.outcome import make_rows, verdict
+from flatmin.lab.comparison.rows import make_rows
+from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.select import select
 from flatmin.lab.methods import Assembled, Card, Ingredients, register
 from flatmin.lab.recipe import Recipe
@@ -165,17 +165,14 @@ def main() -> None:
         rows, selection = select(recipe, rows, Path(folder, "selection"), seeds=arguments.select, **options)
         compared = Path(folder, "compared")
         compared.mkdir()
-        outcome = Comparison(
+        comparison = Comparison(
             recipe, rows, compared, seeds=arguments.seeds, timed=False, selection=selection, **options
-        ).run()
+        )
+        result = comparison.run().result()
         results = json.loads((compared / "results.json").read_text())
-    summary = {"targets": TARGETS, "verdict": verdict(outcome)}
+    summary = {"targets": TARGETS, "verdict": result.verdict}
     write_json(arguments.out, {**results, **summary, "command": f"python benchmarks/{command_line()}", **environment()})
-    for row in outcome.table():
-        accuracy, difference = row["accuracy"], row["difference"]
-        spread = f"{difference['mean']:+.2f} ± {difference['half']:.2f}"
-        print(f"{row['label']}: {accuracy['mean']:.2f} ± {accuracy['half']:.2f} %, {spread} to the base")
-    print(verdict(outcome))
+    print(result)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from flatmin.lab.comparison.compare import Comparison
-from flatmin.lab.comparison.outcome import make_rows
+from flatmin.lab.comparison.rows import make_rows
+from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.stats import interval
 from flatmin.lab.recipe import Recipe
+from flatmin.lab.results import LAST
 from flatmin.lab.runs.measure import NOTE, measures
-from flatmin.lab.runs.record import LAST, command_line, environment, write_json
+from flatmin.lab.runs.record import command_line, environment, write_json
 from flatmin.lab.runs.saved import open_saved
 from flatmin.lab.training.logged_sharpness import fixed_batches
 from flatmin.sharpness import Objective

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flatmin.errors import MissingDependencyError
-from flatmin.lab.comparison.outcome import Row, make_rows
+from flatmin.lab.comparison.rows import Row, make_rows
 from flatmin.lab.comparison.timing import measure_rows, synchronize
 from flatmin.lab.methods import COMPARED, parse_settings
 from flatmin.lab.problems.models import create_model, model_names
@@ -105,9 +105,9 @@ def measure(case: Case, device: str, rows: list[Row], seconds: float) -> dict[st
     """Measures all rows on one case."""
     batch = make_batch(case, device)
     costs, trainers = measure_rows(rows, lambda row: build(case, device, row), batch, seconds=seconds)
-    base, measured = costs[0].paying, []
+    base, measured = costs[0].full, []
     for given, trainer, cost in zip(rows, trainers, costs, strict=True):
-        each = cost.paying
+        each = cost.full
         ratios = sorted(ours / plain for ours, plain in zip(each.seconds, base.seconds, strict=True))
         row: dict[str, Any] = {
             "method": given.label,

@@ -518,7 +518,7 @@ def _get(entries: Mapping[str, Mapping[str, Any]], row: str, key: str) -> list[A
 
 def _interval(values: Sequence[float]) -> dict[str, float]:
     found = interval(values)
-    return {"mean": found.mean, "half": found.half}
+    return {"mean": found.mean, "half": math.nan if found.half is None else found.half}
 
 
 def format_table(result: Mapping[str, Any]) -> str:

@@ -17,16 +17,19 @@ ROOT = Path(flatmin.__file__).parent
 PUBLIC = [
     "flatmin",
     *(f"flatmin.{name}" for name in ("averages", "history", "losses", "optim", "sharpness")),
-    *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report")),
+    "flatmin.lab",
+    *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report", "results")),
 ]
 # Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory the second.
 SHARED = {"errors", "_checks", "_distributed", "_files", "_rng"}
 LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
+RESULTS = {"errors", "lab/results"}
 PROBLEMS = {*SHARED, *LIBRARY, "lab/recipe", "lab/problems"}
 METHODS = {*SHARED, *LIBRARY, "lab/methods"}
 TRAINING = {*PROBLEMS, *METHODS, "lab/training"}
-RUNS = {*TRAINING, "lab/runs"}
-COMPARISON = {*RUNS, "lab/comparison"}
+RUNS = {*TRAINING, *RESULTS, "lab/runs"}
+REPORT = {*RESULTS, "lab/report"}
+COMPARISON = {*RUNS, *REPORT, "lab/comparison"}
 ALLOWED = {
     "errors": set(),
     "_checks": {"errors"},
@@ -39,15 +42,16 @@ ALLOWED = {
     "sharpness": SHARED,
     "indices": SHARED,
     "losses": {*SHARED, "averages", "history"},
-    "lab/__init__": set(),
+    "lab/__init__": COMPARISON,
     "lab/recipe": SHARED,
+    "lab/results": RESULTS,
     "lab/problems": PROBLEMS,
     "lab/methods": METHODS,
     "lab/training": TRAINING,
     "lab/runs": RUNS,
     "lab/comparison": COMPARISON,
-    "lab/report": {"errors", "_checks", "lab/report"},
-    "lab/cli": {*COMPARISON, "", "lab/report", "lab/cli"},
+    "lab/report": REPORT,
+    "lab/cli": {*COMPARISON, "", "lab/cli"},
     "__init__": {"errors", *LIBRARY},
     "__main__": {"lab/cli"},
 }
@@ -108,6 +112,53 @@ def test_who_imports_whom(path: Path) -> None:
 
 def test_the_rooms_are_those_that_there_are() -> None:
     assert {room(path) for path in ROOT.rglob("*.py")} == set(ALLOWED)
+
+
+def modules_at_import(path: Path) -> set[Path]:
+    """The files of flatmin that a file imports when it is imported itself; packages stand for their ``__init__``."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for name in (alias.name for alias in node.names):
+                inner = base / name
+                module = inner if inner.is_dir() or inner.with_suffix(".py").exists() else base
+                found.add(module / "__init__.py" if module.is_dir() else module.with_suffix(".py"))
+    return found
+
+
+def test_no_circle_between_files() -> None:
+    ahead = {path: modules_at_import(path) for path in ROOT.rglob("*.py")}
+    assert all(imported in ahead for found in ahead.values() for imported in found)
+    while free := {path for path, found in ahead.items() if not found & ahead.keys()}:
+        ahead = {path: found for path, found in ahead.items() if path not in free}
+    assert not ahead, f"these import one another: {sorted(str(path.relative_to(ROOT)) for path in ahead)}"
+
+
+@pytest.mark.parametrize("name", ["results", "report"])
+def test_what_reads_results_needs_no_torch(name: str) -> None:
+    """In a process without torch, with empty packages in place of ``flatmin`` and ``flatmin.lab``."""
+    code = (
+        "import importlib, sys, types; sys.modules['torch'] = None\n"
+        f"for name, path in (('flatmin', {str(ROOT)!r}), ('flatmin.lab', {str(ROOT / 'lab')!r})):\n"
+        "    sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = [path]\n"
+        f"before = set(sys.modules); importlib.import_module('flatmin.lab.{name}')\n"
+        "print(*(set(sys.modules) - before))"
+    )
+    new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    packages = {name.split(".")[0] for name in new}
+    assert f"flatmin.lab.{name}" in new
+    assert packages - {"flatmin"} <= set(sys.stdlib_module_names)
+
+
+def test_importing_the_laboratory_loads_nothing_that_only_the_command_or_the_report_needs() -> None:
+    code = "import sys, flatmin; print('flatmin.lab' in sys.modules); import flatmin.lab; print(*sys.modules)"
+    first, new = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert first == "False"
+    assert "flatmin.lab.comparison.compare" in new.split()
+    assert not {"rich", "typer", "plotly", "jinja2", "matplotlib", "flatmin.lab.cli"} & set(new.split())
 
 
 def test_importing_flatmin_loads_no_third_party_but_torch() -> None:

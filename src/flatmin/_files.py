@@ -1,8 +1,10 @@
-"""Files that survive a crash: written to the side, forced to the disk, renamed; and a lock on a folder."""
+"""Files that survive a crash: written to the side, forced to the disk, renamed; JSON; and a lock on a folder."""
 
 import errno
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,53 @@ def write_whole(path: Path, content: bytes) -> None:
         with suppress(OSError):
             fresh.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as JSON in one piece; numbers that are not finite become null.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    write_whole(path, (json.dumps(plain(value), indent=2) + "\n").encode())
+
+
+def write_lines(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a file of one JSON object a line in one piece; numbers that are not finite become null.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    write_whole(path, "".join(json.dumps(plain(value)) + "\n" for value in values).encode())
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Adds ``value`` to such a file. On a full disk, the lines before it stay and nothing of it is left.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    line = (json.dumps(plain(value)) + "\n").encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error
+
+
+def plain(value: Any) -> Any:
+    """Replaces what JSON cannot say: numbers that are not finite, by None."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 from flatmin.lab.methods import get_method, resolve_settings
 from flatmin.lab.recipe import Recipe, Run
-from flatmin.lab.runs.train import train
+from flatmin.lab.runs.run import train_run
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -24,7 +24,7 @@ def trained(tmp_path):
         saf = resolve_settings(get_method("saf"), {"lag": 1, "start_epoch": 0}, epochs=2)
         folder = tmp_path / "run"
         folder.mkdir()
-        train(Run(recipe, "saf", saf), folder)
+        train_run(Run(recipe, "saf", saf), folder)
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     return train_it

@@ -17,7 +17,7 @@ from flatmin.lab.methods import METHODS, resolve_settings
 from flatmin.lab.problems.load import load_problem
 from flatmin.lab.recipe import Recipe, Run
 from flatmin.lab.runs.checkpoint import load_checkpoint
-from flatmin.lab.runs.train import resume, train
+from flatmin.lab.runs.run import resume_run, train_run
 from flatmin.lab.training.torchrun import joined
 from flatmin.lab.training.trainer import Trainer
 from tests.distributed._spawn import run_ranks
@@ -70,11 +70,11 @@ def train_here(run: Run, folder: Path, stop_after: int | None = None) -> None:
 
     own = folder if rank() == 0 else folder / "not" / "there"
     with contextlib.suppress(StoppedError):
-        train(run, own, on_step=on_step, checkpoint_minutes=0 if stop_after else 10)
+        train_run(run, own, on_step=on_step, checkpoint_minutes=0 if stop_after else 10)
 
 
 def resume_here(run: Run, folder: Path) -> None:
-    resume(run, folder)
+    resume_run(run, folder)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -123,7 +123,7 @@ def test_another_number_of_ranks_keeps_the_history(tmp_path: Path) -> None:
     assert rows.shape[1] == 150
     assert rows.any()
     with pytest.warns(FlatminWarning, match="processes was 2 and is 1"):
-        resume(run, tmp_path / "run")  # on one
+        resume_run(run, tmp_path / "run")  # on one
     ours, theirs = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
     for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
@@ -131,7 +131,7 @@ def test_another_number_of_ranks_keeps_the_history(tmp_path: Path) -> None:
 
 def resume_warned(run: Run, folder: Path) -> None:
     with pytest.warns(FlatminWarning, match="processes was 1 and is 2"):
-        resume(run, folder)
+        resume_run(run, folder)
 
 
 def test_an_epoch_that_has_no_more_steps_on_this_number_of_ranks_is_closed(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""What a run is made of, as plain values that go to disk and come back."""
+"""What is trained and how, as plain values that go to disk and come back."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from typing import Any
 
 from .._checks import check_choice, check_integer, check_number
@@ -13,18 +14,46 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def _option(default: Any, text: str) -> Any:
-    """A field whose help text the command shows."""
+    """A field that the command makes an option of, with its help text."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the methods of a comparison share.
+    """What is trained and how: everything that the methods of a comparison share.
 
-    The command makes an option of each field but ``experiment``; the help text stands in the field's metadata.
+    Args:
+        experiment: Path of an experiment file: Python that defines ``model()``, ``train_set()`` and ``test_set()``, and
+            if you like ``criterion()`` and ``optimizer(parameters)``. It replaces ``data`` and ``model``.
+        data: ``"digits"``, ``"mnist1d"``, ``"idx:FOLDER"`` (MNIST format, gzipped or not) or ``"folder:FOLDER"`` (one
+            folder of images a class).
+        model: ``"cnn"``, ``"cnn1d"`` (for mnist1d), ``"resnet18"``, ``"wrn-28-10"``, ``"pyramidnet-110"``,
+            ``"timm/NAME"`` or ``"torchvision/NAME"``.
+        epochs: Number of epochs.
+        batch_size: Samples in a batch, all processes together.
+        optimizer: The base optimizer, ``"sgd"`` or ``"adamw"``; its learning rate follows a cosine down to 0.
+        lr: Learning rate at the start; None: 0.1 for sgd, 0.001 for adamw.
+        momentum: Momentum of sgd; first beta of adamw.
+        weight_decay: Weight decay; None: 0.0005 for sgd, 0.05 for adamw.
+        crop: Crop training images at random, shifted by up to an eighth of their size.
+        flip: Flip training images left to right at random.
+        label_noise: Share of the training labels that are replaced by a wrong class.
+        train_samples: Train on this many samples, drawn by the seed; 0: all.
+        validation: Share of the training set to hold out and test on instead of the test set.
+        image_size: Side in pixels to which the images of ``folder:`` are scaled and cropped.
+        log_sharpness: Measure SAM's sharpness after every N-th epoch and the last; 0: never.
+        log_curvature: Measure the Hessian's largest eigenvalue after every N-th epoch and the last; 0: never.
+        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``; the last two by autocast.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"`` and so on.
+        workers: Processes that load data, for ``folder:`` and experiment files.
 
     Raises:
-        InvalidArgumentError: If a value is out of its bounds.
+        InvalidArgumentError: (a ValueError) if a value is out of its bounds.
+
+    Example:
+        >>> from flatmin.lab import Recipe
+        >>> Recipe(data="mnist1d", model="cnn1d", epochs=40).optimizer
+        'sgd'
     """
 
     experiment: str | None = _option(None, "A Python file with model(), train_set() and test_set().")
@@ -36,34 +65,41 @@ class Recipe:
     )
     epochs: int = _option(60, "Epochs of training.")
     batch_size: int = _option(
-        128, "Samples in a batch, on all processes; a last one with less than two for each process is left out."
+        128,
+        "Samples in a batch, all processes together; the last is dropped if a process would get fewer than two of it.",
     )
-    optimizer: str = _option("sgd", "sgd | adamw; the learning rate falls along a cosine to 0.")
+    optimizer: str = _option("sgd", "sgd | adamw; the learning rate follows a cosine down to 0.")
     lr: float | None = _option(None, "Learning rate at the start.  [default: 0.1 for sgd, 0.001 for adamw]")
-    momentum: float = _option(0.9, "Momentum of sgd; the first beta of adamw.")
+    momentum: float = _option(0.9, "Momentum of sgd; first beta of adamw.")
     weight_decay: float | None = _option(None, "Weight decay.  [default: 0.0005 for sgd, 0.05 for adamw]")
-    crop: bool = _option(False, "Shift training images at random, by up to an eighth of their size.")
-    flip: bool = _option(False, "Mirror training images at random.")
-    label_noise: float = _option(0.0, "Share of the training labels to replace by a wrong class.")
-    train_samples: int = _option(0, "Train on so many samples, drawn by the seed; 0 for all there are.")
+    crop: bool = _option(False, "Crop training images at random, shifted by up to an eighth of their size.")
+    flip: bool = _option(False, "Flip training images left to right at random.")
+    label_noise: float = _option(0.0, "Share of the training labels that are replaced by a wrong class.")
+    train_samples: int = _option(0, "Train on this many samples, drawn by the seed; 0: all.")
     validation: float = _option(
-        0.0, "Share of the training set to hold out and test on, in place of the test set: to choose settings."
+        0.0, "Share of the training set to hold out and test on instead of the test set, to choose settings."
     )
-    image_size: int = _option(32, "Side in pixels to which folder: images are scaled and cropped.")
+    image_size: int = _option(32, "Side in pixels to which the images of folder: are scaled and cropped.")
     log_sharpness: int = _option(
-        0, "Measure SAM's sharpness after every N-th epoch and the last, in four passes over 512 samples; 0 for never."
+        0, "Measure SAM's sharpness after every N-th epoch and the last: four passes over 512 samples; 0: never."
     )
     log_curvature: int = _option(
-        0, "Likewise the Hessian's top eigenvalue, at the price of some forty passes over 512 samples; 0 for never."
+        0,
+        "Measure the Hessian's largest eigenvalue after every N-th epoch and the last: about forty passes over 512 "
+        "samples; 0: never.",
     )
-    precision: str = _option("float32", "float32 | bfloat16 | float16 (autocast; with a gradient scaler).")
+    precision: str = _option(
+        "float32", "float32 | bfloat16 | float16; the last two by autocast, float16 with a gradient scaler."
+    )
     device: str = _option("auto", "auto | cpu | cuda | cuda:1 | mps.")
     workers: int = _option(0, "Processes that load data, for folder: and experiment files.")
 
     def __post_init__(self) -> None:
         for name in ("data", "model"):
             if self.experiment is not None and getattr(self, name) != getattr(Recipe, name):
-                raise InvalidArgumentError(f"{name} and an experiment file exclude each other: the file has its own")
+                raise InvalidArgumentError(
+                    f"{name} and an experiment file exclude each other: the file defines its own"
+                )
         check_integer("epochs", self.epochs, least=1)
         check_integer("batch_size", self.batch_size, least=2, hint="; batch norm needs two samples")
         check_integer("train_samples", self.train_samples, least=0)
@@ -87,7 +123,7 @@ class Run:
     """One training run: a recipe, a method with its hyperparameters, and a seed.
 
     The seed draws the split (where the data set has none of its own), the initial weights, the order of the batches
-    and the augmentation, so that runs of different methods with one seed differ in the method alone.
+    and the augmentation, so runs of different methods with the same seed differ in the method alone.
 
     Raises:
         InvalidArgumentError: If a hyperparameter has the name of a part of the recipe.
@@ -116,5 +152,18 @@ class Run:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Run":
-        """Takes what `to_json` returned, extra keys or not."""
+        """Takes what `to_json` returned; other keys are ignored."""
         return cls(Recipe(**values["recipe"]), values["method"], values["settings"], values["seed"])
+
+
+def as_recipe(given: "Recipe | str | PathLike[str] | None") -> Recipe:
+    """Returns a recipe as it is, an experiment file's with all defaults, or the default recipe for None.
+
+    Raises:
+        InvalidArgumentError: If it is something else.
+    """
+    if given is None or isinstance(given, Recipe):
+        return given or Recipe()
+    if not isinstance(given, (str, PathLike)):
+        raise InvalidArgumentError(f"recipe must be a Recipe or the path of an experiment file, got {given!r:.80}")
+    return Recipe(experiment=fspath(given))

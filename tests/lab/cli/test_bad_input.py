@@ -224,11 +224,11 @@ SOFT = "def train_set(): return TensorDataset(torch.ones(60, 4), torch.ones(60, 
         bad("optimizer", "def optimizer(parameters): raise KeyError('lr')", "KeyError: 'lr'"),
         bad("optimizer", "def optimizer(parameters): return None", "optimizer"),
         bad("criterion", "def criterion(): return 3", "criterion"),
-        bad("train_set", TEXT, "labels must be class numbers"),
+        bad("train_set", TEXT, "labels must be class indices"),
         bad(
             "train_set", "def train_set(): return [({'a': torch.ones(4)}, 0)] * 9", "must be a pair (x, y) of a tensor"
         ),
-        bad("train_set", "def train_set(): return [(torch.ones(4), 0)]", "there must be two at least"),
+        bad("train_set", "def train_set(): return [(torch.ones(4), 0)]", "at least two are needed"),
     ],
 )
 @pytest.mark.parametrize("command", ["train --method base", "compare --methods base --seeds 1 --jobs 1 --minutes .1"])

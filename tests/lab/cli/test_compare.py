@@ -51,7 +51,7 @@ def rows(monkeypatch):
         def run(self):
             return Outcome(noted["recipe"], noted["rows"])
 
-    monkeypatch.setattr("flatmin.lab.cli._compare.Comparison", Noting)
+    monkeypatch.setattr("flatmin.lab.comparison.compare.Comparison", Noting)
     return noted
 
 
@@ -124,7 +124,7 @@ class TestTheRealThing:
         assert found.err.splitlines()[-1] == "2 of 2 seeds done"
         for row in written["rows"]:
             assert f"{row['accuracy']['mean']:.2f} ± {row['accuracy']['half']:.2f}" in found.out
-            assert f"{row['step_ratio']:.2f} x" in found.out
+            assert f"{row['step_ratio']:.2f}x" in found.out
         for row in written["rows"][1:]:
             assert f"{row['difference']['mean']:+.2f} ± {row['difference']['half']:.2f}" in found.out
         assert written["rows"][1]["step_ratio"] > 1
@@ -159,7 +159,9 @@ class TestTheRealThing:
         assert "has not come to its end" in Path("meanwhile.html").read_text()
         written = results("run")
         assert process.returncode == 2
-        assert err.splitlines()[-1] == f"flatmin: interrupted: {len(written['seeds'])} seeds are finished, kept in run"
+        finished = len(written["seeds"])
+        said = f"flatmin: interrupted: {finished} seed{'s' if finished > 1 else ''} finished, kept in run"
+        assert err.splitlines()[-1] == said
         assert "Traceback" not in err
         assert none_left(process.pid)
         assert written["interrupted"] is True
@@ -170,6 +172,6 @@ class TestTheRealThing:
     def test_ctrl_c_while_the_workers_start_is_one_line_too(self, flatmin, started):
         _, err, process = started("0 of 1000 seeds done")
         assert process.returncode == 2
-        assert err.splitlines()[-1] == "flatmin: interrupted: 0 seeds are finished, no epoch was done"
+        assert err.splitlines()[-1] == "flatmin: interrupted: no epoch was done"
         assert "Traceback" not in err
         assert not Path("run").exists()

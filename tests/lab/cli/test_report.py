@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import flatmin.lab.cli._report as command
 from flatmin.errors import FlatminWarning
+from flatmin.lab.comparison.compare import write_page
 from flatmin.lab.report._page import make_section
 from flatmin.lab.report._read import read_studies
 
@@ -31,13 +31,13 @@ def test_what_it_cannot_use_is_one_line(flatmin, source):
 
 def test_a_report_that_fails_costs_a_comparison_nothing(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({}))
-    with pytest.warns(FlatminWarning, match="the report could not be written: .*holds no comparison"):
-        assert command.report_on(tmp_path) is None
+    with pytest.warns(FlatminWarning, match="the report could not be written: .*not a comparison of flatmin"):
+        assert write_page(tmp_path) is None
 
 
 def test_without_plotly_a_comparison_has_none(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert command.report_on(tmp_path) is None
+    assert write_page(tmp_path) is None
 
 
 def test_with_figures_and_tensorboard(flatmin, experiment):

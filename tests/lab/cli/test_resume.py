@@ -45,7 +45,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("method", ["saf", "mesa"])
-def test_killed_at_random_moments_it_comes_out_to_the_bit(flatmin, tmp_path, method):
+def test_killed_at_random_moments_the_result_is_bit_identical(flatmin, tmp_path, method):
     options = ["--method", method, "--epochs", "4", "--start-epoch", "2", "--seed", "3", "--crop", "--device", "cpu"]
     options += ["--lag", "2"] if method == "saf" else []
     assert flatmin("train", *options, "--out", "whole").code == 0
@@ -181,14 +181,14 @@ def test_two_at_once(flatmin, tmp_path, experiment):
 LIMITED = """
 import resource, sys
 from flatmin.lab import cli
-from flatmin.lab.runs import keeper
+from flatmin.lab.runs import writer
 
 def limited(*arguments, **options):
     if len(arguments[1]["metrics"]) == 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     return save(*arguments, **options)
 
-save, keeper.save_checkpoint = keeper.save_checkpoint, limited
+save, writer.save_checkpoint = writer.save_checkpoint, limited
 sys.exit(cli.run(sys.argv[1:]))
 """
 
@@ -199,7 +199,7 @@ def check_full(process):
     assert len(process.stderr.splitlines()) == 1, process.stderr
     assert process.stderr.startswith("flatmin: ")
     assert "checkpoints/last: the checkpoint could not be written: " in process.stderr
-    assert "the one before it is whole; when there is room: flatmin train --resume " in process.stderr
+    assert "the one before it is intact; when there is room: flatmin train --resume " in process.stderr
 
 
 def test_a_file_that_may_grow_no_further(flatmin, tmp_path, experiment):

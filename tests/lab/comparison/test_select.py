@@ -7,7 +7,8 @@ from torch.utils.data import Dataset
 
 from flatmin.errors import DataError, InvalidArgumentError
 from flatmin.lab.comparison import select as module
-from flatmin.lab.comparison.outcome import Outcome, make_rows
+from flatmin.lab.comparison.outcome import Outcome
+from flatmin.lab.comparison.rows import make_rows
 from flatmin.lab.comparison.select import select
 from flatmin.lab.problems.load import load_problem
 from flatmin.lab.problems.problem import held_out, reduced
@@ -62,9 +63,13 @@ def test_a_smaller_training_set_leaves_the_test_set_alone(make_run, make_problem
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda problem: held_out(problem, 0.001, 0), InvalidArgumentError, "validation=0.001 of 40 .* is none"),
+        (lambda problem: held_out(problem, 0.001, 0), InvalidArgumentError, "validation=0.001 of 40 .* is no sample"),
         (lambda problem: held_out(problem, 0.99, 0), DataError, "what validation=0.99 leaves"),
-        (lambda problem: reduced(problem, 41, 0), InvalidArgumentError, "train_samples=41 are more than there are, 40"),
+        (
+            lambda problem: reduced(problem, 41, 0),
+            InvalidArgumentError,
+            "=41 is more than the 40 training samples",
+        ),
         (lambda problem: reduced(problem, 1, 0), DataError, "train_samples=1"),
     ],
 )

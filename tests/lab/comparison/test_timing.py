@@ -8,7 +8,7 @@ import torch
 
 from flatmin.indices import with_indices
 from flatmin.lab.comparison import timing
-from flatmin.lab.comparison.outcome import make_rows
+from flatmin.lab.comparison.rows import make_rows
 from flatmin.lab.comparison.timing import StepTimes, measure_rows, measure_steps
 
 
@@ -134,5 +134,5 @@ def test_rows_of_which_not_all_steps_pay_are_timed_in_both_kinds(monkeypatch):
     rows = make_rows(["base", "sam", "late_sam", "look_sam"], {}, epochs=5)
     monkeypatch.setattr(timing, "measure_steps", lambda trainers, batch: [StepTimes([float(n)]) for n in range(6)])
     costs, trainers = measure_rows(rows, lambda row: row, (None, None, None))
-    assert [(c.paying.median(), c.plain and c.plain.median()) for c in costs] == [(0, None), (1, None), (2, 3), (4, 5)]
+    assert [(c.full.median(), c.plain and c.plain.median()) for c in costs] == [(0, None), (1, None), (2, 3), (4, 5)]
     assert [row.settings.get("when") for row in trainers] == [None, "always", "always", "always"]

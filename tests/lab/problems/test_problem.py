@@ -264,9 +264,9 @@ class TestExperimentFile:
     [
         (torch.tensor([0, 3]), "outside the 3 classes: 3"),
         (torch.tensor([-1, 2]), "outside the 3 classes: -1"),
-        (torch.tensor([0.0, 1.0]), "class numbers.*float32.*MESA"),
-        (torch.eye(3), "class numbers.*mixup.*MESA"),
-        (torch.tensor([[0], [1]]), "class numbers"),
+        (torch.tensor([0.0, 1.0]), "class indices.*float32.*MESA"),
+        (torch.eye(3), "class indices.*mixup.*MESA"),
+        (torch.tensor([[0], [1]]), "class indices"),
     ],
 )
 def test_labels_that_are_no_class_numbers(labels, message):

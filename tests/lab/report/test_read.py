@@ -7,7 +7,7 @@ import pytest
 from flatmin.errors import DataError, InvalidArgumentError, OutputError
 from flatmin.lab.report import write_report
 from flatmin.lab.report._read import read_studies
-from flatmin.lab.report._verdict import plain_verdict
+from flatmin.lab.results import verdict
 
 
 def read(*sources):
@@ -33,7 +33,7 @@ def test_a_results_file_alone_is_enough(comparison):
 
 def test_without_a_verdict_the_numbers_speak(comparison):
     (study,) = read(comparison(verdict=None))
-    assert study.verdict == plain_verdict(study)
+    assert study.verdict == verdict(study.rows, 5)
     assert "beyond noise here: sam (+0.20 points at 1.50 times the step)." in study.verdict
     assert "Not told apart from it: saf (+0.40 points at 2.00 times the step)." in study.verdict
 
@@ -87,10 +87,10 @@ def test_numbers_that_are_none_or_not_finite_are_missing(comparison):
     [
         (None, None, "no run of flatmin"),
         ("results.json", '{"rows": [', "is damaged"),
-        ("results.json", "[1]", "none of flatmin's files"),
-        ("results.json", '{"cases": []}', "holds no comparison"),
+        ("results.json", "[1]", "not a file of flatmin"),
+        ("results.json", '{"cases": []}', "not a comparison of flatmin"),
         ("results.json", '{"rows": [{}], "recipe": {}}', "a row has no label"),
-        ("results.json", '{"rows": [{"label": "a"}, {"label": "a"}], "recipe": {}}', "two rows have one label"),
+        ("results.json", '{"rows": [{"label": "a"}, {"label": "a"}], "recipe": {}}', "two rows have the same label"),
         ("config.json", "", "is damaged"),
         ("config.json", '{"name": "npm"}', "names no method and no recipe"),
         ("config.json", b"\xff\xfe\x00", "it is no text"),

@@ -1,4 +1,4 @@
-"""A run that was ended anywhere is continued, on the CPU to the bit."""
+"""A run that was ended anywhere is continued, on the CPU bit-identical."""
 
 import contextlib
 import errno
@@ -18,12 +18,12 @@ from flatmin._files import locked
 from flatmin.errors import DataError, ExperimentError, FlatminWarning, OutputError
 from flatmin.lab.methods import METHODS
 from flatmin.lab.runs import checkpoint as checkpoint_module
-from flatmin.lab.runs import keeper as keeper_module
 from flatmin.lab.runs import resume as resume_module
-from flatmin.lab.runs import train as train_module
+from flatmin.lab.runs import run as run_module
+from flatmin.lab.runs import writer as writer_module
 from flatmin.lab.runs.checkpoint import load_checkpoint, save_checkpoint
 from flatmin.lab.runs.resume import find_run, open_start, read_run
-from flatmin.lab.runs.train import resume, train
+from flatmin.lab.runs.run import resume_run, train_run
 from flatmin.lab.training.trainer import Trainer
 from tests.killed import killed_at
 
@@ -76,7 +76,7 @@ def flat(value, name=""):
 
 
 def assert_same(one, other):
-    """Both runs have the same metrics and the same checkpoints, to the bit."""
+    """Both runs have the same metrics and the same checkpoints, bit-identical."""
     assert lines(one) == lines(other)
     for which in ("last", "best"):
         ours, theirs = (flat(load_checkpoint(folder / "checkpoints" / which)) for folder in (one, other))
@@ -112,69 +112,69 @@ class TestToTheBit:
     @pytest.mark.parametrize("steps", [1, 4, 7, 10])
     def test_ended_in_the_middle_of_an_epoch(self, folder, whole, make_run, noisy, method, steps):
         run = make_run(method, epochs=4, seed=2, experiment=noisy)  # of three steps each
-        train(run, whole)
+        train_run(run, whole)
         with pytest.raises(Ended):
-            train(run, folder, on_step=ending_after(steps), checkpoint_minutes=0)
+            train_run(run, folder, on_step=ending_after(steps), checkpoint_minutes=0)
         state = load_checkpoint(folder / "checkpoints/last")
         assert (state["epoch"], state["progress"]["steps"]) == divmod(steps, 3)
         torch.manual_seed(99)
-        resume(run, folder)
+        resume_run(run, folder)
         assert_same(folder, whole)
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_workers_that_draw_random_numbers(self, folder, whole, make_run, noisy, workers):
         run = make_run("saf", epochs=2, experiment=noisy, workers=workers)
-        train(run, whole)
+        train_run(run, whole)
         with pytest.raises(Ended):
-            train(run, folder, on_step=ending_after(5), checkpoint_minutes=0)
-        resume(run, folder)
+            train_run(run, folder, on_step=ending_after(5), checkpoint_minutes=0)
+        resume_run(run, folder)
         assert_same(folder, whole)
 
     def test_ended_again_and_again(self, folder, whole, make_run, noisy):
         run = make_run("saf", epochs=3, experiment=noisy)
-        train(run, whole)
+        train_run(run, whole)
         with pytest.raises(Ended):
-            train(run, folder, on_step=ending_after(2), checkpoint_minutes=0)
+            train_run(run, folder, on_step=ending_after(2), checkpoint_minutes=0)
         for _ in range(3):
             with pytest.raises(Ended):
-                resume(run, folder, on_step=ending_after(2), checkpoint_minutes=0)
+                resume_run(run, folder, on_step=ending_after(2), checkpoint_minutes=0)
         assert load_checkpoint(folder / "checkpoints/last")["epoch"] == 2
-        resume(run, folder, checkpoint_minutes=0)
+        resume_run(run, folder, checkpoint_minutes=0)
         assert_same(folder, whole)
 
     @pytest.mark.parametrize("method", ["saf", "mesa"])
     def test_checkpoints_change_nothing(self, folder, whole, make_run, noisy, method):
         run = make_run(method, experiment=noisy)
-        train(run, whole)
-        train(run, folder, checkpoint_minutes=0)
+        train_run(run, whole)
+        train_run(run, folder, checkpoint_minutes=0)
         assert_same(folder, whole)
 
     @pytest.mark.parametrize("part", ["random", "totals"])
     def test_what_is_kept_in_the_middle_of_an_epoch_matters(self, folder, whole, make_run, noisy, part, monkeypatch):
         run = make_run("base", epochs=2, experiment=noisy)
-        train(run, whole)
+        train_run(run, whole)
         with pytest.raises(Ended):
-            train(run, folder, on_step=ending_after(4), checkpoint_minutes=0)
+            train_run(run, folder, on_step=ending_after(4), checkpoint_minutes=0)
         if part == "random":
             monkeypatch.setattr(Trainer, "_set_random_states", lambda self, states: None)
         else:
             state = load_checkpoint(folder / "checkpoints/last")
             state["ranks"][0]["totals"].zero_()
             save_checkpoint(folder / "checkpoints/last", state)
-        resume(run, folder)
+        resume_run(run, folder)
         assert lines(folder) != lines(whole)
 
     def test_a_training_that_is_killed_at_any_operation_on_files(self, tmp_path, whole, make_run, experiment):
         run = make_run("saf", epochs=2, batch_size=32, experiment=experiment)
-        train(run, whole)
+        train_run(run, whole)
         number, killed = 1, True
         while killed:
             folder = tmp_path / str(number)
             folder.mkdir()
-            killed = killed_at(number, lambda folder=folder: train(run, folder, checkpoint_minutes=0))
+            killed = killed_at(number, lambda folder=folder: train_run(run, folder, checkpoint_minutes=0))
             if (folder / "config.json").exists():
                 assert read_run(folder).seed == 0
-                resume(run, folder, checkpoint_minutes=0)
+                resume_run(run, folder, checkpoint_minutes=0)
                 assert_same(folder, whole)
             number += 6
         assert number > 60
@@ -187,8 +187,8 @@ class TestBest:
         monkeypatch.setattr(Trainer, "evaluate", lambda self: (1.0, accuracies[self.epoch]))
         run = make_run("base", epochs=4, batch_size=20, experiment=experiment)
         with pytest.raises(Ended):
-            train(run, folder, on_step=ending_after(ended), checkpoint_minutes=0)
-        resume(run, folder)
+            train_run(run, folder, on_step=ending_after(ended), checkpoint_minutes=0)
+        resume_run(run, folder)
         assert load_checkpoint(folder / "checkpoints/best")["epoch"] == 2
 
     def test_it_is_made_again_if_the_crash_came_before_it(self, folder, make_run, experiment, monkeypatch):
@@ -196,14 +196,14 @@ class TestBest:
             raise Ended
 
         run = make_run("base", epochs=2, experiment=experiment)
-        monkeypatch.setattr(keeper_module, "copy_checkpoint", crash)
+        monkeypatch.setattr(writer_module, "copy_checkpoint", crash)
         with pytest.raises(Ended):
-            train(run, folder)
+            train_run(run, folder)
         monkeypatch.undo()
         assert not (folder / "checkpoints/best").exists()
         assert not (folder / "metrics.jsonl").exists()
         monkeypatch.setattr(Trainer, "evaluate", lambda self: (1.0, 0.0))  # worse than any before
-        resume(run, folder)
+        resume_run(run, folder)
         assert load_checkpoint(folder / "checkpoints/best")["epoch"] == 1
         assert [line["epoch"] for line in lines(folder)] == [0, 1]
 
@@ -214,7 +214,7 @@ class TestWhere:
         """A run of three epochs that was ended in its last."""
         run = make_run("saf", experiment=experiment)
         with pytest.raises(Ended):
-            train(run, folder, on_step=ending_after(10))
+            train_run(run, folder, on_step=ending_after(10))
         return run
 
     def test_the_run_is_found_by_its_folder_or_one_of_its_checkpoints(self, folder, ended):
@@ -235,10 +235,10 @@ class TestWhere:
             find_run(tmp_path / "circle")
 
     def test_from_a_checkpoint_that_was_asked_for(self, folder, whole, ended):
-        train(ended, whole)
-        resume(ended, folder)
+        train_run(ended, whole)
+        resume_run(ended, folder)
         for which in ("previous", "best", "last"):
-            resume(ended, folder, folder / "checkpoints" / which)
+            resume_run(ended, folder, folder / "checkpoints" / which)
             assert_same(folder, whole)
 
     @pytest.mark.parametrize("path", ["nowhere", "", "whole"])
@@ -247,24 +247,24 @@ class TestWhere:
             find_run(tmp_path / path)
 
     def test_a_finished_run_stays_as_it_is(self, folder, ended):
-        last = resume(ended, folder)
+        last = resume_run(ended, folder)
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         called = []
-        assert resume(ended, folder, on_epoch=called.append) == last
+        assert resume_run(ended, folder, on_epoch=called.append) == last
         assert called == []
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
     def test_a_run_without_a_checkpoint_begins_at_its_start(self, folder, whole, ended):
-        train(ended, whole)
+        train_run(ended, whole)
         shutil.rmtree(folder / "checkpoints")
         (folder / "metrics.jsonl").unlink()
-        resume(ended, folder)
+        resume_run(ended, folder)
         assert_same(folder, whole)
 
     def test_a_damaged_one_is_never_used_and_the_others_are_named(self, folder, ended):
         (folder / "checkpoints/last/state.json").write_text("{}")
         with pytest.raises(DataError) as caught:
-            resume(ended, folder)
+            resume_run(ended, folder)
         text = str(caught.value)
         assert f"{folder}/checkpoints/last: the checkpoint is damaged: state.json: " in text
         previous = folder / "checkpoints/previous"
@@ -273,7 +273,7 @@ class TestWhere:
     def test_a_damaged_one_does_not_push_out_the_good_one(self, folder, ended):
         (folder / "checkpoints/last/state.json").write_text("{}")
         with pytest.raises(Ended):
-            resume(ended, folder, folder / "checkpoints/previous", on_step=ending_after(1), checkpoint_minutes=0)
+            resume_run(ended, folder, folder / "checkpoints/previous", on_step=ending_after(1), checkpoint_minutes=0)
         assert load_checkpoint(folder / "checkpoints/last")["progress"]["steps"] == 1
         assert load_checkpoint(folder / "checkpoints/previous")["epoch"] == 1
 
@@ -287,22 +287,22 @@ class TestWhere:
         previous = folder / "checkpoints/previous"
         (folder / "checkpoints/last/state.json").write_text("{}")
         monkeypatch.setattr(checkpoint_module, "_put", full)
-        monkeypatch.setattr(keeper_module, "copy_checkpoint", lambda *_, **__: None)
+        monkeypatch.setattr(writer_module, "copy_checkpoint", lambda *_, **__: None)
         with pytest.raises(OutputError) as caught:
-            resume(ended, folder, previous, checkpoint_minutes=0)
-        assert f"; {previous}, which it was started from, is whole; {said}: flatmin train" in str(caught.value)
+            resume_run(ended, folder, previous, checkpoint_minutes=0)
+        assert f"; {previous}, which it was started from, is intact; {said}: flatmin train" in str(caught.value)
         assert str(caught.value).endswith(f" --resume {previous}")
 
     def test_when_none_is_whole_it_says_so(self, folder, ended):
         for path in folder.glob("checkpoints/*/tensors.safetensors"):
             path.write_bytes(b"")
-        with pytest.raises(DataError, match="there is no other whole checkpoint, so the run must be started anew"):
-            resume(ended, folder)
+        with pytest.raises(DataError, match="there is no other intact checkpoint, so the run must be started anew"):
+            resume_run(ended, folder)
 
     def test_a_crash_between_the_renames(self, folder, ended):
         (folder / "checkpoints/last").rename(folder / "checkpoints/last.new")
         assert find_run(folder / "checkpoints/last") == (folder, folder / "checkpoints/last")
-        resume(ended, folder, folder / "checkpoints/last")
+        resume_run(ended, folder, folder / "checkpoints/last")
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best", "last", "previous"]
 
     def test_only_the_first_rank_settles(self, folder, ended, monkeypatch):
@@ -322,7 +322,7 @@ class TestDoesNotFit:
         def end(method="saf", **options):
             run = make_run(method, experiment=experiment, **options)
             with pytest.raises(Ended):
-                train(run, folder, on_step=ending_after(6), checkpoint_minutes=0)
+                train_run(run, folder, on_step=ending_after(6), checkpoint_minutes=0)
             return run
 
         return end
@@ -345,15 +345,15 @@ class TestDoesNotFit:
             text = text.replace(old, new)
         Path(experiment).write_text(text)
         with pytest.raises(DataError, match="checkpoints/last: the checkpoint does not fit this run: ") as caught:
-            resume(run, folder)
+            resume_run(run, folder)
         assert said in str(caught.value)
 
     def test_the_configuration_has_changed(self, folder, ended, make_run, experiment):
         ended()
-        with pytest.raises(DataError, match=r"another run than config.json says: epochs was 3 and is 5"):
-            resume(make_run("saf", epochs=5, experiment=experiment), folder)
+        with pytest.raises(DataError, match=r"belongs to another run than config.json: epochs was 3 and is 5"):
+            resume_run(make_run("saf", epochs=5, experiment=experiment), folder)
         with pytest.raises(DataError, match="method was 'saf' and is 'mesa'"):
-            resume(make_run("mesa", experiment=experiment), folder)
+            resume_run(make_run("mesa", experiment=experiment), folder)
 
     def test_another_version_of_torch_is_warned_of(self, folder, ended):
         run = ended()
@@ -361,8 +361,8 @@ class TestDoesNotFit:
         state["torch"] = "1.0"
         state["scheduler"]["no_longer_there"] = 3
         save_checkpoint(folder / "checkpoints/last", state)
-        with pytest.warns(FlatminWarning, match=r"torch was '1.0' and is .*not come out to the bit"):
-            resume(run, folder)
+        with pytest.warns(FlatminWarning, match=r"torch was '1.0' and is .*not be bit-identical"):
+            resume_run(run, folder)
 
     @pytest.mark.parametrize(
         "numbers",
@@ -381,7 +381,7 @@ class TestDoesNotFit:
         state["ranks"][0]["random"]["numpy"] = numbers
         save_checkpoint(folder / "checkpoints/last", state)
         with pytest.raises(DataError, match="numpy's random state is none"):
-            resume(run, folder)
+            resume_run(run, folder)
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize(("method", "optimizer"), [("saf", "sgd"), ("mesa", "adamw")])
@@ -395,7 +395,7 @@ class TestDoesNotFit:
             change(changed)
             save_checkpoint(folder / "changed", changed, durable=False)
             with pytest.raises((Ended, DataError)) as caught:
-                resume(run, folder, folder / "changed", on_step=ending_after(2))
+                resume_run(run, folder, folder / "changed", on_step=ending_after(2))
             if caught.type is DataError:
                 assert "changed: " in str(caught.value)
                 refused += 1
@@ -404,7 +404,7 @@ class TestDoesNotFit:
 
     def test_nor_does_one_of_a_finished_run_end_in_another_error(self, folder, make_run, experiment):
         run = make_run("base", epochs=2, experiment=experiment)
-        train(run, folder)
+        train_run(run, folder)
         state, refused = load_checkpoint(folder / "checkpoints/last"), 0
         for name in ("metrics", "progress", "epoch", "run", "extra_bytes"):
             for change in changes({name: state[name]}):
@@ -412,7 +412,7 @@ class TestDoesNotFit:
                 change(changed)
                 save_checkpoint(folder / "changed", changed, durable=False)
                 with contextlib.suppress(DataError):
-                    resume(run, folder, folder / "changed")
+                    resume_run(run, folder, folder / "changed")
                     continue
                 refused += 1
         assert refused > 50
@@ -423,7 +423,7 @@ class TestDoesNotFit:
         save_checkpoint(folder / "checkpoints/best", {**state, "epoch": float("inf")})
         (folder / "checkpoints/last/state.json").write_text("{}")
         with pytest.raises(DataError, match="previous holds epoch 1") as caught:
-            resume(run, folder)
+            resume_run(run, folder)
         assert "best" not in str(caught.value)
 
     @pytest.mark.parametrize(("name", "value"), [("processes", 2), ("workers", 3)])
@@ -432,8 +432,8 @@ class TestDoesNotFit:
         state = load_checkpoint(folder / "checkpoints/last")
         state[name] = value
         save_checkpoint(folder / "checkpoints/last", state)
-        with pytest.warns(FlatminWarning, match=f"{name} was {value} and is .*not come out to the bit"):
-            resume(run, folder)
+        with pytest.warns(FlatminWarning, match=f"{name} was {value} and is .*not be bit-identical"):
+            resume_run(run, folder)
 
 
 def changes(state, path=()):
@@ -471,7 +471,7 @@ def changes(state, path=()):
 class TestConfiguration:
     @pytest.fixture
     def config(self, folder, make_run, experiment):
-        train(make_run("saf", epochs=1, experiment=experiment), folder)
+        train_run(make_run("saf", epochs=1, experiment=experiment), folder)
         return folder / "config.json"
 
     @pytest.mark.parametrize(
@@ -497,7 +497,7 @@ class TestConfiguration:
 
     def test_a_run_that_was_ended_before_it_began(self, folder, config):
         config.write_text("")
-        with pytest.raises(DataError, match=r"config.json is empty: the run ended before it began; remove"):
+        with pytest.raises(DataError, match=r"config.json is empty: the run ended before training began; remove"):
             read_run(folder)
 
     def test_a_comparison(self, folder, config):
@@ -516,13 +516,13 @@ class TestConfiguration:
 
     def test_one_that_is_gone_is_taken_from_its_copy(self, folder, make_run, experiment, whole):
         run = make_run("saf", experiment=experiment)
-        train(run, whole)
+        train_run(run, whole)
         with pytest.raises(Ended):
-            train(run, folder, on_step=ending_after(6))
+            train_run(run, folder, on_step=ending_after(6))
         Path(experiment).unlink()
         found = read_run(folder)
         assert found.recipe.experiment == str(folder / "experiment.py")
-        resume(found, folder)
+        resume_run(found, folder)
         sys.modules.pop("experiment", None)
         assert lines(folder) == lines(whole)
 
@@ -552,12 +552,12 @@ class TestLock:
         process.start()
         try:
             assert held.wait(60)
-            for start in (train, resume):
+            for start in (train_run, resume_run):
                 with pytest.raises(OutputError, match="another process is writing this run at the moment"):
                     start(make_run("base", experiment=experiment), folder)
             process.kill()  # and the kernel lets go of it
             process.join()
-            train(make_run("base", epochs=1, experiment=experiment), folder)
+            train_run(make_run("base", epochs=1, experiment=experiment), folder)
         finally:
             process.kill()
             process.join()
@@ -628,7 +628,7 @@ class TestLock:
 @pytest.mark.parametrize(("minutes", "saves"), [(0, 9 + 3), (1e-9, 9 + 3), (10, 3)])
 def test_how_often_a_checkpoint_is_written(folder, make_run, experiment, monkeypatch, minutes, saves):
     count = []
-    save = keeper_module.save_checkpoint
-    monkeypatch.setattr(keeper_module, "save_checkpoint", lambda *a, **k: (count.append(1), save(*a, **k)))
-    train_module.train(make_run("base", experiment=experiment), folder, checkpoint_minutes=minutes)
+    save = writer_module.save_checkpoint
+    monkeypatch.setattr(writer_module, "save_checkpoint", lambda *a, **k: (count.append(1), save(*a, **k)))
+    run_module.train_run(make_run("base", experiment=experiment), folder, checkpoint_minutes=minutes)
     assert len(count) == saves

@@ -42,7 +42,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     # A plain kill ends a run as Ctrl-C does: what was done is kept and said.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with speaking(quiet=torchrun.rank() > 0):  # one says for all what is going on
+    with speaking(quiet=torchrun.rank() > 0):  # the first rank speaks for all
         try:
             code = command.main(args=arguments, prog_name="flatmin", standalone_mode=False)
             return code if isinstance(code, int) else 0

@@ -1,14 +1,11 @@
-"""``flatmin report``, and the report that a comparison ends with."""
+"""``flatmin report``."""
 
-import importlib.util
-import warnings
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ...errors import FlatminWarning
 from ..report import write_figures, write_report, write_tensorboard
+from ..results.values import count_of
 from ._shared import app
 from ._terminal import out_console
 
@@ -33,10 +30,10 @@ def report(
         str | None, typer.Option(help="Also write what runs logged into this folder, for TensorBoard.")
     ] = None,
 ) -> None:
-    """Write one page on what was found: for a browser, with no network.
+    """Write one page on what was found, for a browser without a network.
 
-    It has the verdict, accuracy against cost, paired differences, curves by epoch, loss landscapes, the Hessian's
-    spectra and measures of sharpness, memory, and how all was made; each plot's numbers too.
+    It shows the verdict, accuracy against cost, paired differences, curves by epoch, loss landscapes, Hessian spectra,
+    measures of sharpness, memory, and how everything was made, each plot with its numbers.
     """
     page = write_report(runs, out)
     if figures is not None:
@@ -44,19 +41,5 @@ def report(
         out_console.print(f"{count} files with figures: {figures}", markup=False)
     if tensorboard is not None:
         count = len(write_tensorboard(runs, tensorboard))
-        out_console.print(
-            f"{count} run{'' if count == 1 else 's'} for tensorboard --logdir {tensorboard}", markup=False
-        )
+        out_console.print(f"{count_of(count, 'run')} for tensorboard --logdir {tensorboard}", markup=False)
     out_console.print(f"The report, for any browser: {page}", markup=False)
-
-
-def report_on(folder: Path) -> Path | None:
-    """Writes a comparison's report into its folder; without Plotly there is none, and an error costs nothing else."""
-    if importlib.util.find_spec("plotly") is None:
-        return None
-    try:
-        return write_report([folder])
-    except (Exception, KeyboardInterrupt) as error:  # the results are there, whatever befalls the page
-        reason = " ".join(str(error).split()) or type(error).__name__
-        warnings.warn(f"the report could not be written: {reason}", FlatminWarning, stacklevel=2)
-        return None

@@ -1,12 +1,11 @@
-"""What the commands share: the application, and what they say of a run that ends early or never begins to act."""
+"""What the commands share: the application, and the end of what Ctrl-C has ended."""
 
-import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
-from ...errors import FlatminWarning
+from ..runs.train import RunInterrupted
 
 app = typer.Typer(
     help="Train networks into flat minima at the price of the plain optimizer, and measure what it gains.",
@@ -24,12 +23,10 @@ class Interrupted(Exception):  # noqa: N818 - not an error
         return f"interrupted: {super().__str__()}"
 
 
-def warn_if_idle(label: str, settings: Mapping[str, Any], epochs: int) -> None:
-    first = max(settings.get("start_epoch", 0), settings.get("lag", 0))
-    if first >= epochs:
-        warnings.warn(
-            f"{label}: the trajectory loss would begin in epoch {first}, from 0, and there are {epochs} epochs, "
-            "so it never acts: train longer, or lower start_epoch and lag",
-            FlatminWarning,
-            stacklevel=2,
-        )
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Makes one line of what Ctrl-C has left; typer would end the command itself on a KeyboardInterrupt."""
+    try:
+        yield
+    except RunInterrupted as error:
+        raise Interrupted(str(error)) from None

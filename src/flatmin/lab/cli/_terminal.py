@@ -2,12 +2,10 @@
 
 import io
 import logging
-import math
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,14 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ...errors import FlatminWarning
-from ..comparison.outcome import Outcome, verdict
+from ..results import RESULTS, ComparisonResult
+from ..results.rows import HEADINGS
 
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class _Notices(logging.Handler):
-    """Shows what the library has to say of its own choices."""
+    """Shows the notices of the library, such as choices that it has made."""
 
     def emit(self, record: logging.LogRecord) -> None:
         err_console.print(record.getMessage(), markup=False)
@@ -77,55 +76,31 @@ class Display:
         self._bar.stop()
 
     def tell(self, done: int, planned: int, word: str) -> None:
-        """Shows how far it has come."""
+        """Shows the progress."""
         self._bar.update(self._task, completed=done, total=planned or None, description=word)
         if not err_console.is_terminal and word != self._said:
             self._said = word
             err_console.print(word, markup=False)
 
 
-def print_outcome(outcome: Outcome, results: Path, page: Path | None = None) -> None:
+def print_result(result: ComparisonResult) -> None:
     """Prints the table of a comparison, where its report and its numbers are, and the verdict as the last line."""
-    if not outcome.seeds:
-        out_console.print("No seed was finished by every method, so there is nothing to compare.")
-        return
-    recipe = outcome.recipe
-    what = recipe.experiment or f"{recipe.data}, {recipe.model}"
-    seeds = f"{len(outcome.seeds)} seed{'s' if len(outcome.seeds) != 1 else ''}"
-    out_console.print(f"{what}: {seeds}, {recipe.epochs} epochs, 95 % confidence intervals", markup=False)
-    table = Table()
-    table.add_column("method", no_wrap=True)
-    for heading in ("test accuracy %", "paired difference", "time/step", "extra memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for number, entry in enumerate(outcome.table()):
-        accuracy, difference = entry["accuracy"], entry["difference"]
-        table.add_row(
-            escape(entry["label"]),
-            f"{accuracy['mean']:.2f}{_half(accuracy)}",
-            "" if number == 0 else f"{difference['mean']:+.2f}{_half(difference)}",
-            "-" if entry["step_ratio"] is None else f"{entry['step_ratio']:.2f} x",
-            "-" if entry["extra_bytes"] is None else _bytes(entry["extra_bytes"]),
-        )
-    # As wide as it needs to be: a file or a pipe has no width, and a label cut short would name no row.
-    natural = Measurement.get(out_console, out_console.options.update_width(1000), table).maximum
-    out_console.width = max(out_console.width, natural)
-    out_console.print(table, soft_wrap=False)
-    if page is not None:
-        out_console.print(f"The report, for any browser: {page}", markup=False)
-    out_console.print(f"Every seed's numbers: {results}", markup=False)
-    out_console.print(verdict(outcome), markup=False)
-
-
-def _half(interval: dict[str, float]) -> str:
-    return "" if math.isnan(interval["half"]) else f" ± {interval['half']:.2f}"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"
+    if result.seeds:
+        out_console.print(result.heading(), markup=False)
+        table = Table()
+        for number, heading in enumerate(HEADINGS):
+            table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+        for row in result.rows:
+            table.add_row(*map(escape, row.cells()))
+        # As wide as it needs to be: a file or a pipe has no width, and a label cut short would name no row.
+        natural = Measurement.get(out_console, out_console.options.update_width(1000), table).maximum
+        out_console.width = max(out_console.width, natural)
+        out_console.print(table, soft_wrap=False)
+        if result.page is not None:
+            out_console.print(f"The report, for any browser: {result.page}", markup=False)
+        if result.folder is not None:
+            out_console.print(f"Every seed's numbers: {result.folder / RESULTS}", markup=False)
+    out_console.print(result.verdict, markup=False)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

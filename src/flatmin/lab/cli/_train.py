@@ -1,25 +1,19 @@
 """``flatmin train``."""
 
-import dataclasses
-import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ... import _distributed
 from ...errors import InvalidArgumentError
-from ..methods import METHODS, get_method, parse_own_settings, resolve_settings
-from ..recipe import Recipe, Run
-from ..runs.record import LAST, METRICS, run_folder
+from ..methods import METHODS, get_method, parse_own_settings
+from ..recipe import Recipe
 from ..runs.resume import find_run, read_run
-from ..runs.train import resume as resume_run
-from ..runs.train import train as train_run
-from ..training import torchrun
+from ..runs.train import resume as resume_one
+from ..runs.train import train as train_one
 from ._options import check_resumed, given_options, with_options
-from ._shared import Interrupted, app, warn_if_idle
+from ._shared import app, interruptible
 from ._terminal import out_console
 
 _METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
@@ -62,31 +56,30 @@ def train(
     if resume is not None:
         _resume(Path(resume), given_options(context), checkpoint_minutes)
         return
-    card = get_method(method)
-    own = parse_own_settings(card, set_ or [])
+    own = parse_own_settings(get_method(method), set_ or [])
     for name in own.keys() & settings.keys():
         raise InvalidArgumentError(f"{name} is given twice, by --set and by --{name.replace('_', '-')}: give it once")
-    run = Run(recipe, method, resolve_settings(card, {**settings, **own}, epochs=recipe.epochs), seed)
-    with torchrun.joined(recipe.device):
-        # The folder is the first rank's, who alone makes it and writes into it.
-        new = run_folder(out, f"{method}-seed{seed}") if torchrun.rank() == 0 else nullcontext(Path())
-        with new as made:
-            folder = Path(_distributed.from_first(str(made)))  # of which the others only speak
-            warn_if_idle(method, run.settings, recipe.epochs)
-            with _interruptible(run, folder):
-                last = train_run(run, folder, on_epoch=_show(recipe.epochs), checkpoint_minutes=checkpoint_minutes)
-        _conclude(last, folder)
+    with interruptible():
+        done = train_one(
+            recipe,
+            method=method,
+            settings={**settings, **own},
+            seed=seed,
+            out=out,
+            checkpoint_minutes=checkpoint_minutes,
+            on_epoch=_show(recipe.epochs),
+        )
+    out_console.print(str(done), markup=False)
 
 
 def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float) -> None:
     """Continues a run with its own options but for where it is done."""
-    folder, checkpoint = find_run(path)
+    folder, _ = find_run(path)
     run = read_run(folder)
     place = {name: given.pop(name) for name in ("device", "workers") if name in given}
     own = parse_own_settings(get_method(run.method), given.pop("set_", None) or [])
     given = {name: value for name, value in given.items() if name not in ("resume", "checkpoint_minutes")}
     check_resumed(run, folder, {**given, **own})
-    run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **place))
     shown: list[dict[str, float]] = []
     show = _show(run.recipe.epochs)
 
@@ -94,12 +87,11 @@ def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float) -> Non
         shown.append(metrics)
         show(metrics)
 
-    with torchrun.joined(run.recipe.device):
-        with _interruptible(run, folder):
-            last = resume_run(run, folder, checkpoint, on_epoch=note, checkpoint_minutes=checkpoint_minutes)
-        if not shown:
-            out_console.print(f"the run is finished: all {run.recipe.epochs} epochs were done before", markup=False)
-        _conclude(last, folder)
+    with interruptible():
+        done = resume_one(path, checkpoint_minutes=checkpoint_minutes, on_epoch=note, **place)
+    if not shown:
+        out_console.print(f"the run is finished: all {run.recipe.epochs} epochs were done before", markup=False)
+    out_console.print(str(done), markup=False)
 
 
 def _show(epochs: int) -> Callable[[dict[str, float]], None]:
@@ -112,24 +104,3 @@ def _show(epochs: int) -> Callable[[dict[str, float]], None]:
         )
 
     return show
-
-
-def _conclude(last: dict[str, float], folder: Path) -> None:
-    accuracy = f"{100 * last['test_accuracy']:.2f} %"
-    out_console.print(f"test accuracy after the last epoch {accuracy}; the run is in {folder}", markup=False)
-
-
-@contextmanager
-def _interruptible(run: Run, folder: Path) -> Iterator[None]:
-    """Says after Ctrl-C what was kept, and how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not (folder / LAST).exists():
-            raise Interrupted("no epoch was done") from None
-        metrics = folder / METRICS
-        done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-        raise Interrupted(
-            f"{done} of {run.recipe.epochs} epochs are kept in {folder}; "
-            f"to go on: flatmin train --resume {shlex.quote(str(folder))}"
-        ) from None

@@ -1,244 +1,190 @@
-"""Several methods on the same splits, initial weights and batches, seed by seed."""
+"""Compare methods on the same splits, initial weights and batches, and say what that means."""
 
-import multiprocessing
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict
+import dataclasses
+import importlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
+from ..._checks import check_integer, check_number
+from ...errors import FlatminWarning, InvalidArgumentError
+from ..methods import COMPARED
+from ..problems.load import import_experiment
+from ..recipe import Recipe, as_recipe
+from ..results import METRICS, SELECTION, ComparisonResult
+from ..runs.folder import run_folder
+from ..runs.train import RunInterrupted, warn_if_idle
+from ..training import torchrun
+from .main_guard import check_main_guard
+from .rows import make_rows
+from .run import Comparison
+from .select import select as select_rows
 
-from ...errors import FlatminError
-from ...indices import with_indices
-from ..problems.load import load_problem
-from ..problems.problem import class_numbers
-from ..recipe import Recipe, Run
-from ..runs.record import command_line, environment, write_json
-from ..runs.train import read_experiment, train, write_config
-from ..training.device import resolve_device
-from ..training.trainer import Trainer
-from .outcome import LEAST_SEEDS, Outcome, Row
-from .timing import measure_rows
+LOOKING = 0.2  # share of the time that is left for sharpness and landscapes, where they are wanted
+LOOKED_AT = 512  # training samples on which they are measured
+
+OnProgress = Callable[[int, int, str], None]
+
+_log = logging.getLogger("flatmin")
 
 
-class Comparison:
-    """Runs a comparison, on several processes, and keeps it on disk.
+def compare(
+    recipe: "Recipe | str | PathLike[str] | None" = None,
+    *,
+    methods: Sequence[str] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    seeds: int | None = None,
+    select: int | None = None,
+    look: int = 0,
+    minutes: float = 3.0,
+    jobs: int | None = None,
+    out: "str | PathLike[str] | None" = None,
+    on_progress: OnProgress | None = None,
+) -> ComparisonResult:
+    """Compares methods on the same splits, initial weights and batches, seed by seed, as ``flatmin compare`` does.
+
+    Each method is trained with each seed; what counts is the test accuracy after the last epoch, its difference to the
+    base paired by seed, and what a step costs. Everything is kept in a folder: ``results.json``, each run, and with
+    ``flatmin[report]`` installed a page for the browser. The result prints as a table with the verdict below.
+
+    It starts processes that import the calling script again, so call it under ``if __name__ == "__main__":``. A
+    notebook needs no such line.
 
     Args:
-        recipe: What the methods share.
-        rows: From `make_rows`.
-        folder: Where it is kept: ``config.json``, ``results.json`` and a run folder for each row and seed.
-        seeds: How many seeds; None for as many as fit in ``minutes``, at least 5.
-        first_seed: The first of them.
-        timed: Whether to measure the steps.
-        selection: How the rows were chosen among candidates, if they were; see `select`. It goes into the results.
-        minutes: Time for all, where ``seeds`` is None.
-        jobs: Processes; None for one a core on the CPU and one on an accelerator.
+        recipe: What is trained and how: a `Recipe`, or the path of an experiment file, which defines ``model()``,
+            ``train_set()`` and ``test_set()``. None trains a small network on digits.
+        methods: Names of the methods; ``"base"`` must be one. None: the default ones.
+        settings: For a method, for a hyperparameter, its value or several values, each of which makes a row, such as
+            ``{"saf": {"coefficient": [0.3, 0.8]}}``.
+        seeds: How many seeds; None: as many as fit in ``minutes``, at least 5.
+        select: Compare only the best of each method's rows, chosen first by so many other seeds on a fifth of the
+            training set that is held out. None: compare all rows.
+        look: Also measure the sharpness of the first seed's networks, and the loss around them at so many points along
+            each of two directions. 0: do not.
+        minutes: Time for everything, where ``seeds`` is None.
+        jobs: Runs at a time; None: one a core, or one on an accelerator.
+        out: Folder of the comparison, new or empty; None for a new one under ``runs/``.
         on_progress: Called from time to time with epochs done, epochs planned and a word on what is going on.
 
+    Returns:
+        The rows with accuracies, intervals, paired differences, p-values, costs and memory; the verdict; the folder.
+        After Ctrl-C, what was done until then, with ``interrupted`` set.
+
     Raises:
-        FlatminError: If something in it cannot be used; found out before the first run.
+        FlatminError: If an argument, a method, the data or the experiment file cannot be used, the folder cannot be
+            written, a run fails, or the call is not guarded by ``if __name__ == "__main__":``.
+        RunInterrupted: After Ctrl-C before an epoch was done; nothing is kept then.
+
+    Example::
+
+        from flatmin import lab
+
+        if __name__ == "__main__":
+            found = lab.compare(lab.Recipe(epochs=20), methods=["base", "sam", "saf"], seeds=5)
+            print(found)
+            print(found.rows[1].difference, found.folder)
     """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        rows: Sequence[Row],
-        folder: Path,
-        *,
-        seeds: int | None = None,
-        first_seed: int = 0,
-        timed: bool = True,
-        selection: dict[str, Any] | None = None,
-        minutes: float = 3.0,
-        jobs: int | None = None,
-        on_progress: Callable[[int, int, str], None] | None = None,
-    ) -> None:
-        self.outcome = Outcome(recipe, rows, selection=selection)
-        self.folder = folder
-        self.seeds = seeds
-        self.first_seed = first_seed
-        self.timed = timed
-        self.minutes = minutes
-        cores = _cores()
-        self.jobs = jobs or (cores if resolve_device(recipe.device).type == "cpu" else 1)
-        self.threads = max(cores // self.jobs, 1)
-        self._tell = on_progress or (lambda done, planned, word: None)
-
-    def run_folder(self, row: Row, seed: int) -> Path:
-        """Where a run of the comparison is kept."""
-        return self.folder / "runs" / f"{row.label.replace(' ', '-')}-seed{seed}"
-
-    def run(self) -> Outcome:
-        """Measures the steps, trains every row with every seed, writes ``results.json``.
-
-        After Ctrl-C it keeps what is done; `Outcome.interrupted` says so.
-        """
-        started = time.monotonic()
-        outcome = self.outcome
-        config = {
-            "rows": [asdict(row) for row in outcome.rows],
-            "recipe": asdict(outcome.recipe),
-            "seeds": self.seeds,
-            "minutes": self.minutes,
-            "jobs": self.jobs,
-        }
-        write_config(self.folder, config, read_experiment(outcome.recipe))
-        try:
-            if self.timed:
-                self._measure()
-            else:
-                self._try()
-            self._train_all(started + 0.95 * 60 * self.minutes)
-        except KeyboardInterrupt:
-            outcome.interrupted = True
-        finally:
-            write_json(
-                self.folder / "results.json",
-                {"command": command_line(), **environment(), **outcome.to_json()},
-            )
-        return outcome
-
-    def _measure(self) -> None:
-        """Builds every row once, so that what is wrong with it shows now, and times the steps of all."""
-        recipe, rows = self.outcome.recipe, self.outcome.rows
-        self._tell(0, 0, "timing the steps")
-        problem = load_problem(recipe, seed=0)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            base = Trainer(Run(recipe, rows[0].method, rows[0].settings), problem)
-            device = base.device
-            index, (x, y) = next(iter(with_indices(base.loader)))
-            y = class_numbers(y, problem.num_classes)
-            costs, trainers = measure_rows(
-                rows,
-                lambda row: Trainer(Run(recipe, row.method, row.settings), problem),
-                (index, x.to(device), y.to(device)),
-                seconds=4.0 * self.minutes,
-                on_round=lambda number: self._tell(0, 0, "timing the steps"),
-            )
-        finally:
-            torch.set_num_threads(threads)
-        for row, trainer, cost in zip(rows, trainers, costs, strict=True):
-            self.outcome.step_ratio[row.label] = cost.paying.ratio(costs[0].paying)
-            self.outcome.step_seconds[row.label] = cost.paying.median()
-            if cost.plain is not None:
-                self.outcome.plain_ratio[row.label] = cost.plain.ratio(costs[0].paying)
-            self.outcome.extra_bytes[row.label] = trainer.extra_bytes
-        if device.type == "cuda":  # what was measured here leaves room for the process that trains
-            del base, trainers, trainer
-            torch.cuda.empty_cache()
-
-    def _try(self) -> None:
-        """Builds every row once, so that what is wrong with it shows now."""
-        problem = load_problem(self.outcome.recipe, seed=self.first_seed)
-        for row in self.outcome.rows:
-            Trainer(Run(self.outcome.recipe, row.method, row.settings), problem)
-
-    def _train_all(self, deadline: float) -> None:
-        """Trains seed by seed, all rows of one before the next; adds seeds while there is time for another."""
-        context = multiprocessing.get_context("spawn")
-        ticks, stop = context.SimpleQueue(), context.Event()
-        planned = self.seeds or LEAST_SEEDS
-        rows, epochs = self.outcome.rows, self.outcome.recipe.epochs
-        started, done = time.monotonic(), 0
-        with ProcessPoolExecutor(self.jobs, context, _start_worker, (ticks, stop, self.threads)) as pool:
-            futures: dict[Future[dict[str, float]], tuple[Row, int]] = {}
+    if torchrun.launched() > 1:
+        raise InvalidArgumentError("compare starts its own processes: run it without torchrun; jobs says how many")
+    check_main_guard()
+    recipe = as_recipe(recipe)
+    _check_numbers(seeds=seeds, select=select, look=look, minutes=minutes, jobs=jobs)
+    if select is not None and recipe.validation > 0:
+        raise InvalidArgumentError("select holds out samples itself: leave out validation or select")
+    experiment = import_experiment(recipe)  # which may register methods
+    names = _default_methods(recipe, experiment) if methods is None else list(methods)
+    rows = make_rows(names, _each_a_list(settings or {}), epochs=recipe.epochs)
+    if select is not None and len(rows) == len(names):
+        raise InvalidArgumentError(
+            "select has nothing to choose from: give a hyperparameter several values, such as --set "
+            "saf.coefficient=0.3,0.8"
+        )
+    tell = on_progress or (lambda done, planned, word: None)
+    with run_folder(out, "compare") as folder:
+        for row in rows:
+            warn_if_idle(row.label, row.settings, recipe.epochs)
+        selection = None
+        if select is not None:
+            chosen_in = folder / SELECTION
             try:
-                with _interrupts_ignored():  # inherited by the processes that this starts
-                    for number in range(planned):
-                        futures.update(self._submit(pool, number))
-                waiting = set(futures)
-                while waiting:
-                    finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                    while not ticks.empty():
-                        done += ticks.get()
-                    for future in finished:
-                        row, seed = futures[future]
-                        self.outcome.metrics.setdefault(row.label, {})[seed] = future.result()
-                    complete = len(self.outcome.seeds)
-                    self._tell(done, planned * len(rows) * epochs, f"{complete} of {planned} seeds done")
-                    runs = done / epochs
-                    if self.seeds is None and len(waiting) <= self.jobs and runs > 0:
-                        now = time.monotonic()
-                        if now + (now - started) / runs * (len(waiting) + len(rows)) < deadline:
-                            more = self._submit(pool, planned)
-                            futures.update(more)
-                            waiting |= set(more)
-                            planned += 1
-            except BaseException as error:
-                stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                self._collect(futures)
-                if isinstance(error, BrokenProcessPool):
-                    raise FlatminError(
-                        f"a run was killed, perhaps for want of memory: try --jobs 1; what was done is in {self.folder}"
-                    ) from error
-                raise
-
-    def _submit(self, pool: ProcessPoolExecutor, number: int) -> dict[Future[dict[str, float]], tuple[Row, int]]:
-        submitted = {}
-        for row in self.outcome.rows:
-            seed = self.first_seed + number
-            run = Run(self.outcome.recipe, row.method, row.settings, seed)
-            submitted[pool.submit(_train_one, run, self.run_folder(row, seed))] = (row, seed)
-        return submitted
-
-    def _collect(self, futures: "Mapping[Future[dict[str, float]], tuple[Row, int]]") -> None:
-        """Keeps what was done when something ended the comparison early."""
-        for future, (row, seed) in futures.items():
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self.outcome.metrics.setdefault(row.label, {})[seed] = future.result()
+                rows, selection = select_rows(recipe, rows, chosen_in, seeds=select, jobs=jobs, on_progress=tell)
+            except KeyboardInterrupt:
+                kept = f"kept in {chosen_in}" if any(chosen_in.rglob(METRICS)) else "no epoch was done"
+                raise RunInterrupted(f"the settings were not chosen yet, {kept}") from None
+        comparison = Comparison(
+            recipe,
+            rows,
+            folder,
+            seeds=seeds,
+            selection=selection,
+            minutes=(1 - LOOKING) * minutes if look else minutes,
+            jobs=jobs,
+            on_progress=tell,
+        )
+        result = comparison.run().result(folder)
+        if result.interrupted and not any(folder.rglob(METRICS)):
+            raise RunInterrupted("no epoch was done")
+        if look and not result.interrupted:
+            _look_at([comparison.run_folder(row, result.seeds[0]) for row in rows], look, tell)
+        return dataclasses.replace(result, page=write_page(folder)) if result.seeds else result
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _check_numbers(*, seeds: int | None, select: int | None, look: int, minutes: float, jobs: int | None) -> None:
+    for name, value in (("seeds", seeds), ("select", select), ("jobs", jobs)):
+        if value is not None:
+            check_integer(name, value, least=1)
+    check_number("minutes", minutes, above=0)
+    if check_integer("look", look, least=0) == 1:
+        raise InvalidArgumentError("look must be at least 2 points along each direction, or 0, got 1")
 
 
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Ignores Ctrl-C for a moment, where that can be said: in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _default_methods(recipe: Recipe, experiment: Any) -> list[str]:
+    """Those compared by default; without label smoothing where it cannot be, on a criterion of the user's own."""
+    if not hasattr(experiment, "criterion"):
+        return list(COMPARED)
+    _log.info("%s has its own criterion(), so smoothing is left out", recipe.experiment)
+    return [name for name in COMPARED if name != "smoothing"]
+
+
+def _each_a_list(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Sequence[Any]]]:
+    return {
+        method: {name: value if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
+        for method, given in settings.items()
+    }
+
+
+def _look_at(folders: Sequence[Path], points: int, tell: OnProgress) -> None:
+    """Measures sharpness and landscape of each run's network, for the report."""
+    measure = importlib.import_module("flatmin.lab.runs.measure")
+    density = {"probes": 1, "steps": 32}  # rough
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        for folder in folders:
+            tell(0, 0, f"sharpness of {folder.name}")
+            saved = measure.open_saved(folder)
+            batches = measure.fixed_batches(saved.problem, LOOKED_AT, 0, saved.device)
+            measure.write_sharpness(saved, batches, density=density)
+            measure.write_landscape(saved, batches, points=points, on_progress=tell)
+    except KeyboardInterrupt:
+        warnings.warn(
+            "interrupted while measuring sharpness and landscapes; the comparison itself is complete",
+            FlatminWarning,
+            stacklevel=2,
+        )
 
 
-class _Stopped(Exception):  # noqa: N818 - not an error
-    """Raised in a worker's step when the comparison has been ended."""
+def write_page(folder: Path) -> Path | None:
+    """Writes a comparison's report; without Plotly there is none, and an error is only warned of."""
+    if importlib.util.find_spec("plotly") is None:
+        return None
+    from ..report import write_report
 
-
-_ticks: Any = None
-_stop: Any = None
-
-
-def _start_worker(ticks: Any, stop: Any, threads: int) -> None:
-    global _ticks, _stop
-    _ticks, _stop = ticks, stop
-    # Ctrl-C reaches every process of the terminal; only the main one acts on it, and tells the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-
-
-def _train_one(run: Run, folder: Path) -> dict[str, float]:
-    def check() -> None:
-        if _stop.is_set():
-            raise _Stopped
-
-    check()
-    folder.mkdir(parents=True)
-    # Its many short epochs would spend their time waiting for the disk.
-    return train(run, folder, on_epoch=lambda metrics: _ticks.put(1), on_step=check, durable=False)
+    try:
+        return write_report([folder])
+    except (Exception, KeyboardInterrupt) as error:  # the results are there, whatever befalls the page
+        reason = " ".join(str(error).split()) or type(error).__name__
+        warnings.warn(f"the report could not be written: {reason}", FlatminWarning, stacklevel=2)
+        return None

@@ -1,4 +1,4 @@
-"""Chooses each method's hyperparameters on samples that are held out of the training set, before the comparison."""
+"""Chooses hyperparameters on samples held out of the training set, before the comparison."""
 
 import dataclasses
 import itertools
@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from ..recipe import Recipe
-from .compare import Comparison
-from .outcome import Row
+from ..results import Row
+from .run import Comparison
 
 SHARE = 0.2  # of the training set that is held out
 FIRST_SEED = 1000  # apart from those of the comparison, which draw other splits
@@ -27,18 +27,18 @@ def select(
     """Trains every candidate on four fifths of the training set and keeps the best of each method.
 
     The best has the highest mean accuracy on the last fifth after the last epoch; of equals, the lowest mean loss. The
-    test set is not looked at. Held-out labels are wrong as often as the others, as a user's would be.
+    test set is not used. Held-out labels are wrong as often as the others, as a user's would be.
 
     Args:
         recipe: What the methods share.
         rows: The candidates, from `make_rows`; a method with one row is kept as it is.
-        folder: Where the candidates' runs are kept; it is made.
-        seeds: How many seeds each candidate gets.
-        jobs: As in `Comparison`, as is ``on_progress``.
-        on_progress: Likewise.
+        folder: Where the candidates' runs are kept; must not exist.
+        seeds: Number of seeds for each candidate.
+        jobs: As for `Comparison`.
+        on_progress: As for `Comparison`.
 
     Returns:
-        The rows to compare, in their order; and what was found, for the results.
+        The rows to compare, in their order, and a record of the choice for the results.
 
     Raises:
         KeyboardInterrupt: If it was interrupted; the runs that are done are kept in ``folder``.

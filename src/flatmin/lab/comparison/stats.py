@@ -1,22 +1,14 @@
-"""Intervals and tests of a paired comparison, by scipy."""
+"""Confidence intervals and tests of a paired comparison, by scipy."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...errors import require
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % confidence interval (Student's t); the half width is NaN for fewer than two values."""
-
-    mean: float
-    half: float
+from ..results import Interval
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % confidence interval of ``values``, taken to be independent draws.
+    """Mean and 95 % confidence interval (Student's t) of independent draws; of a single value there is no interval.
 
     Example:
         >>> from flatmin.lab.comparison.stats import interval
@@ -26,7 +18,7 @@ def interval(values: Sequence[float]) -> Interval:
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
-        return Interval(mean, math.nan)
+        return Interval(mean)
     stats = require("scipy.stats", install="flatmin[cli]")
     error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
     return Interval(mean, float(stats.t.ppf(0.975, count - 1)) * error)
@@ -35,8 +27,8 @@ def interval(values: Sequence[float]) -> Interval:
 def paired_p_value(differences: Sequence[float]) -> float:
     """Two-sided p-value of the paired t-test, for the mean of ``differences`` being 0; 1 for fewer than two.
 
-    Accuracies are counts of samples, so that all differences can be equal, and the statistic infinite. Then it is the
-    p-value of the sign test, ``2 ** (1 - n)``, and never less than that.
+    Accuracies are counts of samples, so all differences can be equal and the statistic infinite. The result is then the
+    p-value of the sign test, ``2 ** (1 - n)``.
 
     Example:
         >>> from flatmin.lab.comparison.stats import paired_p_value
@@ -53,7 +45,7 @@ def paired_p_value(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p-values for their number, by Holm's method, in their own order.
+    """Corrects p-values for their number by Holm's method; the order stays.
 
     Example:
         >>> from flatmin.lab.comparison.stats import holm

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ..methods import get_method
+from ..results import Row
 from ..training.trainer import Trainer
-from .outcome import Row
 
-NEVER = 10**9  # only the first of so many steps pays, in the warm-up
+NEVER = 10**9  # of so many steps only the first has a second pass, in the warm-up
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Times of one method's steps, in seconds, one for each round; the rounds of all methods belong together."""
+    """Times of one method's steps in seconds, one for each round; all methods take part in each round."""
 
     seconds: list[float]
 
@@ -35,9 +35,9 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step of a row costs beside the base's: the times of one that pays, and where not all do, of the others."""
+    """Step times of a row: with the second pass and, where only some steps have one, without (``plain``)."""
 
-    paying: StepTimes
+    full: StepTimes
     plain: StepTimes | None = None
 
 
@@ -47,16 +47,16 @@ def measure_rows(
     batch: tuple[Tensor, Tensor, Tensor],
     **options: Any,
 ) -> tuple[list[Cost], list[Trainer]]:
-    """Measures the steps of all rows side by side; where only some steps pay for a second pass, both kinds.
+    """Measures the steps of all rows side by side; where only some steps have a second pass, both kinds.
 
     Args:
         rows: The rows.
-        build: Makes the trainer of one.
-        batch: As in `measure_steps`.
-        **options: Likewise.
+        build: Makes the trainer of a row.
+        batch: As for `measure_steps`.
+        **options: As for `measure_steps`.
 
     Returns:
-        The rows' costs, and a trainer of each.
+        The cost of each row, and a trainer of each.
     """
     kinds = [_kinds(row) for row in rows]
     trainers = [
@@ -88,16 +88,16 @@ def measure_steps(
 ) -> list[StepTimes]:
     """Measures the training step of several methods side by side.
 
-    In each round every trainer makes one step, in an order drawn anew, so that a machine that slows down, slows all of
-    them. The trajectory losses are at work in every step: each round is an epoch in which the
-    batch was recorded ``lag`` epochs ago. What is timed is the whole step of the loop: gradients cleared, forward,
-    penalty, backward, update. Where the loss is computed in every k-th step only, a round is the mean of k steps.
+    In each round every trainer makes one step, in a random order, so that a machine that slows down slows all of them.
+    Trajectory losses act in every step: each round is an epoch in which the batch was recorded ``lag`` epochs ago. The
+    whole step is timed: clearing gradients, forward, penalty, backward, update. Where the loss is computed only in
+    every k-th step, a round is the mean of k steps.
 
     Args:
-        trainers: One for each method; they are trained by this.
+        trainers: One for each method; measuring trains them.
         batch: ``(index, x, y)`` as for `Trainer.step`.
-        seconds: About how long to measure.
-        least_rounds: At least so many rounds, however long they take.
+        seconds: How long to measure, about.
+        least_rounds: Fewest rounds, however long they take.
         warm_up: Rounds before the measurement.
         on_round: Called with the number of each round that is done.
 
@@ -127,7 +127,7 @@ def measure_steps(
 
 
 def _first_active_epoch(trainer: Trainer) -> tuple[int, int]:
-    """The epoch from which on the trajectory loss is at work, and after how many epochs a batch is read again."""
+    """The first epoch in which the trajectory loss acts, and its lag in epochs."""
     trajectory = trainer.trajectory
     lag = getattr(trajectory, "lag", 1)
     return max(getattr(trajectory, "start_epoch", 0), lag), lag

@@ -1,6 +1,6 @@
-"""Loaders: each epoch's batches, and of each the share of this rank."""
+"""Loaders: the batches of each epoch, and this rank's share of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -10,19 +10,18 @@ from ... import _distributed
 
 
 class RankBatches(Sampler[list[int]]):
-    """Of each batch of a sampler, this rank's share; on one rank the whole.
+    """This rank's share of each batch of a sampler; with one rank, the whole batch.
 
-    All ranks draw the same batches, so that a run on several sees what a run on one does, but for this: a last batch
-    that leaves a rank with fewer than ``least`` samples is left out, so that on several an epoch may lack a few
-    samples, others in each.
+    All ranks draw the same batches, so a run on several ranks sees the samples that a run on one sees. The exception:
+    the last batch is dropped if any rank would get fewer than ``least`` samples of it.
 
     Args:
         batches: Draws the batches of all ranks together.
-        size: How many samples it draws.
-        least: See above.
+        size: Number of samples that it draws.
+        least: Fewest samples of a batch that a rank may get.
 
     Attributes:
-        lengths: Of the batches, on all ranks together.
+        lengths: Size of each batch, all ranks together.
     """
 
     def __init__(self, batches: BatchSampler, size: int, *, least: int) -> None:
@@ -40,7 +39,7 @@ class RankBatches(Sampler[list[int]]):
                 yield own
 
     def weight(self, step: int) -> float:
-        """What the mean over this rank's share counts, so that the mean over the ranks is that over the batch."""
+        """Weight of the mean over this rank's share, with which the mean over the ranks is that over the batch."""
         length = self.lengths[step]
         share = _distributed.share(length)
         return float((share.stop - share.start) * _distributed.size() / length)
@@ -53,11 +52,11 @@ def make_loader(
 
     Args:
         dataset: Map-style.
-        batch_size: Samples in a batch, on all ranks together.
-        workers: Processes that load.
+        batch_size: Samples in a batch, all ranks together.
+        workers: Processes that load data.
         generator: Draws the order.
     """
-    size = len(dataset)  # type: ignore[arg-type]
+    size = size_of(dataset)
     order: Iterable[int] = range(size) if generator is None else RandomSampler(range(size), generator=generator)
     # Batch norm cannot train on a single sample, so a last batch that leaves a rank with one is left out.
     batches = RankBatches(BatchSampler(order, batch_size, drop_last=False), size, least=2 if generator else 0)
@@ -68,7 +67,22 @@ def make_loader(
         dataset,
         batch_sampler=batches,
         generator=generator,
-        # Workers are started anew for each epoch, and seeded by `generator`: what a data set draws in them follows from
-        # the epoch alone, and a run that is continued draws the same.
+        # Workers are started anew for each epoch and seeded by `generator`: what a data set draws in them follows from
+        # the epoch alone, and a continued run draws the same.
         num_workers=workers,
     )
+
+
+def rank_batches(loader: "DataLoader[Any]") -> RankBatches:
+    """The batches of a loader of `make_loader`; one that reads whole batches has them in place of single samples."""
+    found = loader.batch_sampler or loader.sampler
+    if not isinstance(found, RankBatches):
+        raise TypeError(f"the loader is none of make_loader's: {loader!r}")
+    return found
+
+
+def size_of(dataset: "Dataset[Any]") -> int:
+    """Number of samples in a map-style data set; torch's base class has no ``__len__``."""
+    if not isinstance(dataset, Sized):
+        raise TypeError(f"the data set has no __len__: {type(dataset).__name__}")
+    return len(dataset)

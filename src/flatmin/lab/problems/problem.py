@@ -1,4 +1,4 @@
-"""What is to be learnt, and what a loop needs of it: loaders, labels, the plain optimizer, seeds."""
+"""A problem: the data, the network, the criterion and the plain optimizer."""
 
 import copy
 import math
@@ -13,24 +13,25 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from ...errors import DataError, InvalidArgumentError
 from ..recipe import Recipe
+from .batches import size_of
 from .data import add_label_noise, random_crop, random_flip
 
-# What is held out, and what is left out, is drawn with the seed and these: streams of their own, or those held out
-# would be the very ones that the seed has given wrong labels.
+# Added to the seed to draw which samples are held out or left out: with the seed alone, those held out would be the
+# very samples whose labels the seed has made wrong.
 HOLD_OUT, LEAVE_OUT = 104_729, 1_299_709
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be learnt.
+    """The data, the network, the criterion and the plain optimizer.
 
     Attributes:
-        train: Map-style data set of ``(x, y)``, ``y`` a class number.
-        test: Likewise.
+        train: Training set, map-style, of ``(x, y)`` with a class index ``y``.
+        test: Test set of the same form.
         num_classes: Number of classes.
-        make_model: Returns a fresh network.
-        criterion: Of ``(logits, y)``, a mean over the batch; None for the cross entropy.
-        make_optimizer: Of the parameters.
+        make_model: Returns a new network.
+        criterion: Maps ``(logits, y)`` to the mean loss of a batch; None for the cross entropy.
+        make_optimizer: Maps the parameters to the plain optimizer.
     """
 
     train: "Dataset[Any]"
@@ -41,10 +42,10 @@ class Problem:
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
 
     def sizes(self) -> dict[str, int]:
-        """The numbers by which a data set that has changed can be told."""
+        """The sizes by which a changed data set is noticed."""
         return {
-            "training samples": len(self.train),  # type: ignore[arg-type]
-            "test samples": len(self.test),  # type: ignore[arg-type]
+            "training samples": size_of(self.train),
+            "test samples": size_of(self.test),
             "classes": self.num_classes,
         }
 
@@ -59,16 +60,16 @@ def base_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> Optimi
 
 
 def class_numbers(labels: Any, num_classes: int) -> Tensor:
-    """Checks a batch of labels, on the CPU, before it goes to the device, and returns it as int64.
+    """Checks a batch of labels on the CPU, before it goes to the device, and returns it as int64.
 
     Raises:
-        DataError: If they are not class numbers from 0 to ``num_classes - 1``.
+        DataError: If they are not class indices from 0 to ``num_classes - 1``.
     """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
         got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
         raise DataError(
-            f"labels must be class numbers, int64 of shape (batch,), got {got:.80}; for soft labels (mixup, cutmix) "
-            "write your own loop, with flatmin.MESA and not SAF, whose outputs belong to another mixture"
+            f"labels must be class indices, int64 of shape (batch,), got {got:.80}; for soft labels (mixup, cutmix) "
+            "write your own loop, with flatmin.MESA: SAF compares with the logits of another mixture"
         )
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or high >= num_classes:
@@ -79,11 +80,11 @@ def class_numbers(labels: Any, num_classes: int) -> Tensor:
 def check_size(name: str, train: Any) -> None:
     """Raises `DataError` where there is nothing to train on."""
     if len(train) < 2:
-        raise DataError(f"{name} has {len(train)} training sample; there must be two at least")
+        raise DataError(f"{name} has {len(train)} training sample; at least two are needed")
 
 
 def with_noise(train: "Dataset[Any]", recipe: Recipe, num_classes: int, seed: int) -> "Dataset[Any]":
-    """Returns the training set with the recipe's share of wrong labels; the one given stays as it is."""
+    """Returns a training set with the recipe's share of wrong labels; the given one is not changed."""
     if recipe.label_noise == 0:
         return train
     if type(train) is TensorDataset and len(train.tensors) == 2:
@@ -96,20 +97,21 @@ def with_noise(train: "Dataset[Any]", recipe: Recipe, num_classes: int, seed: in
             f"got {type(train).__name__}"
         )
     noisy = add_label_noise(torch.as_tensor(labels), recipe.label_noise, num_classes, seed=seed)
-    train = copy.copy(train)  # the test set may be the same object, or this one be used again
-    train.targets = noisy if isinstance(labels, Tensor) else noisy.tolist()  # type: ignore[attr-defined]
-    return train
+    copied: Any = copy.copy(train)  # the test set may be the same object, or this one be used again
+    copied.targets = noisy if isinstance(labels, Tensor) else noisy.tolist()
+    made: Dataset[Any] = copied
+    return made
 
 
 def reduced(problem: Problem, samples: int, seed: int) -> Problem:
-    """Returns the problem with so many of its training samples.
+    """Returns the problem with a part of its training samples, drawn by the seed.
 
     Raises:
         InvalidArgumentError: If there are fewer.
     """
-    size = len(problem.train)  # type: ignore[arg-type]
+    size = size_of(problem.train)
     if samples > size:
-        raise InvalidArgumentError(f"train_samples={samples} are more than there are, {size}; 0 takes all")
+        raise InvalidArgumentError(f"train_samples={samples} is more than the {size} training samples; 0 takes all")
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed + LEAVE_OUT))
     train = _part(problem.train, order[:samples])
     check_size(f"train_samples={samples}", train)
@@ -117,29 +119,31 @@ def reduced(problem: Problem, samples: int, seed: int) -> Problem:
 
 
 def held_out(problem: Problem, share: float, seed: int) -> Problem:
-    """Returns the problem with a share of its training set, as it is, wrong labels and all, in place of the test set.
+    """Returns the problem with a held-out share of its training set, wrong labels included, in place of the test set.
 
     Raises:
         InvalidArgumentError: If no sample would be held out.
     """
-    size = len(problem.train)  # type: ignore[arg-type]
+    size = size_of(problem.train)
     held = round(share * size)
     if held < 1:
-        raise InvalidArgumentError(f"validation={share} of {size} training samples is none; hold out a larger share")
+        raise InvalidArgumentError(
+            f"validation={share} of {size} training samples is no sample; hold out a larger share"
+        )
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed + HOLD_OUT))
     train = _part(problem.train, order[held:])
     check_size(f"what validation={share} leaves", train)
     return replace(problem, train=train, test=_part(problem.train, order[:held]))
 
 
-def _part(dataset: "Dataset[Any]", places: Tensor) -> "Dataset[Any]":
+def _part(dataset: "Dataset[Any]", chosen: Tensor) -> "Dataset[Any]":
     if type(dataset) is TensorDataset:  # stays one: it is read by the batch
-        return TensorDataset(*(tensor[places] for tensor in dataset.tensors))
-    return Subset(dataset, places.tolist())
+        return TensorDataset(*(tensor[chosen] for tensor in dataset.tensors))
+    return Subset(dataset, chosen.tolist())
 
 
 def augmented(x: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Returns a batch of inputs, shifted and mirrored at random as the recipe says."""
+    """Returns a batch of inputs, randomly cropped and flipped as the recipe says."""
     if recipe.crop:
         x = random_crop(x, max(x.shape[-1] // 8, 1), generator=generator)
     if recipe.flip:
@@ -151,7 +155,7 @@ def make_criterion(problem: Problem, smoothing: float) -> Callable[[Tensor, Tens
     """Returns the problem's criterion, or the cross entropy with label smoothing.
 
     Raises:
-        InvalidArgumentError: If ``smoothing`` is out of its bounds, or not 0 where the problem has its own.
+        InvalidArgumentError: If ``smoothing`` is out of its bounds, or not 0 with a criterion of the problem's own.
     """
     if problem.criterion is None:
         if not (math.isfinite(smoothing) and 0 <= smoothing < 1):
@@ -159,7 +163,7 @@ def make_criterion(problem: Problem, smoothing: float) -> Callable[[Tensor, Tens
         return nn.CrossEntropyLoss(label_smoothing=smoothing)
     if smoothing > 0:
         raise InvalidArgumentError(
-            f"smoothing={smoothing} works on flatmin's own cross entropy, and the experiment file has a criterion(); "
-            "leave the method smoothing out, or smooth there"
+            f"smoothing={smoothing} needs flatmin's own cross entropy, but the experiment file has a criterion(): "
+            "leave out the method smoothing, or smooth the labels there"
         )
     return problem.criterion

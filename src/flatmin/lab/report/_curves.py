@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from ..results.values import number
 from ._charts import Curves, Line, Table
-from ._study import Run, Study, number
+from ._study import Run, Study
 from ._words import NONE, say
 
 _SOFT = "Softened predictions raise it by themselves where logits are raw: read it beside the normalised one."

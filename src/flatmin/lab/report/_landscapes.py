@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..results.values import number, numbers
 from ._charts import Chart, Curves, Grid, Landscapes, Line, Table
-from ._study import Json, Study, number, numbers
+from ._study import Json, Study
 from ._words import say
 
 _RINGS = 8  # distances at which the rise is averaged

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import require
+from ..results import judge, pareto
+from ..results.values import say_bytes
 from . import _words
 from ._charts import Chart, Cost, Curves, Landscapes, Table
 from ._curves import curve_charts
@@ -20,9 +22,9 @@ from ._landscapes import landscape_charts
 from ._plotly import figures
 from ._results import result_charts
 from ._sharpness import CAUTION, measure_tables, spectrum_charts
-from ._study import Json, Study, pareto
+from ._study import Json, Study
 from ._style import style
-from ._verdict import MANY, judge, split_verdict
+from ._verdict import MANY, split_verdict
 
 MARK = "flatmin report"
 _FOLDER = Path(__file__).parent / "page"
@@ -81,7 +83,7 @@ def make_page(sections: Sequence[Section], version: str) -> str:
     environment.filters.update(
         percent=_words.say_interval,
         points=lambda interval: _words.say_interval(interval, signed=True),
-        bytes=_words.say_bytes,
+        bytes=_words.say_size,
         p=_words.say_p,
     )
     drawn = {
@@ -101,7 +103,7 @@ def make_page(sections: Sequence[Section], version: str) -> str:
         "css": markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
         "digests": [_digest(plotly), _digest(own)],
         "figures": drawn,
-        "script_size": _words.say_bytes(len(plotly.encode())),
+        "script_size": say_bytes(len(plotly.encode())),
         "style": style,
         "symbols": _SYMBOLS,
         "dashes": _DASHES,
@@ -115,7 +117,7 @@ def make_page(sections: Sequence[Section], version: str) -> str:
     }
     template = environment.get_template("page.html")
     size = len(template.render(**values, size="0.0 MB").encode())
-    return str(template.render(**values, size=_words.say_bytes(size))).lstrip()
+    return str(template.render(**values, size=say_bytes(size))).lstrip()
 
 
 def _wide(charts: Sequence[Chart]) -> set[str]:

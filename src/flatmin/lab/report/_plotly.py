@@ -118,7 +118,7 @@ def _cost(chart: Cost) -> Figure:
     axes = layout(chart, 470)
     low, high = min(dot.cost for dot in chart.dots), max(dot.cost for dot in chart.dots)
     pad = (high - low) or 1.0
-    axes["xaxis"].update(ticksuffix=" x", range=[low - 0.08 * pad, high + 0.2 * pad])
+    axes["xaxis"].update(ticksuffix="x", range=[low - 0.08 * pad, high + 0.2 * pad])
     return {"data": data, "layout": axes}
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+from ..results import Row, pareto
+from ..results.values import join
 from ._charts import Chart, Cost, Dot, Strip, Table
-from ._study import Row, Study, pareto
-from ._words import join, say, say_bytes, say_interval, say_p
+from ._study import Study
+from ._words import say, say_interval, say_p, say_size
 
 
 def result_charts(study: Study) -> list[Chart]:
@@ -42,7 +44,7 @@ def _cost(study: Study) -> Chart | None:
         Table(
             ["method", "time per step", "test accuracy %", "on the line"],
             [
-                [row.label, f"{say(row.step_ratio, 3)} x", say_interval(row.accuracy), "yes" if dot.on_front else "no"]
+                [row.label, f"{say(row.step_ratio, 3)}x", say_interval(row.accuracy), "yes" if dot.on_front else "no"]
                 for dot, (_, row) in zip(dots, known, strict=True)
             ],
         ),
@@ -70,7 +72,7 @@ def _differences(study: Study) -> Chart | None:
         Table(
             ["method", "mean difference", "p (corrected)", "each seed"],
             [
-                [row.label, say_interval(row.difference, signed=True), say_p(row.p_value),
+                [row.label, say_interval(row.difference, signed=True), say_p(row.p_value_holm),
                  ", ".join(f"{value:+.2f}" for value in by_place[place].values)]
                 for place, row in enumerate(study.rows) if place in by_place
             ],
@@ -81,9 +83,9 @@ def _differences(study: Study) -> Chart | None:
 
 
 def _paired(row: Row, base: Row) -> Sequence[float]:
-    if len(row.accuracies) != len(base.accuracies):
+    if len(row.test_accuracy) != len(base.test_accuracy):
         return []
-    return [ours - theirs for ours, theirs in zip(row.accuracies, base.accuracies, strict=True)]
+    return [ours - theirs for ours, theirs in zip(row.test_accuracy, base.test_accuracy, strict=True)]
 
 
 def _memory(study: Study) -> Chart | None:
@@ -98,7 +100,7 @@ def _memory(study: Study) -> Chart | None:
         "What each method keeps beyond the base optimizer: copies of the network, or what it remembers of each sample.",
         unit,
         "",
-        Table(["method", "extra memory"], [[row.label, say_bytes(row.extra_bytes)] for _, row in known]),
+        Table(["method", "extra memory"], [[row.label, say_size(row.extra_bytes)] for _, row in known]),
         [Dot(row.label, place, (row.extra_bytes or 0) / divisor) for place, row in known],
         zero=True,
         bars=True,

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from ..results.values import number, numbers
 from ._charts import Chart, Curves, Dot, Line, Strip, Table
-from ._study import Json, Study, number, numbers
+from ._study import Json, Study
 from ._words import NONE, say
 
 CAUTION = (

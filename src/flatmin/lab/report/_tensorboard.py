@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import OutputError, require
-from ._study import Study, number
+from ..results.values import number
+from ._study import Study
 
 _OURS = ".flatmin"  # ends the names of our files, so that a later call replaces these and no others
 

@@ -1,9 +1,9 @@
 """Checkpoints: tensors in safetensors, everything else in JSON; no pickle is written or read.
 
-A checkpoint is a folder with ``tensors.safetensors`` and ``state.json``. The latter has the format's version, the
-digests of both, and the state's own shape with each tensor replaced by its name. It is written to the side, forced to
-the disk and renamed: at every moment there is a whole one, under its own name or, in the middle of the renaming, under
-one where `settle` finds it. Nothing is interpreted before its digest has been checked.
+A checkpoint is a folder with ``tensors.safetensors`` and ``state.json``. The latter has the version of the format, the
+digests of both files, and the nested state with each tensor replaced by its name. It is written to the side, forced to
+the disk and renamed: at every moment there is an intact checkpoint, under its own name or, during the renaming, where
+`settle` finds it. Nothing is interpreted before its digest has been checked.
 """
 
 import base64
@@ -41,13 +41,13 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, previous: Path | Non
     """Writes ``state``, nested dictionaries and lists of tensors, bytes and plain values, as the checkpoint ``folder``.
 
     Args:
-        folder: Where; a checkpoint that is there is replaced.
-        state: What.
-        previous: Where the checkpoint that is replaced goes; None to drop it.
-        durable: Whether to wait until it is on the disk itself, so that it survives a failure of the power too.
+        folder: Where to; an existing checkpoint is replaced.
+        state: The state.
+        previous: Where the replaced checkpoint goes; None: it is dropped.
+        durable: Whether to wait until it is on the disk itself, so that it survives a power failure.
 
     Raises:
-        OutputError: If it cannot be written; the checkpoints that were there are as they were.
+        OutputError: If it cannot be written; the existing checkpoints stay.
     """
     safetensors = require("safetensors.torch", install="flatmin[cli]")
     full_disk = require("safetensors", install="flatmin[cli]").SafetensorError
@@ -79,12 +79,12 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, previous: Path | Non
 
 
 def copy_checkpoint(source: Path, folder: Path, *, durable: bool = True) -> None:
-    """Makes ``folder`` the same checkpoint as ``source``; their files are shared where the file system can.
+    """Copies a checkpoint; the files are shared (hard links) where the file system can.
 
     Args:
-        source: What to copy.
-        folder: Where to; a checkpoint that is there is replaced.
-        durable: As in `save_checkpoint`.
+        source: The checkpoint to copy.
+        folder: Where to; an existing checkpoint is replaced.
+        durable: As for `save_checkpoint`.
 
     Raises:
         OutputError: If it cannot be written.
@@ -112,15 +112,14 @@ def copy_checkpoint(source: Path, folder: Path, *, durable: bool = True) -> None
 
 
 class _IncompleteError(ValueError):
-    """A file was not written to its end, or is not what was written."""
+    """A file is incomplete or differs from what was written."""
 
 
 def settle(folder: Path) -> None:
-    """Ends what a crash interrupted: a checkpoint between two names gets its own, and what is left over goes.
+    """Finishes what a crash interrupted: a checkpoint between two names gets its own, and leftovers are removed.
 
     Raises:
-        DataError: If what may be the only checkpoint cannot be read, and not because the crash came before it was
-            whole; it stays where it is.
+        DataError: If what may be the only checkpoint cannot be read although it is complete; it stays where it is.
     """
     fresh, stale = _beside(folder, "new"), _beside(folder, "old")
     if fresh.exists() and not folder.exists():
@@ -141,10 +140,10 @@ def load_checkpoint(folder: Path, only: Collection[str] | None = None) -> Any:
 
     Args:
         folder: The checkpoint.
-        only: The entries of the state to read, whose other tensors then take no memory; None for all.
+        only: The entries of the state to read; the tensors of the others take no memory. None: all.
 
     Raises:
-        DataError: If it is not there, not whole, or something else.
+        DataError: If it is missing or damaged, or something else.
     """
     safe_open = require("safetensors", install="flatmin[cli]").safe_open
     name = STATE

@@ -1,4 +1,4 @@
-"""Finding what a run is continued from: its configuration, its experiment file, its newest whole checkpoint."""
+"""What a run is continued from: its configuration, its experiment file, its newest intact checkpoint."""
 
 import dataclasses
 import json
@@ -16,24 +16,24 @@ from ...errors import DataError, ExperimentError, FlatminError, OutputError
 from ..methods import get_method, resolve_settings
 from ..problems.load import import_experiment
 from ..recipe import Recipe, Run
+from ..results import BEST, CONFIG, EXPERIMENT, LAST, PREVIOUS, RUNS
 from ..training.progress import Progress
 from .checkpoint import STATE, load_checkpoint, settle
-from .record import BEST, CONFIG, EXPERIMENT, LAST, PREVIOUS
 
-# What may differ between the parts of a run: where it happens, and not what.
+# Fields of the recipe that may change when a run is continued: where it trains, not what.
 PLACE = ("experiment", "device", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run is continued from, as `Keeper.gather` made it."""
+    """The checkpoint that a run is continued from, from `RunWriter.gather`."""
 
     checkpoint: Path
     state: dict[str, Any]
 
 
 def find_run(path: Path) -> tuple[Path, Path | None]:
-    """Returns the folder of a run and, if ``path`` is one of its checkpoints, that; None for the newest.
+    """Returns the folder of a run, and the checkpoint if ``path`` is one; otherwise None, for the newest.
 
     Raises:
         DataError: If ``path`` is neither.
@@ -52,27 +52,27 @@ def find_run(path: Path) -> tuple[Path, Path | None]:
 
 
 def read_run(folder: Path) -> Run:
-    """Reads the run that a folder holds, with its experiment file, or the copy of it where that is gone.
+    """Reads the run in a folder, with its experiment file or, if that is gone, the copy of it.
 
     Raises:
-        DataError: If its configuration is not whole.
+        DataError: If its configuration is damaged.
         ExperimentError: If the experiment file has changed since, or cannot be run.
     """
     path = folder / CONFIG
     try:
         content = path.read_text()
         if not content:
-            raise DataError(f"{path} is empty: the run ended before it began; remove {folder} and start it anew")
+            raise DataError(f"{path} is empty: the run ended before training began; remove {folder} and start anew")
         values = json.loads(content)
         if "rows" in values:
-            raise DataError(f"{folder} is a comparison, which cannot be continued; its runs are in {folder / 'runs'}")
+            raise DataError(f"{folder} is a comparison, which cannot be continued; its runs are in {folder / RUNS}")
         run = Run.from_json(values)
         recipe = run.recipe
+        check_integer("seed", run.seed, least=0)
         if recipe.experiment is not None:
             recipe = dataclasses.replace(recipe, experiment=_experiment(folder, Path(recipe.experiment)))
-        import_experiment(recipe)  # which may have registered the method
+        import_experiment(recipe)  # which may register the method
         settings = resolve_settings(get_method(run.method), run.settings, epochs=recipe.epochs)
-        check_integer("seed", run.seed, least=0)
     except (DataError, ExperimentError):
         raise
     except Exception as error:  # not JSON, not readable, keys or types that are not those of a run
@@ -81,15 +81,15 @@ def read_run(folder: Path) -> Run:
 
 
 def open_start(folder: Path, wanted: Path | None, run: Run) -> Start | None:
-    """Reads the checkpoint that a run is continued from, and settles what a crash has left half done.
+    """Reads the checkpoint that a run is continued from, and repairs what a crash has left half done.
 
     Args:
         folder: The run's.
         wanted: One of its checkpoints; None for the newest.
-        run: What it must be a checkpoint of.
+        run: The run that it must belong to.
 
     Returns:
-        The checkpoint; None if the run had not come to any.
+        The checkpoint; None if there is none yet.
 
     Raises:
         DataError: If it is damaged or of another run; the message says which others there are.
@@ -114,7 +114,7 @@ def open_start(folder: Path, wanted: Path | None, run: Run) -> Start | None:
 
 
 def describe_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Says what a checkpoint and a run have differently, or nothing."""
+    """Says in which values a checkpoint and a run differ; empty if in none."""
     return ", ".join(
         f"{name} was {found.get(name)!r:.60} and is {wanted.get(name)!r:.60}"
         for name in dict.fromkeys((*wanted, *found))
@@ -132,14 +132,14 @@ def _experiment(folder: Path, original: Path) -> str:
         raise ExperimentError(f"{original} cannot be compared with its copy {copy}: {error.strerror}") from error
     if not same:
         raise ExperimentError(
-            f"{original} has changed since the run began, and its copy {copy} has not: start a new run with the one, "
-            "or put the other back in its place"
+            f"{original} has changed since the run began; its copy {copy} has not: start a new run with the changed "
+            "file, or put the copy in its place"
         )
     return str(original)
 
 
 def _check(path: Path, state: Any, run: Run) -> None:
-    """Checks what is not the trainer's part of a state."""
+    """Checks the part of a state that the trainer does not check."""
     try:
         metrics, epoch = state["metrics"], state["epoch"]
         complete = check_integer("epoch", epoch, least=0) == len(metrics) <= run.recipe.epochs and all(
@@ -150,15 +150,15 @@ def _check(path: Path, state: Any, run: Run) -> None:
             for number, line in enumerate(metrics)
         )
         if not complete:
-            raise ValueError("its metrics are not those of its epochs")
+            raise ValueError("its metrics do not match its epochs")
         Progress.from_state(state["progress"], torch.zeros(2))
         difference = describe_difference(_essence(state["run"]), _essence(run.to_json()))
         check_integer("extra_bytes", state["extra_bytes"], least=0)
     except Exception as error:
         what = str(error) if isinstance(error, (FlatminError, ValueError)) else f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: not the checkpoint of a run: {what:.200}") from error
+        raise DataError(f"{path}: not a checkpoint of a run: {what:.200}") from error
     if difference:
-        raise DataError(f"{path}: the checkpoint of another run than {CONFIG} says: {difference}")
+        raise DataError(f"{path}: the checkpoint belongs to another run than {CONFIG}: {difference}")
 
 
 def _numbers(values: Iterable[Any]) -> bool:
@@ -166,15 +166,15 @@ def _numbers(values: Iterable[Any]) -> bool:
 
 
 def _essence(values: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a run that must be the same in each of its parts, with one name each."""
-    # A field that came later had its default before.
+    """Everything that must stay the same when a run is continued, by name."""
+    # A field that was added later had its default before.
     recipe = {**dataclasses.asdict(Recipe()), **values["recipe"]}
     recipe = {name: value for name, value in recipe.items() if name not in PLACE}
     return {"method": values["method"], "seed": values["seed"], **recipe, **values["settings"]}
 
 
 def _others(damaged: Path, found: list[Path]) -> str:
-    """Says which other checkpoints are whole."""
+    """Says which other checkpoints are intact."""
     held = []
     for path in found:
         if path.resolve() != damaged.resolve():
@@ -183,4 +183,4 @@ def _others(damaged: Path, found: list[Path]) -> str:
             except (DataError, KeyError, TypeError, ValueError):
                 continue
             held.append(f"{path} holds epoch {epoch}: flatmin train --resume {shlex.quote(str(path))}")
-    return "; ".join(held) if held else "there is no other whole checkpoint, so the run must be started anew"
+    return "; ".join(held) if held else "there is no other intact checkpoint, so the run must be started anew"

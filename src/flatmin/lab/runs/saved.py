@@ -13,11 +13,11 @@ from ...errors import DataError, FlatminError
 from ..problems.load import load_problem
 from ..problems.problem import Problem
 from ..recipe import Run
+from ..results import BEST, LAST, PREVIOUS
 from ..training.logged_sharpness import evaluated_network
 from ..training.state_check import check_fit
 from ..training.trainer import Trainer
 from .checkpoint import load_checkpoint
-from .record import BEST, LAST, PREVIOUS
 from .resume import find_run, read_run
 
 

@@ -1,147 +1,177 @@
-"""One run from start to end, kept on disk as it goes, and continued where it was ended."""
+"""Train one network and keep the run in a folder; continue one."""
 
-import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import dataclasses
+import shlex
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ... import _distributed
-from ..._files import locked, write_whole
-from ...errors import ExperimentError
-from ..problems.load import load_problem
-from ..recipe import Recipe, Run
+from ..._checks import check_integer, check_number
+from ...errors import FlatminWarning
+from ..methods import get_method, resolve_settings
+from ..problems.load import import_experiment
+from ..recipe import Recipe, Run, as_recipe
+from ..results import LAST, METRICS
 from ..training import torchrun
-from ..training.trainer import Trainer
-from .keeper import Keeper, restore_files
-from .record import CONFIG, EXPERIMENT, command_line, environment, write_json
-from .resume import open_start
+from .folder import run_folder
+from .resume import find_run, read_run
+from .run import resume_run, train_run
 
 OnEpoch = Callable[[dict[str, float]], None]
 
 
-def train(
-    run: Run,
-    folder: Path,
-    *,
-    on_epoch: OnEpoch | None = None,
-    on_step: Callable[[], None] | None = None,
-    checkpoint_minutes: float = 10.0,
-    durable: bool = True,
-) -> dict[str, float]:
-    """Trains as ``run`` says and keeps everything in ``folder``, which exists and is empty.
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that is finished.
 
-    It receives ``config.json`` before training begins, a line of ``metrics.jsonl`` and ``checkpoints/last`` after each
-    epoch, and ``checkpoints/best`` (of the highest test accuracy) when there is a better one; the checkpoint before the
-    last is ``checkpoints/previous``. An experiment file is copied beside them.
+    Attributes:
+        folder: Where it is kept.
+        metrics: Of the last epoch: ``test_accuracy`` (a share of 1), ``test_loss``, ``train_loss`` and so on, as in
+            ``metrics.jsonl``; with ``extra_bytes`` and ``mean_closure_calls`` of the whole run.
+        run: What was trained.
+    """
+
+    folder: Path
+    metrics: Mapping[str, float]
+    run: Run
+
+    def __str__(self) -> str:
+        accuracy = f"{100 * self.metrics['test_accuracy']:.2f} %"
+        return f"test accuracy after the last epoch {accuracy}; the run is in {self.folder}"
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C, or a plain kill of the command; the message says what is kept and how to go on."""
+
+
+def train(
+    recipe: "Recipe | str | PathLike[str] | None" = None,
+    *,
+    method: str = "saf",
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    out: "str | PathLike[str] | None" = None,
+    checkpoint_minutes: float = 10.0,
+    on_epoch: OnEpoch | None = None,
+) -> TrainedRun:
+    """Trains one network with one method and keeps the run in a folder, as ``flatmin train`` does.
+
+    The folder receives ``config.json``, ``metrics.jsonl`` (one line an epoch) and checkpoints, from which `resume`
+    continues after a crash. Under ``torchrun``, call it on every process: the batch size is that of all together.
 
     Args:
-        run: What to train.
-        folder: Where to keep it.
-        on_epoch: Called with each epoch's metrics once they are on disk.
-        on_step: Called after each step; what it raises ends the training.
-        checkpoint_minutes: A checkpoint is also written within an epoch when the last is so old; 0 for every step.
-        durable: Whether checkpoints survive a failure of the power too, and not only of the process.
+        recipe: What is trained and how: a `Recipe`, or the path of an experiment file, which defines ``model()``,
+            ``train_set()`` and ``test_set()``. None trains a small network on digits.
+        method: Name of the method.
+        settings: Hyperparameters of the method that differ from its defaults.
+        seed: Draws the split, the initial weights, the order of the batches and the augmentation.
+        out: Folder of the run, new or empty; None for a new one under ``runs/``.
+        checkpoint_minutes: Within an epoch, write a checkpoint when the last one is this old; 0: after every step.
+        on_epoch: Called with each epoch's metrics.
 
     Returns:
-        The last epoch's metrics (see `Trainer.train_epoch`), ``extra_bytes`` and ``mean_closure_calls``, of a step over
-        the whole run.
+        The metrics of the last epoch and the folder.
 
     Raises:
-        FlatminError: If something that the run names cannot be used, or the folder cannot be written.
+        FlatminError: If an argument, the data, the network or the experiment file cannot be used, or the folder cannot
+            be written.
+        RunInterrupted: After Ctrl-C; the message says how to go on.
+
+    Example:
+        >>> import tempfile
+        >>> from flatmin import lab
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     done = lab.train(lab.Recipe(epochs=1), method="base", out=folder)
+        >>> 0 < done.metrics["test_accuracy"] < 1
+        True
     """
-    with _alone(folder):
-        experiment = read_experiment(run.recipe)  # as it is now, when it is run; reading the data may take long
-        trainer = Trainer(run, load_problem(run.recipe, run.seed))
-        if _distributed.rank() == 0:
-            write_config(folder, run.to_json(), experiment)
-        keeper = Keeper(folder, run, trainer, minutes=checkpoint_minutes, durable=durable)
-        return _train(keeper, on_epoch, on_step)
+    recipe = as_recipe(recipe)
+    check_integer("seed", seed, least=0)
+    check_number("checkpoint_minutes", checkpoint_minutes, least=0)
+    import_experiment(recipe)  # which may register the method
+    chosen = resolve_settings(get_method(method), settings or {}, epochs=recipe.epochs)
+    run = Run(recipe, method, chosen, seed)
+    with torchrun.joined(recipe.device):
+        # The first rank makes the folder and alone writes into it.
+        own = run_folder(out, f"{method}-seed{seed}") if torchrun.rank() == 0 else nullcontext(Path())
+        with own as made:
+            folder = Path(_distributed.from_first(str(made)))
+            warn_if_idle(method, run.settings, recipe.epochs)
+            with _interruptible(run, folder):
+                last = train_run(run, folder, on_epoch=on_epoch, checkpoint_minutes=checkpoint_minutes)
+    return TrainedRun(folder, last, run)
 
 
 def resume(
-    run: Run,
-    folder: Path,
-    checkpoint: Path | None = None,
+    run: "str | PathLike[str]",
     *,
-    on_epoch: OnEpoch | None = None,
-    on_step: Callable[[], None] | None = None,
+    device: str | None = None,
+    workers: int | None = None,
     checkpoint_minutes: float = 10.0,
-) -> dict[str, float]:
-    """Continues what `train` began in ``folder``, as if it had never been ended.
+    on_epoch: OnEpoch | None = None,
+) -> TrainedRun:
+    """Continues a run that was ended early, with its own recipe, method and seed.
 
-    It comes out to the bit on the CPU, with the same number of processes and workers, if the data set keeps no random
-    state of its own.
-
-    A run that had not come to a checkpoint begins at its start; one that is finished is left as it is.
+    On the CPU, with the same torch and as many processes and workers, the result is bit-identical to that of a run that
+    was never ended. A run that is finished is left as it is.
 
     Args:
-        run: From `read_run`, with another device or number of workers if need be.
-        folder: The run's.
-        checkpoint: One of its checkpoints; None for the newest.
-        on_epoch: As in `train`, as are the others and what is returned.
-        on_step: Likewise.
-        checkpoint_minutes: Likewise.
+        run: Folder of the run, for its newest checkpoint, or one of its checkpoints.
+        device: Where to go on; None: where it was.
+        workers: Processes that load data; None: as before.
+        checkpoint_minutes: As for `train`.
+        on_epoch: Called with the metrics of each epoch that was still to do.
+
+    Returns:
+        The metrics of the last epoch and the folder.
 
     Raises:
-        FlatminError: As in `train`, and if the checkpoint is damaged or does not fit, or another process is at it.
+        DataError: If there is no run, or the checkpoint is damaged; the message names the others.
+        FlatminError: If something else cannot be used, or another process is writing the run.
+        RunInterrupted: After Ctrl-C; the message says how to go on.
     """
-    with _alone(folder):
-        with torchrun.first_before_others():
-            start = open_start(folder, checkpoint, run)
-        if start is not None and start.state["epoch"] == run.recipe.epochs:
-            if _distributed.rank() == 0:
-                restore_files(folder, start)
-            return _conclusion(start.state["metrics"], start.state["extra_bytes"])
-        keeper = Keeper(folder, run, Trainer(run, load_problem(run.recipe, run.seed)), minutes=checkpoint_minutes)
-        if start is not None:
-            keeper.restore(start)
-        del start  # its tensors are a second copy of everything
-        return _train(keeper, on_epoch, on_step)
+    check_number("checkpoint_minutes", checkpoint_minutes, least=0)
+    folder, checkpoint = find_run(Path(run))
+    found = read_run(folder)
+    recipe = dataclasses.replace(
+        found.recipe,
+        device=found.recipe.device if device is None else device,
+        workers=found.recipe.workers if workers is None else workers,
+    )
+    found = dataclasses.replace(found, recipe=recipe)
+    with torchrun.joined(found.recipe.device), _interruptible(found, folder):
+        last = resume_run(found, folder, checkpoint, on_epoch=on_epoch, checkpoint_minutes=checkpoint_minutes)
+    return TrainedRun(folder, last, found)
 
 
-def _train(keeper: Keeper, on_epoch: OnEpoch | None, on_step: Callable[[], None] | None) -> dict[str, float]:
-    trainer = keeper.trainer
-
-    def step_done() -> None:
-        keeper.step_done()
-        if on_step is not None:
-            on_step()
-
-    while trainer.epoch < keeper.run.recipe.epochs:
-        metrics = trainer.train_epoch(step_done)
-        keeper.epoch_done(metrics)
-        if on_epoch is not None:
-            on_epoch(metrics)
-    return _conclusion(keeper.metrics, trainer.extra_bytes)
+def warn_if_idle(label: str, settings: Mapping[str, Any], epochs: int) -> None:
+    """Warns of a method whose loss would begin only after the last epoch."""
+    first = max(settings.get("start_epoch", 0), settings.get("lag", 0))
+    if first >= epochs:
+        warnings.warn(
+            f"{label}: the trajectory loss would begin in epoch {first}, counted from 0, but there are only {epochs} "
+            "epochs, so it never acts: train longer, or lower start_epoch and lag",
+            FlatminWarning,
+            stacklevel=3,
+        )
 
 
-def _conclusion(metrics: list[dict[str, float]], extra_bytes: int) -> dict[str, float]:
-    calls = math.fsum(epoch["closure_calls"] for epoch in metrics) / len(metrics)
-    return {**metrics[-1], "extra_bytes": extra_bytes, "mean_closure_calls": calls}
-
-
-def _alone(folder: Path) -> AbstractContextManager[None]:
-    """Keeps other runs away from a folder; that of the first rank, who is the one to write."""
-    return locked(folder) if _distributed.rank() == 0 else nullcontext()
-
-
-def read_experiment(recipe: Recipe) -> bytes | None:
-    """Returns the content of the recipe's experiment file, if it has one.
-
-    Raises:
-        ExperimentError: If there is no such file.
-    """
-    if recipe.experiment is None:
-        return None
+@contextmanager
+def _interruptible(run: Run, folder: Path) -> Iterator[None]:
+    """Says after Ctrl-C what was kept, and how to go on."""
     try:
-        return Path(recipe.experiment).read_bytes()
-    except OSError as error:
-        raise ExperimentError(f"{recipe.experiment}: no such experiment file ({error.strerror})") from error
-
-
-def write_config(folder: Path, values: dict[str, Any], experiment: bytes | None) -> None:
-    """Writes ``config.json``: ``values``, the command, versions and hardware; the experiment file beside it."""
-    if experiment is not None:
-        write_whole(folder / EXPERIMENT, experiment)
-    write_json(folder / CONFIG, {"command": command_line(), **values, **environment()})
+        yield
+    except KeyboardInterrupt:
+        if not (folder / LAST).exists():
+            raise RunInterrupted("no epoch was done") from None
+        metrics = folder / METRICS
+        done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        raise RunInterrupted(
+            f"{done} of {run.recipe.epochs} epochs are kept in {folder}; "
+            f"to go on: flatmin train --resume {shlex.quote(str(folder))}"
+        ) from None

@@ -1,4 +1,4 @@
-"""Where a run is done."""
+"""The device of a run."""
 
 import torch
 
@@ -6,13 +6,13 @@ from ...errors import InvalidArgumentError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Returns the device of that name; ``"auto"`` is the accelerator if there is one.
+    """Returns the device of this name; ``"auto"`` is the accelerator if there is one, and the CPU otherwise.
 
     Raises:
         InvalidArgumentError: If there is no such device here.
     """
     if name == "auto":
-        # A CUDA build names its accelerator also on a machine that has none.
+        # A CUDA build of torch names its accelerator even on a machine without one.
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")
     try:

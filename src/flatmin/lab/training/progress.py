@@ -13,12 +13,12 @@ from ..._checks import check_integer, check_number
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step has found.
+    """The losses of a step.
 
     Attributes:
-        loss: The loss, detached; of most methods at the weights before the step.
+        loss: The total loss, detached; for most methods at the weights before the step.
         vanilla: The criterion's part of it.
-        calls: How often the closure was called.
+        calls: Number of closure calls.
     """
 
     loss: Tensor
@@ -32,10 +32,10 @@ class Progress:
 
     Attributes:
         steps: Steps done in it.
-        samples: Samples seen in it, by all ranks.
-        calls: How often its steps have called the closure.
+        samples: Samples seen in it by all ranks.
+        calls: Closure calls of its steps.
         seconds: Time spent on it.
-        totals: Sums over this rank's samples of the loss and of the criterion's part of it; stays on the device.
+        totals: Sums over this rank's samples of the loss and of the criterion's part; on the device.
     """
 
     steps: int = 0
@@ -45,7 +45,7 @@ class Progress:
     totals: Tensor = field(default_factory=lambda: torch.zeros(2))
 
     def add(self, step: StepResult, share: int, samples: int, seconds: float) -> None:
-        """Notes a step, its samples on this rank and on all, and the time the epoch has taken so far."""
+        """Adds a step, with its samples on this rank and on all ranks, and the time the epoch has taken so far."""
         self.totals += torch.stack([step.loss, step.vanilla]) * share
         self.calls += step.calls
         self.samples += samples
@@ -53,12 +53,12 @@ class Progress:
         self.seconds = seconds
 
     def means(self) -> tuple[float, float]:
-        """The mean loss and criterion, over all ranks."""
+        """Mean loss and mean criterion over all ranks."""
         loss, vanilla = (_distributed.total(self.totals.clone()) / self.samples).tolist()
         return loss, vanilla
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what is the same on all ranks, as plain values."""
+        """Returns the part that is the same on all ranks, as plain values."""
         return {"steps": self.steps, "samples": self.samples, "calls": self.calls, "seconds": self.seconds}
 
     @classmethod
@@ -66,7 +66,7 @@ class Progress:
         """Takes what `state_dict` returned, and this rank's totals.
 
         Raises:
-            InvalidArgumentError: If it has values that no epoch has.
+            InvalidArgumentError: If a value is impossible.
         """
         return cls(
             check_integer("steps", state["steps"], least=0),

@@ -1,4 +1,4 @@
-"""Whether a state that was read fits the objects it is for, found out before any of them is touched."""
+"""Checks that a state from disk fits the objects it is for, before any of them is changed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +14,10 @@ def check_fit(name: str, found: Any, wanted: Any, *, exact: bool = True) -> None
     """Checks that ``found`` has the keys, lengths, shapes and dtypes of ``wanted``; values may differ.
 
     Args:
-        name: What it is, for the error.
+        name: Name of the state, for the error.
         found: A state that was read: nested dictionaries and lists of tensors and plain values.
-        wanted: The same state of the object that is to take it.
-        exact: Whether both must have the same keys; if not, only what both have is compared.
+        wanted: The current state of the object that is to take it.
+        exact: Whether both must have the same keys; otherwise only common keys are compared.
 
     Raises:
         DataError: If it does not fit; it names the entry.
@@ -37,9 +37,9 @@ def check_fit(name: str, found: Any, wanted: Any, *, exact: bool = True) -> None
 
 
 def check_optimizer(found: Any, optimizer: Optimizer, *, exact: bool) -> None:
-    """Checks the state of an optimizer, which has none of its own to compare with before its first step.
+    """Checks the state of SGD or AdamW, which have no state to compare with before their first step.
 
-    Of an optimizer other than flatmin's choices, only it knows what fits.
+    Other optimizers are left to check their state themselves.
 
     Raises:
         DataError: If it does not fit; it names the entry.
@@ -67,7 +67,7 @@ def check_optimizer(found: Any, optimizer: Optimizer, *, exact: bool) -> None:
 
 
 def check_values(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Checks that the numbers in ``found``, alone and in lists, are those in ``wanted``, where both have them.
+    """Checks that numbers, alone or in lists, are equal in ``found`` and ``wanted`` where both have them.
 
     Raises:
         DataError: If one differs; it names the entry.
@@ -94,5 +94,5 @@ def _describe(value: Any) -> str:
 
 
 def _named(names: list[str]) -> str:
-    """Some of the names that only one of both has."""
+    """Some of the names that only one of the two has."""
     return f"; only one of them has {', '.join(names[:3])}" + (", ..." if len(names) > 3 else "") if names else ""

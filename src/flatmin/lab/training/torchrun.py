@@ -1,4 +1,4 @@
-"""The processes of one run that ``torchrun`` started together; with one process every function here does nothing."""
+"""The processes of one run that ``torchrun`` started together; with a single process, nothing here does anything."""
 
 import os
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ FAILED = "flatmin/failed"  # the rank that reports the failure, in the store tha
 
 
 def launched() -> int:
-    """Number of processes that torchrun started; 1 without it."""
+    """Number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_available() else 1
 
 
 def rank() -> int:
-    """This rank, from 0, also before the ranks have `joined`."""
+    """This rank, from 0, even before the ranks have `joined`."""
     if initialized():
         return joined_rank()
     return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
@@ -30,7 +30,7 @@ def rank() -> int:
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Makes one group of the processes that torchrun started, each with a GPU of its own where GPUs are used.
+    """Joins the processes that torchrun started into one group, each with its own GPU where GPUs are used.
 
     Args:
         device: The recipe's.
@@ -59,7 +59,7 @@ def joined(device: str) -> Iterator[None]:
 
 
 def claim_failure() -> bool:
-    """Whether this process reports the failure: only the first rank to ask does."""
+    """Whether this process reports the failure; only the first rank that asks does."""
     if launched() == 1:
         return True
     if not dist.is_initialized():  # it failed before the ranks met, so every rank fails alike
@@ -72,13 +72,13 @@ def claim_failure() -> bool:
 
 
 def parallel(model: nn.Module) -> nn.Module:
-    """The network as the loop calls it: with its gradients averaged over the ranks."""
+    """The network as the loop calls it, with gradients averaged over the ranks."""
     return model if size() == 1 else DistributedDataParallel(model)
 
 
 @contextmanager
 def first_before_others() -> Iterator[None]:
-    """Lets the first rank through before the others, so that it alone settles what a crash left on disk."""
+    """Lets the first rank run the block before the others, so that it alone repairs what a crash left on disk."""
     if rank() > 0 and size() > 1:
         dist.barrier()
     yield

@@ -12,19 +12,20 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from ... import _distributed, _rng
+from ... import _distributed
 from ..._checks import check_integer
 from ...errors import DataError, InvalidArgumentError
 from ...indices import with_indices
 from ...optim import SharpnessAware
 from ..methods import Ingredients, get_method
-from ..problems.batches import RankBatches, make_loader
+from ..problems.batches import make_loader, rank_batches, size_of
 from ..problems.problem import Problem, augmented, class_numbers, make_criterion
 from ..recipe import Run
 from . import torchrun
 from .device import resolve_device
 from .logged_sharpness import epoch_sharpness
 from .progress import Progress, StepResult
+from .randomness import Randomness
 from .state_check import check_fit, check_optimizer, check_values
 
 
@@ -33,16 +34,16 @@ class Trainer:
 
     Args:
         run: Recipe, method, hyperparameters and seed.
-        problem: What is to be learnt, made for the same seed.
+        problem: Data and network, made for the same seed.
 
     Attributes:
         model: The network, the same on all ranks.
-        optimizer: What makes the step; the method's.
+        optimizer: The method's, which makes the step.
         trajectory: SAF, MESA, online label smoothing or None.
-        average: An average of the weights, which is evaluated in place of the network, or None.
-        extra_bytes: What the method keeps in memory beyond the base optimizer.
+        average: The average of the weights that is evaluated in place of the network, or None.
+        extra_bytes: Memory that the method needs beyond the base optimizer, in bytes.
         epoch: Number of epochs done.
-        progress: How far the epoch after these has come.
+        progress: How far the next epoch has come.
 
     Raises:
         FlatminError: If the method, a hyperparameter or the device cannot be used.
@@ -53,29 +54,28 @@ class Trainer:
         self.run = run
         self.problem = problem
         self.device = resolve_device(recipe.device)
-        _rng.seed_all(run.seed)
+        self._randomness = Randomness(run.seed, self.device)  # before the initial weights are drawn
         self.model = problem.make_model().to(self.device)
         self._network = torchrun.parallel(self.model)
         base = problem.make_optimizer(self.model.parameters())
         # The scheduler holds the base optimizer; a wrapper shares its param_groups.
         self.scheduler = CosineAnnealingLR(base, T_max=recipe.epochs)
-        self._generator = torch.Generator()
-        self._augmentation = torch.Generator()
-        self.loader = make_loader(problem.train, recipe.batch_size, workers=recipe.workers, generator=self._generator)
+        self.loader = make_loader(
+            problem.train, recipe.batch_size, workers=recipe.workers, generator=self._randomness.order
+        )
         if len(self.loader) == 0:
             raise InvalidArgumentError(
                 f"batch_size={recipe.batch_size} and {problem.sizes()['training samples']} samples, shared by "
-                f"{_distributed.size()} processes, leave one with less than two in every batch, and batch norm needs "
-                "two: start fewer"
+                f"{_distributed.size()} processes, leave one of them with fewer than two samples in every batch, and "
+                "batch norm needs two: start fewer processes"
             )
-        # A loader of whole batches has them in place of single samples, see `make_loader`.
-        self._batches: RankBatches = self.loader.batch_sampler or self.loader.sampler  # type: ignore[assignment]
+        self._batches = rank_batches(self.loader)
         self._scaler = GradScaler(self.device.type, enabled=recipe.precision == "float16")
         method = get_method(run.method).assemble(
             Ingredients(
                 self._network,
                 base,
-                num_samples=len(problem.train),  # type: ignore[arg-type]
+                num_samples=size_of(problem.train),
                 num_classes=problem.num_classes,
                 steps_per_epoch=len(self.loader),
                 epochs=recipe.epochs,
@@ -91,14 +91,13 @@ class Trainer:
         self._takes_closure = own or isinstance(method.optimizer, SharpnessAware)
         if self._chooses and problem.criterion is not None:
             raise InvalidArgumentError(
-                f"{run.method} needs each sample's loss, and the experiment file's criterion() gives their mean: leave "
-                f"{run.method} out, or the criterion"
+                f"{run.method} needs the loss of each sample, but the experiment file's criterion() returns their "
+                f"mean: leave out {run.method} or the criterion"
             )
         self.extra_bytes = method.extra_bytes
         self.criterion = make_criterion(problem, run.settings["smoothing"])
         self.epoch = 0
         self.progress = Progress(totals=torch.zeros(2, device=self.device))
-        self._random: Mapping[str, Any] = {}  # what `load_state_dict` was given, for the middle of an epoch
 
     def train_epoch(self, on_step: Callable[[], None] | None = None) -> dict[str, float]:
         """Trains for one epoch and evaluates; after `load_state_dict`, for the rest of the epoch it was in.
@@ -117,7 +116,7 @@ class Trainer:
         start = time.perf_counter() - progress.seconds
         for index, (x, y) in batches:
             y = class_numbers(y, self.problem.num_classes)
-            x = augmented(x, self.run.recipe, self._augmentation)
+            x = augmented(x, self.run.recipe, self._randomness.augmentation)
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             step = self.step(index, x, y, weight=self._batches.weight(progress.steps))
             progress.add(step, len(y), self._batches.lengths[progress.steps], time.perf_counter() - start)
@@ -145,21 +144,16 @@ class Trainer:
         }
 
     def _begin_epoch(self) -> Iterator[tuple[Tensor, Any]]:
-        """Seeds everything and returns the epoch's batches, those that `progress` has behind it left out."""
-        # Order and augmentation follow from seed and epoch alone, whatever random numbers a method has used.
-        seed = self.run.seed * 1_000_003 + self.epoch
-        self._generator.manual_seed(seed)
-        seed += 999_983 * _distributed.rank()  # each rank drops out, shifts and mirrors otherwise
-        self._augmentation.manual_seed(seed)
-        _rng.seed_all(seed)
+        """Seeds everything and returns the epoch's batches, without those that `progress` counts as done."""
+        self._randomness.begin_epoch(self.epoch)
         self.model.train()
         batches = iter(with_indices(self.loader))
         if self.progress.steps == 0:
             self.set_epoch(self.epoch)
         else:
-            # Drawn again and thrown away, so that data sets and workers that draw random numbers come as far as then.
+            # Drawn again and dropped, so that data sets and workers that draw random numbers come as far as before.
             deque(islice(batches, self.progress.steps), maxlen=0)
-            self._set_random_states(self._random)
+            self._randomness.go_on()
         return batches
 
     def set_epoch(self, epoch: int) -> None:
@@ -171,10 +165,10 @@ class Trainer:
         """Makes one step.
 
         Args:
-            index: The samples' numbers in the data set, int64, shape (B,), on the CPU.
+            index: Index of each sample in the data set, int64, shape (B,), on the CPU.
             x: Inputs, on the device.
-            y: Class numbers, int64, shape (B,), on the device.
-            weight: What the mean over this rank's samples counts, see `RankBatches.weight`.
+            y: Class indices, int64, shape (B,), on the device.
+            weight: Weight of the mean over this rank's samples, see `RankBatches.weight`.
         """
         losses: list[tuple[Tensor, Tensor]] = []
 
@@ -184,7 +178,8 @@ class Trainer:
                 logits = self._network(x)
                 vanilla = self.criterion(logits, y)
                 loss = vanilla if self._penalty is None else vanilla + self._penalty(logits, y, index, x)
-            self._scaler.scale(loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+            scaled = self._scaler.scale(loss if weight == 1 else loss * weight)
+            scaled.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
             losses.append((loss.detach().float(), vanilla.detach().float()))
             return loss
 
@@ -224,11 +219,11 @@ class Trainer:
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), y, reduction="sum")
             totals += torch.stack([loss, (logits.argmax(dim=1) == y).sum()])
-        loss_mean, accuracy = (_distributed.total(totals) / len(self.problem.test)).tolist()  # type: ignore[arg-type]
+        loss_mean, accuracy = (_distributed.total(totals) / size_of(self.problem.test)).tolist()
         return loss_mean, accuracy
 
     def place(self) -> dict[str, str | int]:
-        """What must be the same for a run that is continued to come out to the bit."""
+        """What must be the same for a continued run to be bit-identical to one that was never ended."""
         return {
             "torch": str(torch.__version__),
             "device": self.device.type,
@@ -239,9 +234,9 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Returns all that changes in training, as nested dictionaries and lists of tensors and plain values.
 
-        It can be taken between epochs and after each step, on several ranks by all of them together. The tensors are
-        those in use, and no copies.
+        Call it between epochs or after a step, on all ranks together. The tensors are those in use, not copies.
         """
+        own = {"totals": self.progress.totals.cpu(), "random": self._randomness.state_dict()}
         return {
             **self.place(),
             "epoch": self.epoch,
@@ -252,14 +247,14 @@ class Trainer:
             "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
             "average": {} if self.average is None else self.average.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "ranks": _distributed.from_all({"totals": self.progress.totals.cpu(), "random": self._random_states()}),
+            "ranks": _distributed.from_all(own),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from where `state_dict` was taken.
 
         Raises:
-            FlatminError: If it is the state of something else; what else may be raised, says the same.
+            FlatminError: If it is the state of something else; torch may raise its own errors for that too.
         """
         own = self.state_dict()
         same_torch = state["torch"] == own["torch"]  # other versions have other entries
@@ -284,30 +279,17 @@ class Trainer:
         # On fewer processes an epoch may have more steps, see `RankBatches`; then nothing of it is left to do here.
         if self.progress.steps >= len(self.loader) and len(state["ranks"]) == _distributed.size():
             raise DataError(f"progress.steps is {self.progress.steps}, and an epoch has {len(self.loader)} steps")
-        self._random = part["random"]
-        self._set_random_states(self._random)
+        self._randomness.load_state_dict(part["random"])
 
     def _own_part(self, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """What a checkpoint has of this rank alone."""
+        """The part of a checkpoint that is this rank's own."""
         for number, part in enumerate(parts):
             check_fit(f"ranks.{number}.totals", part["totals"], self.progress.totals)
         if len(parts) == _distributed.size():
             return parts[_distributed.rank()]
-        # On another number of ranks the first goes on with what all had seen, and the epoch with other random numbers.
+        # With another number of ranks, the first takes over the sums of all; the epoch draws other random numbers.
         every = torch.stack([part["totals"] for part in parts]).sum(dim=0)
         return {**parts[0], "totals": every if _distributed.rank() == 0 else torch.zeros_like(every)}
-
-    def _random_states(self) -> dict[str, Any]:
-        return {
-            **_rng.state_dict(self.device),
-            "order": self._generator.get_state(),
-            "augmentation": self._augmentation.get_state(),
-        }
-
-    def _set_random_states(self, states: Mapping[str, Any]) -> None:
-        _rng.load_state_dict(states, self.device)
-        self._generator.set_state(states["order"])
-        self._augmentation.set_state(states["augmentation"])
 
     def _autocast(self) -> torch.autocast:
         precision = self.run.recipe.precision

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from flatmin.errors import DataError, InvalidArgumentError
-from flatmin.lab.comparison import compare
-from flatmin.lab.comparison.compare import Comparison
-from flatmin.lab.comparison.outcome import Outcome, Row, make_rows, verdict
+from flatmin.lab.comparison import run as run_module
+from flatmin.lab.comparison.outcome import Outcome
+from flatmin.lab.comparison.rows import make_rows
+from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.timing import Cost
 from flatmin.lab.recipe import Recipe
+from flatmin.lab.results import Row
 from flatmin.lab.training.trainer import Trainer
 
 NOISE = [0.3, -0.2, 0.1, -0.4, 0.2]
@@ -45,21 +47,25 @@ def test_the_cost_of_a_row_is_the_mean_over_steps_that_pay_and_others():
     )
     for label, calls in (("base", 1.0), ("late_sam", 1.25), ("esam when=every:2", 2.0)):
         found.metrics[label] = {0: {"test_accuracy": 0.9, "mean_closure_calls": calls}}
-    ratios = [entry["step_ratio"] for entry in found.table()]
+    ratios = [row.step_ratio for row in found.result().rows]
     assert ratios == pytest.approx([1.0, 0.25 * 2.0 + 0.75 * 1.1, 0.5 * 2.4 + 0.5 * 1.2])
+
+
+def verdict_of(found):
+    return found.result().verdict
 
 
 class Inline:
     """Runs in this process, and at once, what a pool would run in others."""
 
     def __init__(self, jobs, context, initializer, arguments):
-        compare._ticks, compare._stop, _ = arguments
+        run_module._ticks, run_module._stop, _ = arguments
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        compare._ticks = compare._stop = None
+        run_module._ticks = run_module._stop = None
 
     def submit(self, function, *arguments):
         future = Future()
@@ -76,7 +82,7 @@ class Inline:
 @pytest.fixture
 def run_comparison(tmp_path, monkeypatch, experiment):
     """Runs a comparison of tiny runs in this process; returns its outcome and what it wrote."""
-    monkeypatch.setattr(compare, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(run_module, "ProcessPoolExecutor", Inline)
     folder = tmp_path / "comparison"
     folder.mkdir()
 
@@ -124,7 +130,7 @@ class TestRows:
         [
             (["saf"], {}, "must include base"),
             ([], {}, "must include base"),
-            (["base", "saf", "saf"], {}, "names one twice.*--set"),
+            (["base", "saf", "saf"], {}, "has a name twice.*--set"),
             (["base", "sff"], {}, "unknown method 'sff', did you mean"),
             (["base"], {"saf": {"lag": [1]}}, "setting is given for saf, which is not among"),
             (["base"], {"suf": {"lag": [1]}}, "unknown method 'suf'"),
@@ -146,64 +152,74 @@ class TestRows:
 
 class TestVerdict:
     def test_clearly_better_with_its_cost(self):
-        text = verdict(outcome(**gains(1.0, 1.1, 0.9, 1.2, 0.8), costs={"base": 1.0, "saf": 1.0149}))
+        text = verdict_of(outcome(**gains(1.0, 1.1, 0.9, 1.2, 0.8), costs={"base": 1.0, "saf": 1.0149}))
         assert text.startswith("Better than base beyond noise here: saf (+1.00 points at 1.01 times the step).")
         assert "Worse" not in text
         assert "Not told apart" not in text
 
     def test_clearly_worse(self):
-        text = verdict(outcome(**gains(-1.0, -1.1, -0.9, -1.2, -0.8)))
+        text = verdict_of(outcome(**gains(-1.0, -1.1, -0.9, -1.2, -0.8)))
         assert text.startswith("Better than base beyond noise here: none. Worse: saf (-1.00 points).")
 
     @pytest.mark.parametrize("differences", [(0.5, -0.6, 0.4, -0.2, 0.3), (0.0,) * 5, (3.0, 0.0, 0.0, 0.0, 0.0)])
     def test_noise_is_not_told_apart(self, differences):
-        text = verdict(outcome(**gains(*differences)))
+        text = verdict_of(outcome(**gains(*differences)))
         assert "beyond noise here: none. Not told apart from it: saf" in text
         assert "Worse" not in text
 
     def test_a_large_mean_is_no_evidence(self):
-        assert "here: none." in verdict(outcome(**gains(20.0, -5.0, 15.0, -8.0, 1.0)))
+        assert "here: none." in verdict_of(outcome(**gains(20.0, -5.0, 15.0, -8.0, 1.0)))
 
     def test_the_paired_difference_counts_and_not_the_spread_over_seeds(self):
         base = [90.0, 95.0, 85.0, 99.0, 80.0]
-        text = verdict(outcome(base=base, saf=[value + 0.1 * number for number, value in enumerate(base, start=3)]))
+        text = verdict_of(outcome(base=base, saf=[value + 0.1 * number for number, value in enumerate(base, start=3)]))
         assert "here: saf (+0.50 points)" in text
 
-    @pytest.mark.parametrize("accuracies", [{"base": [97], "saf": [99]}, {"base": [], "saf": []}])
-    def test_too_little_gives_no_claim(self, accuracies):
-        text = verdict(outcome(**accuracies))
-        assert "too few for a claim" in text
-        assert "Better" not in text
+    @pytest.mark.parametrize(
+        ("accuracies", "said"),
+        [
+            ({"base": [97], "saf": [99]}, "1 finished seed: too few for a claim, which takes 5."),
+            (
+                {"base": [], "saf": []},
+                "No seed was finished by every method, so there is nothing to compare.",
+            ),
+        ],
+    )
+    def test_too_little_gives_no_claim(self, accuracies, said):
+        assert verdict_of(outcome(**accuracies)) == said
 
     def test_the_base_alone(self):
-        assert "nothing to compare" in verdict(outcome(base=[9, 9, 9]))
+        assert "nothing to compare" in verdict_of(outcome(base=[9, 9, 9]))
 
     def test_equal_gains_of_every_one_of_many_seeds_are_better(self):
-        assert "here: saf" in verdict(outcome(**gains(*[1.0] * 10)))
+        assert "here: saf" in verdict_of(outcome(**gains(*[1.0] * 10)))
 
     def test_equal_gains_of_two_seeds_are_not(self):
         samples = {"base": [170, 168], "saf": [172, 170]}  # right answers out of 179
-        text = verdict(outcome(**{label: [100 * right / 179 for right in rights] for label, rights in samples.items()}))
+        text = verdict_of(
+            outcome(**{label: [100 * right / 179 for right in rights] for label, rights in samples.items()})
+        )
         assert text == "2 finished seeds: too few for a claim, which takes 5."
 
     def test_many_comparisons_ask_for_more_evidence(self):
         one = gains(0.9, 0.1, 0.5, 0.2, 0.6)
-        assert outcome(**one).table()[1]["p_value"] == pytest.approx(0.0319, abs=1e-3)
-        assert "here: saf" in verdict(outcome(**one))
+        assert outcome(**one).result().rows[1].p_value == pytest.approx(0.0319, abs=1e-3)
+        assert "here: saf" in verdict_of(outcome(**one))
         noise = {f"m{number}": [value + 0.01 * number for value in one["base"][::-1]] for number in range(3)}
         many = outcome(**one, **noise)
-        assert many.table()[1]["p_value_holm"] == pytest.approx(4 * many.table()[1]["p_value"])
-        assert "here: none." in verdict(many)
+        row = many.result().rows[1]
+        assert row.p_value_holm == pytest.approx(4 * row.p_value)
+        assert "here: none." in verdict_of(many)
 
     def test_it_says_how_it_was_found(self):
-        text = verdict(outcome(**gains(*NOISE), sam=[97] * 5))
+        text = verdict_of(outcome(**gains(*NOISE), sam=[97] * 5))
         assert "Paired over 5 seeds, two-sided t-test at 5 %, Holm-corrected for 2 comparisons" in text
         assert "this data, network and recipe only" in text
 
     def test_each_method_is_in_one_sentence(self):
         found = gains(1.0, 1.1, 0.9, 1.2, 0.8)
         base = found["base"]
-        text = verdict(outcome(**found, sam=[value - 2 - 0.01 * value for value in base], mesa=base[::-1]))
+        text = verdict_of(outcome(**found, sam=[value - 2 - 0.01 * value for value in base], mesa=base[::-1]))
         better, worse, rest = text.split(". ")[:3]
         assert ("saf" in better, "sam" in worse, "mesa" in rest) == (True, True, True)
         assert text.count("points") == 3
@@ -211,19 +227,21 @@ class TestVerdict:
 
 class TestTable:
     def test_mean_interval_paired_difference_and_cost(self):
-        base, saf = outcome(base=[90, 92, 94], saf=[91, 94, 97], costs={"base": 1.0, "saf": 1.5}).table()
+        found = outcome(base=[90, 92, 94], saf=[91, 94, 97], costs={"base": 1.0, "saf": 1.5}).result()
+        base, saf = found.to_json()["rows"]
         assert base["accuracy"] == pytest.approx({"mean": 92, "half": 4.3027 * 2 / math.sqrt(3)}, rel=1e-4)
         assert saf["accuracy"]["mean"] == pytest.approx(94)
         assert saf["difference"] == pytest.approx({"mean": 2, "half": 4.3027 / math.sqrt(3)}, rel=1e-4)
         assert base["difference"]["mean"] == 0
-        assert saf["p_value"] == pytest.approx(0.0742, abs=1e-4)
+        assert saf["p_value"] == saf["p_value_holm"] == pytest.approx(0.0742, abs=1e-4)
+        assert "p_value_holm" not in base
         assert (saf["step_ratio"], saf["extra_bytes"]) == (1.5, None)
 
     def test_seeds_that_only_some_rows_have_finished_are_not_used(self):
         found = outcome(base=[90, 92, 50, None], saf=[91, 93, None, 99])
         assert found.seeds == [0, 1]
-        assert [entry["accuracy"]["mean"] for entry in found.table()] == pytest.approx([91, 92])
-        written = found.to_json()
+        assert [row.accuracy.mean for row in found.result().rows] == pytest.approx([91, 92])
+        written = found.result().to_json()
         assert written["seeds"] == [0, 1]
         assert written["metrics"]["base"].keys() == {"0", "1"}
         assert written["partial"] == {
@@ -234,7 +252,7 @@ class TestTable:
     def test_a_row_without_any_run_leaves_no_seeds(self):
         found = outcome(base=[90, 92], saf=[None, None])
         assert found.seeds == []
-        assert "accuracy" not in found.table()[0]
+        assert "accuracy" not in found.result().to_json()["rows"][0]
 
 
 class TestComparison:
@@ -276,7 +294,7 @@ class TestComparison:
         def compare_times(seconds):
             return SimpleNamespace(ratio=lambda base: seconds / 0.1, median=lambda: seconds)
 
-        monkeypatch.setattr(compare, "measure_rows", costs)
+        monkeypatch.setattr(run_module, "measure_rows", costs)
         found, results, _ = run_comparison(("mesa", "base", "sam"), seeds=1)
         assert found.step_ratio == pytest.approx({"base": 1.0, "mesa": 1.5, "sam": 2.1})
         assert [row["step_seconds"] for row in results["rows"]] == [0.1, 0.15, 0.21]
@@ -293,8 +311,8 @@ class TestComparison:
                 on_epoch({})
             return {"test_accuracy": 0.5}
 
-        monkeypatch.setattr(compare, "time", SimpleNamespace(monotonic=lambda: clock.now))
-        monkeypatch.setattr(compare, "train", train)
+        monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+        monkeypatch.setattr(run_module, "train_run", train)
         monkeypatch.setattr(Comparison, "_measure", lambda self: None)
         found, _, _ = run_comparison(minutes=minutes, seeds=3 if minutes == 1e9 else None)
         assert found.seeds == list(range(seeds))
@@ -319,9 +337,9 @@ class TestComparison:
         def wait(futures, **_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(compare, "ProcessPoolExecutor", Late)
-        monkeypatch.setattr(compare, "wait", wait)
-        monkeypatch.setattr(compare, "train", train)
+        monkeypatch.setattr(run_module, "ProcessPoolExecutor", Late)
+        monkeypatch.setattr(run_module, "wait", wait)
+        monkeypatch.setattr(run_module, "train_run", train)
         found, results, _ = run_comparison(seeds=3)
         assert found.interrupted is results["interrupted"] is True
         assert found.seeds == results["seeds"] == finished
@@ -343,25 +361,27 @@ class TestComparison:
 
     def test_a_worker_leaves_ctrl_c_to_the_command(self, monkeypatch):
         handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-        monkeypatch.setattr(compare, "_ticks", None)
-        monkeypatch.setattr(compare, "_stop", None)
+        monkeypatch.setattr(run_module, "_ticks", None)
+        monkeypatch.setattr(run_module, "_stop", None)
         try:
-            compare._start_worker("ticks", "stop", 1)
+            run_module._start_worker("ticks", "stop", 1)
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-            assert (compare._ticks, compare._stop, torch.get_num_threads()) == ("ticks", "stop", 1)
+            assert (run_module._ticks, run_module._stop, torch.get_num_threads()) == ("ticks", "stop", 1)
         finally:
             signal.signal(signal.SIGINT, handler)
             torch.set_num_threads(threads)
 
     def test_a_worker_stops_at_its_next_step_when_it_is_told(self, monkeypatch, make_run, tmp_path, experiment):
         stop = SimpleNamespace(is_set=lambda: False)
-        monkeypatch.setattr(compare, "_stop", stop)
-        monkeypatch.setattr(compare, "_ticks", SimpleNamespace(put=lambda one: setattr(stop, "is_set", lambda: True)))
-        with pytest.raises(compare._Stopped):
-            compare._train_one(make_run("base", experiment=experiment, epochs=50), tmp_path / "run")
+        monkeypatch.setattr(run_module, "_stop", stop)
+        monkeypatch.setattr(
+            run_module, "_ticks", SimpleNamespace(put=lambda one: setattr(stop, "is_set", lambda: True))
+        )
+        with pytest.raises(run_module._Stopped):
+            run_module._train_one(make_run("base", experiment=experiment, epochs=50), tmp_path / "run")
         assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
-        with pytest.raises(compare._Stopped):
-            compare._train_one(make_run("base", experiment=experiment), tmp_path / "other")
+        with pytest.raises(run_module._Stopped):
+            run_module._train_one(make_run("base", experiment=experiment), tmp_path / "other")
         assert not (tmp_path / "other").exists()
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves on disk as it goes: the one place that gathers its state, and the one that writes."""
+"""Writes what a run leaves on disk as it goes: checkpoints and metrics."""
 
 import errno
 import shlex
@@ -9,28 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from ... import _distributed
+from ..._files import append_line, write_lines
 from ...errors import DataError, FlatminError, FlatminWarning, OutputError
 from ..recipe import Run
+from ..results import BEST, LAST, METRICS, PREVIOUS
 from ..training.trainer import Trainer
 from .checkpoint import STATE, copy_checkpoint, save_checkpoint
-from .record import BEST, LAST, METRICS, PREVIOUS, append_line, write_lines
 from .resume import Start, describe_difference
 
 ASK_EVERY = 10  # steps
 
 
-class Keeper:
+class RunWriter:
     """Writes a run's checkpoints and metrics, on the first rank.
 
     ``checkpoints/last`` is the newest, ``checkpoints/previous`` the one before it, and ``checkpoints/best`` that of the
-    first epoch with the highest test accuracy. A checkpoint holds the metrics of all epochs before it, so that
-    ``metrics.jsonl`` can be made from it.
+    first epoch with the highest test accuracy. Each holds the metrics of all epochs before it, so ``metrics.jsonl`` can
+    be restored from it.
 
     Args:
         folder: The run's.
-        run: What is trained.
-        trainer: What trains it.
-        minutes: How long to go on within an epoch without a checkpoint.
+        run: The run that is trained.
+        trainer: Its trainer.
+        minutes: Longest time within an epoch without a checkpoint.
         durable: See `save_checkpoint`.
     """
 
@@ -46,7 +47,7 @@ class Keeper:
         self._saved = time.monotonic()
 
     def gather(self) -> dict[str, Any]:
-        """Returns everything that a run is continued from."""
+        """Returns everything that is needed to continue the run."""
         return {
             "run": self.run.to_json(),
             "data": self.trainer.problem.sizes(),
@@ -64,7 +65,7 @@ class Keeper:
         state = start.state
         try:
             if difference := describe_difference(state["data"], self.trainer.problem.sizes()):
-                raise DataError(f"the data is not what it was: {difference}")
+                raise DataError(f"the data has changed: {difference}")
             self.trainer.load_state_dict(state)
             now = self.trainer.place()
             difference = describe_difference({name: state.get(name) for name in now}, now)
@@ -73,7 +74,8 @@ class Keeper:
             raise DataError(f"{start.checkpoint}: the checkpoint does not fit this run: {what:.400}") from error
         if difference:
             warnings.warn(
-                f"since the checkpoint was made, {difference}; the run will not come out to the bit as it would have",
+                f"since the checkpoint was made, {difference}; the result will not be bit-identical to that of a run "
+                "that was never ended",
                 FlatminWarning,
                 stacklevel=2,
             )
@@ -84,18 +86,18 @@ class Keeper:
         self._last_is_good = start.checkpoint.resolve() == (self.folder / LAST).resolve()
 
     def step_done(self) -> None:
-        """Writes a checkpoint in the middle of an epoch, when one is due; at its end, `epoch_done` does."""
+        """Writes a checkpoint in the middle of an epoch if one is due; at its end, `epoch_done` does."""
         steps = self.trainer.progress.steps
         if steps == len(self.trainer.loader):
             return
-        # The state is gathered from all ranks, so they have to agree on when; asking at every step would cost time.
+        # The state is gathered from all ranks, so they must agree on when; asking at every step would cost time.
         if _distributed.size() == 1 or self.minutes == 0 or steps % ASK_EVERY == 0:
             due = time.monotonic() - self._saved >= 60 * self.minutes
             if _distributed.from_first(due):
                 self._save()
 
     def epoch_done(self, metrics: dict[str, float]) -> None:
-        """Writes an epoch's checkpoint first, and then what can be made from it."""
+        """Writes the checkpoint of an epoch first, and then what can be made from it."""
         self.metrics.append(metrics)
         self._save()
         if _distributed.rank() == 0:
@@ -107,7 +109,7 @@ class Keeper:
         self._saved = time.monotonic()
         if _distributed.rank() > 0:
             return
-        # What is at `last` and was not continued from, damaged or given up, must not push out the good one before it.
+        # A checkpoint at `last` that was not continued from, damaged or given up, must not push out the good one.
         previous = self.folder / PREVIOUS if self._last_is_good else None
         try:
             save_checkpoint(self.folder / LAST, state, previous=previous, durable=self.durable)
@@ -117,19 +119,19 @@ class Keeper:
             whole = "the one before it" if self._last_is_good else f"{self._start}, which it was started from,"
             go_on = shlex.quote(str(self.folder if self._last_is_good else self._start))
             when = "when there is room" if _is_full(error.__cause__) else "to go on"
-            raise OutputError(f"{error}; {whole} is whole; {when}: flatmin train --resume {go_on}") from error
+            raise OutputError(f"{error}; {whole} is intact; {when}: flatmin train --resume {go_on}") from error
         self._start = self.folder / LAST
         self._last_is_good = True
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether it says that there is no room; safetensors has the number in its text."""
+    """Whether the error says that the disk is full; safetensors has the number in its text."""
     numbers = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
     return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
 
 
 def restore_files(folder: Path, start: Start) -> None:
-    """Makes ``metrics.jsonl`` and ``checkpoints/best`` what they were when a checkpoint was made, and no more.
+    """Restores ``metrics.jsonl`` and ``checkpoints/best`` as they were when a checkpoint was made.
 
     Raises:
         OutputError: If they cannot be written.
@@ -144,7 +146,7 @@ def restore_files(folder: Path, start: Start) -> None:
 
 
 def _keep_best(folder: Path, checkpoint: Path, metrics: Sequence[dict[str, float]], *, durable: bool = True) -> None:
-    """Keeps the checkpoint of the last of these epochs as the best, if it is and is not yet kept."""
+    """Keeps the checkpoint of the last of these epochs if it is the best one."""
     accuracies = [line["test_accuracy"] for line in metrics]
     if not accuracies or accuracies.index(max(accuracies)) != len(accuracies) - 1:
         return
