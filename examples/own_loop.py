@@ -37,7 +37,7 @@ def main(method: str = "logit_squeezing", epochs: int = 60, seed: int = 0) -> fl
             def closure(index: torch.Tensor = index, x: torch.Tensor = x, y: torch.Tensor = y) -> float:
                 optimizer.zero_grad()
                 logits = model(x)
-                loss = torch.nn.functional.cross_entropy(logits, y)
+                loss = torch.nn.CrossEntropyLoss()(logits, y)
                 if trajectory is not None:
                     loss = loss + trajectory(logits, index if method == "saf" else x)
                 elif method == "logit_squeezing":

@@ -22,21 +22,24 @@ It needs ``pip install 'flatmin[cli]'``. ``import flatmin`` does not import it.
 =====================  ==========================================================================
 """
 
-import importlib as _importlib
-from typing import Any as _Any
-
 from . import methods as methods
 from . import report as report
 from . import results as results
 from .comparison.compare import compare as compare
 from .recipe import Recipe as Recipe
+from .runs.measure import measure_landscape as measure_landscape
+from .runs.measure import measure_sharpness as measure_sharpness
 from .runs.train import resume as resume
 from .runs.train import train as train
 
-__all__ = ["Recipe", "compare", "methods", "report", "results", "resume", "train"]
-
-
-def __getattr__(name: str) -> _Any:
-    if name in ("measure_landscape", "measure_sharpness"):
-        return getattr(_importlib.import_module("flatmin.lab.runs.measure"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [
+    "Recipe",
+    "compare",
+    "measure_landscape",
+    "measure_sharpness",
+    "methods",
+    "report",
+    "results",
+    "resume",
+    "train",
+]

@@ -1,7 +1,6 @@
 """Compare methods on the same splits, initial weights and batches, and say what that means."""
 
 import dataclasses
-import importlib
 import importlib.util
 import logging
 import warnings
@@ -17,8 +16,11 @@ from ..problems.load import import_experiment
 from ..recipe import Recipe, as_recipe
 from ..results import METRICS, SELECTION, ComparisonResult
 from ..runs.folder import run_folder
+from ..runs.measure import write_landscape, write_sharpness
+from ..runs.saved import open_saved
 from ..runs.train import RunInterrupted, warn_if_idle
 from ..training import torchrun
+from ..training.logged_sharpness import fixed_batches
 from .main_guard import check_main_guard
 from .rows import make_rows
 from .run import Comparison
@@ -159,15 +161,14 @@ def _each_a_list(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
 
 def _look_at(folders: Sequence[Path], points: int, tell: OnProgress) -> None:
     """Measures sharpness and landscape of each run's network, for the report."""
-    measure = importlib.import_module("flatmin.lab.runs.measure")
     density = {"probes": 1, "steps": 32}  # rough
     try:
         for folder in folders:
             tell(0, 0, f"sharpness of {folder.name}")
-            saved = measure.open_saved(folder)
-            batches = measure.fixed_batches(saved.problem, LOOKED_AT, 0, saved.device)
-            measure.write_sharpness(saved, batches, density=density)
-            measure.write_landscape(saved, batches, points=points, on_progress=tell)
+            saved = open_saved(folder)
+            batches = fixed_batches(saved.problem, LOOKED_AT, 0, saved.device)
+            write_sharpness(saved, batches, density=density)
+            write_landscape(saved, batches, points=points, on_progress=tell)
     except KeyboardInterrupt:
         warnings.warn(
             "interrupted while measuring sharpness and landscapes; the comparison itself is complete",
