@@ -189,6 +189,22 @@ def test_nothing_else_is_done_while_a_step_is_under_way():
     training.step()
 
 
+def test_a_step_that_a_hook_stops_is_not_made_later():
+    training = Training("SAM")
+
+    def stop(*_):
+        raise ValueError("in the hook")
+
+    handle = training.optimizer.register_step_pre_hook(stop)
+    with pytest.raises(ValueError, match="in the hook"):
+        training.loop()
+    handle.remove()
+    with pytest.raises(InvalidArgumentError, match="step needs a closure"):
+        training.optimizer.step()
+    training.loop()
+    assert training.optimizer.state_dict()["flatmin"]["step"] == 1
+
+
 def test_second_step_comes_after_first_step():
     training = Training("SAM", when=lambda step: step > 0)
     with pytest.raises(InvalidArgumentError, match="second_step comes after first_step"):

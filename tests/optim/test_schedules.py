@@ -113,8 +113,9 @@ def test_one_that_always_runs_or_never_has_as_many_passes():
         def before(self, step):
             return self.answer
 
-    for answer, calls in ((True, 8), (False, 4)):
+    for answer, calls in ((True, 8), (False, 4), (torch.tensor(True), 8), (torch.tensor(False), 4)):
         training = Training("SAM", when=Fixed(answer))
+        assert training.optimizer._begin(None).second_runs is bool(answer)
         training.step(4)
         assert training.passes == calls
 

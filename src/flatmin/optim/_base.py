@@ -190,7 +190,10 @@ class SharpnessAware(Wrapper):
                         break
                 yield index
         self._ready = step
-        self.step()
+        try:
+            self.step()
+        finally:
+            self._ready = None
 
     def first_step(self, zero_grad: bool = False) -> bool:
         """Moves the weights, after the first backward pass; in one-pass methods before the only one.
@@ -204,7 +207,8 @@ class SharpnessAware(Wrapper):
 
         Returns:
             Whether another backward pass is wanted, and `second_step` after it. Where not, the step is made, or was
-            dropped, and a `second_step` does nothing.
+            dropped, and a `second_step` does nothing; a loop that does not ask makes that pass for nothing, and running
+            statistics move in it.
 
         Raises:
             InvalidArgumentError: If there is no gradient, or one step is under way already.

@@ -120,7 +120,8 @@ class Step:
     _random: States = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.second_runs = self.when.before(self.index) if self.rho > 0 else False
+        answer = self.when.before(self.index) if self.rho > 0 else False
+        self.second_runs = None if answer is None else bool(answer)
 
     def first_pass(self) -> Passes:
         """Takes the gradient at the weights, and decides whether the second pass runs."""
