@@ -63,7 +63,7 @@ def test_every_flag_is_explained(flatmin, flag):
 class TestRows:
     def test_by_default_all_methods_as_they_are_fixed(self, flatmin, rows):
         assert flatmin("compare").code == 0
-        assert [row.label for row in rows["rows"]] == ["base", "smoothing", "sam", "saf", "mesa"]
+        assert [row.label for row in rows["rows"]] == ["base", "smoothing", "logit_squeezing", "sam", "saf", "mesa"]
         assert (rows["seeds"], rows["minutes"], rows["recipe"].epochs) == (None, 3.0, 60)
 
     @pytest.mark.parametrize(
