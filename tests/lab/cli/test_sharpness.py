@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flatmin.lab.runs import measure_landscape, measure_sharpness
 from flatmin.lab.runs.checkpoint import load_checkpoint
 
 
@@ -50,6 +51,27 @@ def test_landscapes_of_runs_and_the_plane_through_three(flatmin, run):
     assert [place["name"] for place in plane["checkpoints"]] == runs
     assert flatmin("landscape", "base", "--directions", 1, "--points", 4).code == 0
     assert json.loads(Path("base/landscape.json").read_text())["y"] is None
+
+
+def test_the_command_writes_what_python_writes(flatmin, run):
+    folder = Path(run("base"))
+
+    def written(name):
+        path = folder / name
+        found = json.loads(path.read_text())
+        path.unlink()
+        return {key: value for key, value in found.items() if key != "command"}
+
+    measure_sharpness(folder, rho=0.1, samples=20, seed=1, eigenvalues=0, trace=True, float64=True, train_mode=True)
+    python = written("sharpness.json")
+    words = ("--rho", 0.1, "--samples", 20, "--seed", 1, "--eigenvalues", 0, "--trace", "--float64", "--train-mode")
+    assert flatmin("sharpness", folder, *words).code == 0
+    assert written("sharpness.json") == python
+    measure_landscape(folder, points=3, radius=0.5, directions=1, direction_seed=2, samples=30, seed=1)
+    python = written("landscape.json")
+    words = ("--points", 3, "--radius", 0.5, "--directions", 1, "--direction-seed", 2, "--samples", 30, "--seed", 1)
+    assert flatmin("landscape", folder, *words).code == 0
+    assert written("landscape.json") == python
 
 
 def test_the_average_is_what_is_measured(flatmin, run):
