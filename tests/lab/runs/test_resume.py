@@ -24,6 +24,7 @@ from flatmin.lab.runs import writer as writer_module
 from flatmin.lab.runs.checkpoint import load_checkpoint, save_checkpoint
 from flatmin.lab.runs.resume import find_run, open_start, read_run
 from flatmin.lab.runs.run import resume_run, train_run
+from flatmin.lab.training.randomness import Randomness
 from flatmin.lab.training.trainer import Trainer
 from tests.killed import killed_at
 
@@ -156,7 +157,7 @@ class TestToTheBit:
         with pytest.raises(Ended):
             train_run(run, folder, on_step=ending_after(4), checkpoint_minutes=0)
         if part == "random":
-            monkeypatch.setattr(Trainer, "_set_random_states", lambda self, states: None)
+            monkeypatch.setattr(Randomness, "go_on", lambda self: None)
         else:
             state = load_checkpoint(folder / "checkpoints/last")
             state["ranks"][0]["totals"].zero_()
@@ -308,7 +309,7 @@ class TestWhere:
     def test_only_the_first_rank_settles(self, folder, ended, monkeypatch):
         """When another reads, the first may be writing already."""
         (folder / "checkpoints/best.new").mkdir()
-        monkeypatch.setattr(resume_module.ranks, "rank", lambda: 1)
+        monkeypatch.setattr(resume_module._distributed, "rank", lambda: 1)
         open_start(folder, None, ended)
         assert (folder / "checkpoints/best.new").exists()
         monkeypatch.undo()
@@ -380,7 +381,7 @@ class TestDoesNotFit:
         state = load_checkpoint(folder / "checkpoints/last")
         state["ranks"][0]["random"]["numpy"] = numbers
         save_checkpoint(folder / "checkpoints/last", state)
-        with pytest.raises(DataError, match="numpy's random state is none"):
+        with pytest.raises(DataError, match="numpy's random state is invalid"):
             resume_run(run, folder)
 
     @pytest.mark.filterwarnings("ignore")
