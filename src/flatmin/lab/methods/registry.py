@@ -1,16 +1,18 @@
 """The registry: every method by name, those of flatmin and those registered from outside."""
 
-import functools
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from types import CodeType, FunctionType, MappingProxyType
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from ..._checks import check_choice, nearest
 from ...errors import InvalidArgumentError
 from . import averages, losses, plain, sam_family
-from .card import Card, Hyperparameter
+from .card import Card
 
 # Names that methods once had, under which committed results have them.
 FORMER_NAMES: Mapping[str, str] = MappingProxyType(
@@ -37,87 +39,68 @@ METHODS: Mapping[str, Card] = MappingProxyType(_methods)
 COMPARED = ("base", "smoothing", "logit_squeezing", "sam", "saf", "mesa")
 
 
+INTERACTIVE = "an interactive session"  # a notebook's cell or a prompt, where a name is given again at will
+
+
 @dataclass(frozen=True)
 class _Origin:
-    """Where a method was registered: the namespace of the module, and the line."""
+    """Where a method was registered: the file, its content, the line, and the execution of the file."""
 
-    namespace: dict[str, Any]
+    file: str
+    digest: str
     line: int
+    execution: int
 
-    def superseded(self) -> bool:
-        """Whether the module has been executed anew since, as an experiment file is by each load, or is gone."""
-        module = sys.modules.get(self.namespace["__name__"])
-        return module is None or vars(module) is not self.namespace
+    @classmethod
+    def of(cls, frame: FrameType) -> "_Origin":
+        """The place in the code that ``frame`` is at."""
+        file = frame.f_globals.get("__file__", INTERACTIVE)
+        with suppress(OSError):
+            return cls(file, sha256(Path(file).read_bytes()).hexdigest(), frame.f_lineno, id(frame.f_globals))
+        return cls(file, "", frame.f_lineno, id(frame.f_globals))
 
-    def __str__(self) -> str:
-        return f"{self.namespace.get('__file__', self.namespace['__name__'])}:{self.line}"
+    def may_replace(self, other: "_Origin") -> bool:
+        """Whether it is the same line of the file, or of a copy (a run's folder has one), or the file run anew."""
+        copied = self.digest != "" and self.digest == other.digest
+        if self.file != other.file:
+            return copied and self.line == other.line
+        return self.line == other.line or self.execution != other.execution or self.file == INTERACTIVE
 
 
-# What is compared by value; everything else that a card holds on to, by identity.
-_PLAIN = (str, bytes, int, float, type(None), CodeType)
-
-_origins: dict[str, _Origin] = {}
+_origins: dict[str, _Origin] = {}  # of the methods that are not flatmin's own
 
 
 def register(card: Card) -> None:
     """Adds a method, which then takes part in everything as flatmin's own do, under its name.
 
     Call it at the top level of an experiment file: the command runs that file before it reads which methods are meant,
-    and so does each process that trains. The same card may be registered again, since an experiment file is run several
-    times: the last one counts. Same is what has the same fields, functions being compared by their code; and whatever
-    a file registers when it is run anew, takes the place of what it registered before.
+    and so does each process that trains. What a file registers when it runs again replaces what it registered before.
 
     Args:
         card: The method.
 
     Raises:
-        InvalidArgumentError: (a ValueError) if another method has the name, or once had it.
+        InvalidArgumentError: (a ValueError) if flatmin itself has or had a method of that name, or another file, or
+            another line of the same file, has registered one.
 
     Example:
-        >>> register(METHODS["sam"])
         >>> register(Card("sam", "mine", {}, METHODS["base"].assemble))
         Traceback (most recent call last):
             ...
-        flatmin.errors.InvalidArgumentError: there is another method 'sam' already, flatmin's own; ...
+        flatmin.errors.InvalidArgumentError: there is a method 'sam' already, flatmin's own; ...
     """
+    if not isinstance(card, Card):
+        raise InvalidArgumentError(f"card must be a flatmin.lab.methods.Card, got {card!r:.80}")
     if card.name in FORMER_NAMES:
         raise InvalidArgumentError(
             f"{card.name!r} was the name of {FORMER_NAMES[card.name]}, under which old results have it; take another"
         )
-    caller = sys._getframe(1)
-    known, origin = _methods.get(card.name), _origins.get(card.name)
-    if known is not None and known is not card and not _same(known, card) and not (origin and origin.superseded()):
-        place = "flatmin's own" if origin is None else f"registered in {origin}"
-        raise InvalidArgumentError(
-            f"there is another method {card.name!r} already, {place}; give this one a name of its own"
-        )
-    if known is None or origin is not None:
-        _methods[card.name] = card
-        _origins[card.name] = _Origin(caller.f_globals, caller.f_lineno)
-
-
-def _same(one: Card, other: Card) -> bool:
-    return all(_essence(getattr(one, each.name)) == _essence(getattr(other, each.name)) for each in fields(Card))
-
-
-def _essence(value: Any) -> Any:
-    """What stays equal when the file that made a value is run again, or a copy of it: of a function, its code."""
-    if isinstance(value, functools.partial):
-        return "partial", _essence(value.func), _essence(value.args), _essence(value.keywords)
-    if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        # A function among what it closes over may close over this one again: of those only the code is compared.
-        inner = [cell.__code__ if isinstance(cell, FunctionType) else _essence(cell) for cell in cells]
-        return value.__qualname__, value.__code__, _essence((value.__defaults__, value.__kwdefaults__)), inner
-    if isinstance(value, type):
-        return "type", value.__qualname__
-    if isinstance(value, Hyperparameter):
-        return value.default, value.kind, value.help
-    if isinstance(value, Mapping):
-        return {key: _essence(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_essence(item) for item in value]
-    return value if isinstance(value, _PLAIN) else id(value)
+    here = _Origin.of(sys._getframe(1))
+    known = _origins.get(card.name)
+    if card.name in _methods and (known is None or not here.may_replace(known)):
+        place = "flatmin's own" if known is None else f"registered in {known.file}, line {known.line}"
+        raise InvalidArgumentError(f"there is a method {card.name!r} already, {place}; give this one another name")
+    _methods[card.name], _origins[card.name] = card, here
 
 
 def get_method(name: str) -> Card:
