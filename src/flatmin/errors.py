@@ -12,7 +12,7 @@ Each names the argument, the value it got and the way out::
         └── MissingDependencyError (ImportError)  an optional package that is not installed
 
     UserWarning
-    └── FlatminWarning                        a likely mistake, said once
+    └── FlatminWarning                        a likely mistake, warned once
         └── NonFiniteGradientWarning              a step that was dropped
 """
 
@@ -49,7 +49,7 @@ class MissingDependencyError(FlatminError, ImportError):
 
 
 class FlatminWarning(UserWarning):
-    """A likely mistake, said once."""
+    """A likely mistake, warned once."""
 
 
 class NonFiniteGradientWarning(FlatminWarning):

@@ -78,7 +78,6 @@ class Objective:
             raise InvalidArgumentError(f"loss_fn must be a function of (model(x), y), got {loss_fn!r}")
         self.loss_fn, self.dtype, self.seed = loss_fn, dtype, seed
         self.normalise_logits, self.batch_statistics = normalise_logits, batch_statistics
-        self._where()
         self._batches = Batches(batches, samples=samples, seed=seed)
         with self._snapshot():
             pass  # reads the batches

@@ -32,7 +32,7 @@ from .method import Assembled, Ingredients
 
 
 def parse_when(text: str | None, steps: int) -> Schedule | None:
-    """Reads which steps pay for a second pass.
+    """Reads in which steps the second pass runs.
 
     Args:
         text: ``always``, ``every:K``, ``late:SHARE``, ``sometimes:PROBABILITY``, ``adaptive``; None for the method's
@@ -68,7 +68,7 @@ _EXAMPLES = "always, every:5, late:0.2, sometimes:0.5, adaptive"
 
 
 def _pays(own: Callable[[Settings], str]) -> Callable[[int, Settings, int], bool | None]:
-    """Whether a step pays, by its ``when``, or else ``own``."""
+    """Whether the second pass runs in a step, by its ``when``, or else ``own``."""
 
     def pays(step: int, settings: Settings, steps: int) -> bool | None:
         when = parse_when(settings["when"] or own(settings), steps)
