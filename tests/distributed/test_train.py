@@ -149,7 +149,7 @@ def test_an_epoch_that_has_no_more_steps_on_this_number_of_ranks_is_closed(tmp_p
 def shares(experiment: str) -> list[list[int]]:
     run = make_run(experiment, "base", batch_size=16)
     trainer = Trainer(run, load_problem(run.recipe, 0))
-    trainer._generator.manual_seed(5)
+    trainer._randomness.order.manual_seed(5)
     assert size() > 1
     return [list(batch) for batch in trainer._batches]
 
