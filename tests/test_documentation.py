@@ -23,6 +23,7 @@ import flatmin
 from flatmin.lab import cli
 from flatmin.lab.cli._shared import app
 from flatmin.lab.methods.registry import METHODS, get_method, resolve_settings
+from tests.registry import restored
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -184,6 +185,13 @@ def test_the_code_for_sharpness_runs(block: Block, capsys: pytest.CaptureFixture
     first, second = capsys.readouterr().out.splitlines()
     assert len(set(map(float, first.split()))) == 2
     assert second.count(",") == 2
+
+
+@pytest.fixture(autouse=True)
+def registry():
+    """What a page registers is gone after its test."""
+    with restored():
+        yield
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(flatmin, path, command, said
     ("change", "said"),
     [
         (('0.1, "form"', '0.1, "lr"'), "squared has a hyperparameter 'lr', and lr is a part of every run"),
-        (('"squared", "small', '"sam", "small'), "there is another method 'sam' already, flatmin's own"),
+        (('"squared", "small', '"sam", "small'), "there is a method 'sam' already, flatmin's own"),
         (('"opposite"', '"squared"'), "there is a method 'squared' already, registered in"),
         (('"opposite"', '"a.b"'), "name must be letters, digits, _ and -, a letter first, got 'a.b'"),
     ],
