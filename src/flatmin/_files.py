@@ -124,7 +124,7 @@ def _lock(folder: Path) -> Any:
     try:
         import fcntl
     except ImportError:  # Windows
-        fcntl = None  # type: ignore[assignment]
+        fcntl = None  # type: ignore[assignment]  # a module's name
     while True:
         try:
             file = path.open("a")

@@ -92,7 +92,7 @@ class _Noted:
         self.drawn: deque[Tensor] = deque()
 
     def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
+        return len(self.sampler)  # type: ignore[arg-type]  # an Iterable; without a length it raises
 
     def __iter__(self) -> Iterator[Any]:
         self.drawn = deque()

@@ -49,7 +49,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     rest = [parameter for name, parameter in own.items() if name not in ("recipe", "settings")]
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*rest, *settings, *recipe)]
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
-    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions have it, by their description
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapper
 
