@@ -196,7 +196,7 @@ def test_evaluation_sees_every_sample_once_though_a_rank_may_have_none_of_the_la
 
 
 def too_many(experiment: str) -> str:
-    with pytest.raises(ValueError, match="leave one with less than two") as error:
+    with pytest.raises(ValueError, match="leave one of them with fewer than two") as error:
         Trainer(make_run(experiment, "base", batch_size=3), load_problem(make_run(experiment, "base").recipe, 0))
     return str(error.value)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from flatmin.errors import DataError, InvalidArgumentError
 from flatmin.lab.runs import measure_landscape, measure_sharpness, open_saved
-from flatmin.lab.runs.train import train
+from flatmin.lab.runs.run import train_run as train
 from flatmin.lab.training.logged_sharpness import fixed_batches
 from flatmin.sharpness import Objective, hessian_eigenvalues, sam_sharpness, spectral_density
 
