@@ -75,10 +75,10 @@ def time_per_step(card: Card, row: dict[str, Any]) -> str:
     if plain is None:
         return _times(full)
     settings = resolve_settings(card, {}, epochs=EPOCHS)
-    pays = [card.pays(step, settings, STEPS) for step in range(STEPS)]
-    if None in pays:
+    runs = [card.second_pass(step, settings, STEPS) for step in range(STEPS)]
+    if None in runs:
         return f"{_times(plain)} to {_times(full)}"
-    return _times(fmean(full if second else plain for second in pays))
+    return _times(fmean(full if second else plain for second in runs))
 
 
 def _cheaper(root: Path, card: Card) -> str:

@@ -114,7 +114,7 @@ def test_mesa_follows_the_optimizer_with_the_decay_that_was_asked_for(given, dec
 
 
 @pytest.mark.parametrize(
-    ("text", "pays"),
+    ("text", "second"),
     [
         ("always", [True] * 6),
         ("every:3", [True, False, False, True, False, False]),
@@ -124,12 +124,12 @@ def test_mesa_follows_the_optimizer_with_the_decay_that_was_asked_for(given, dec
         ("adaptive", [None] * 6),
     ],
 )
-def test_when_says_which_steps_pay(text, pays):
+def test_when_says_which_steps_pay(text, second):
     method = METHODS["sam"]
     settings = resolve_settings(method, {"when": text}, epochs=1)
-    assert [method.pays(step, settings, 6) for step in range(6)] == pays
+    assert [method.second_pass(step, settings, 6) for step in range(6)] == second
     assert [method.calls(step, settings, 6) for step in range(6)] == [
-        None if pay is None else 2 if pay else 1 for pay in pays
+        None if pay is None else 2 if pay else 1 for pay in second
     ]
 
 
@@ -150,8 +150,8 @@ def test_a_when_that_cannot_be_read_is_explained(text, message):
 
 def test_looksam_has_its_k_unless_when_says_otherwise():
     method = METHODS["look_sam"]
-    pays = [method.pays(step, resolve_settings(method, {"k": 3}, epochs=1), 6) for step in range(6)]
-    assert pays == [True, False, False, True, False, False]
+    second = [method.second_pass(step, resolve_settings(method, {"k": 3}, epochs=1), 6) for step in range(6)]
+    assert second == [True, False, False, True, False, False]
     for text, when in (("late:0.1", flatmin.optim.Late(0.1, 50)), ("always", flatmin.optim.Every(1))):
         assert assemble("look_sam", when=text)[2].optimizer._when == when
 

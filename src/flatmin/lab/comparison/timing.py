@@ -73,7 +73,7 @@ def _kinds(row: Row) -> list[Mapping[str, Any]]:
     method = get_method(row.method)
     if method.closure_calls == 1 or row.settings.get("when", "always") == "always":
         return [row.settings]
-    method.pays(0, row.settings, 1)  # says what is wrong with it
+    method.second_pass(0, row.settings, 1)  # says what is wrong with it
     return [{**row.settings, "when": "always"}, {**row.settings, "when": f"every:{NEVER}"}]
 
 

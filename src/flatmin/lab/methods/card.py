@@ -76,9 +76,9 @@ class Card:
         memory: What it keeps beyond the base optimizer, in words.
         passes: What it computes in a step beyond one forward and one backward pass, in words.
         closure_calls: How often a step with a second pass calls the closure; the other steps call it once.
-        pays: Whether step number ``step``, from 0, of ``steps`` has a second pass, by ``(step, settings, steps)``; None
-            where only the gradients tell. By default all have. A method of which only some have one needs a
-            hyperparameter ``when`` as the SAM family has it, so that both kinds of steps can be timed.
+        second_pass: Whether the step with index ``step``, of ``steps``, has a second pass, by ``(step, settings,
+            steps)``; None where only the gradients tell. By default all have. A method of which only some steps have
+            one needs a hyperparameter ``when`` as the SAM family has it, so that both kinds of steps can be timed.
         complete: Fills in settings that are tied to the run, by ``(settings, given, epochs)``: what they are so far,
             those that were given, and the length of the run. It returns all.
 
@@ -107,7 +107,7 @@ class Card:
     memory: str = field(default="nothing", kw_only=True)
     passes: str = field(default="none", kw_only=True)
     closure_calls: int = field(default=1, kw_only=True)
-    pays: Callable[[int, Settings, int], bool | None] = field(
+    second_pass: Callable[[int, Settings, int], bool | None] = field(
         default=lambda step, settings, steps: True, kw_only=True, repr=False
     )
     complete: Callable[[dict[str, Any], Settings, int], dict[str, Any]] = field(
@@ -132,8 +132,8 @@ class Card:
 
     def calls(self, step: int, settings: Settings, steps: int) -> int | None:
         """How often step number ``step`` of ``steps`` calls the closure; None where only the gradients tell."""
-        pays = self.pays(step, settings, steps)
-        return None if pays is None else self.closure_calls if pays else 1
+        second_pass = self.second_pass(step, settings, steps)
+        return None if second_pass is None else self.closure_calls if second_pass else 1
 
 
 def signature_defaults(source: Callable[..., Any], *names: str) -> dict[str, Any]:

@@ -67,14 +67,14 @@ def parse_when(text: str | None, steps: int) -> Schedule | None:
 _EXAMPLES = "always, every:5, late:0.2, sometimes:0.5, adaptive"
 
 
-def _pays(own: Callable[[Settings], str]) -> Callable[[int, Settings, int], bool | None]:
+def _second_pass(own: Callable[[Settings], str]) -> Callable[[int, Settings, int], bool | None]:
     """Whether the second pass runs in a step, by its ``when``, or else ``own``."""
 
-    def pays(step: int, settings: Settings, steps: int) -> bool | None:
+    def second_pass(step: int, settings: Settings, steps: int) -> bool | None:
         when = parse_when(settings["when"] or own(settings), steps)
         return True if when is None else when.before(step)
 
-    return pays
+    return second_pass
 
 
 def _card(
@@ -127,7 +127,7 @@ def _card(
     # The class perturbs all parameters, in all steps, and takes objects for either; here a word says it.
     words = {"subset": subset} if closure_calls == 1 else {"subset": subset, "when": when}
     if closure_calls > 1:
-        facts["pays"] = _pays(own_when)
+        facts["second_pass"] = _second_pass(own_when)
     return Card(
         name,
         summary,
