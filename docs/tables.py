@@ -23,7 +23,7 @@ STEPS, EPOCHS = 1000, 60  # of a run, over which the cost of a method with a sec
 # What a hyperparameter makes of a method's cost, where it is what we recommend.
 CHEAPER = {"mesa": ("overhead-mesa.json", "fraction=0.25")}
 
-# "Which one?" of the README: the case, what to take, the row of the results that has its cost, and the line to write.
+# "Which one?" of the README: the case, what to take, the row of the results that has its cost, and how to begin.
 WHICH = (
     (
         "no cost at all",
@@ -122,7 +122,7 @@ def which_table(root: Path) -> str:
         (case, take, _times(read_rows(root, name, "resnet18")[label]["ratio"]), f"`{line}`")
         for case, take, (name, label), line in WHICH
     ]
-    return _markdown(("your case", "take", "time per step", "line to write"), rows)
+    return _markdown(("your case", "take", "time per step", "begin with"), rows)
 
 
 def rivals_tables(root: Path) -> str:

@@ -33,7 +33,7 @@ def check_number(
 ) -> float:
     """Returns ``value`` as a float if it is finite and within the bounds given (``above`` and ``below`` exclude)."""
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     wanted = [f"> {above:g}"] if above is not None else []

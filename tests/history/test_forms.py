@@ -409,6 +409,7 @@ def test_what_does_not_fit_is_explained(arguments: dict, message: str) -> None:
         (lambda: History(Dense(), 0, 10), "num_samples must be an integer of at least 1, got 0"),
         (lambda: History(Dense(), 9, 10, lag=0), "lag must be an integer of at least 1, got 0"),
         (lambda: History(Dense(), 9, 10, lag=7, momentum=0.9), "lag=7 and momentum=0.9 exclude each other"),
+        (lambda: History(Dense(), 9, 10, lag=3, momentum=0.9), "lag=3 and momentum=0.9 exclude each other"),
         (lambda: History(Dense(), 9, 10, temperature=0.0), "temperature must be .* > 0, got 0.0"),
         (lambda: History(Dense(), 10**9, 10**6), "needs 12000000.0 GB and this machine has .*: take a smaller form"),
     ],

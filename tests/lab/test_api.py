@@ -109,6 +109,28 @@ class TestCompare:
         assert sorted(path.name for path in (folder / "runs").iterdir()) == ["base-seed0", "sam-seed0"]
         assert on_disk["verdict"] in (tmp_path / page).read_text()
 
+    def test_a_method_that_the_processes_cannot_know_is_said(self, experiment, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(
+            "from flatmin import lab\nfrom flatmin.lab.methods import Card, METHODS, register\n\n"
+            "if __name__ == '__main__':\n    register(Card('mine', 'x', {}, METHODS['base'].assemble))\n"
+            f"    lab.compare({str(experiment)!r}, methods=['base', 'mine'], seeds=1, jobs=1, out='found')\n"
+        )
+        done = python(str(script), cwd=tmp_path)
+        assert done.returncode == 1
+        assert "method 'mine' is not known in the processes that train: register it in the experiment" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"methods": "base,saf"}, r"methods must be a list of names, got 'base,saf'; write \['base', 'saf'\]"),
+            ({"settings": {"saf.lag": [1]}}, r"settings must be a mapping for each method, got \[1\] for 'saf.lag'"),
+        ],
+    )
+    def test_slips_are_named(self, experiment, tmp_path, given, message):
+        with pytest.raises(InvalidArgumentError, match=message):
+            lab.compare(str(experiment), out=tmp_path / "found", **given)
+
     def test_from_the_interpreter_no_guard_is_needed(self, experiment, tmp_path):
         code = f"from flatmin import lab; found = {CALL.format(experiment=experiment)}; print(found.seeds)"
         done = python("-c", code, cwd=tmp_path)

@@ -10,7 +10,7 @@ from .._checks import check_choice
 from ..errors import InvalidArgumentError
 from ._codec import Codec
 from ._dense import Dense
-from ._history import LAG, History, exclude_each_other
+from ._history import LAG, History
 from ._lowrank import LowRank
 from ._memory import physical_memory
 from ._quantized import Quantized
@@ -82,13 +82,12 @@ def make_history(
         )
     if history == "mean" and momentum is None:
         momentum = MEAN_MOMENTUM
-    if lag is not None and momentum is not None:
-        raise exclude_each_other(lag, momentum)
-    lag = LAG if lag is None else lag
     if history == "auto":
         if path is not None:
             raise InvalidArgumentError(f"path={str(path)!r} and history='auto' exclude each other: name the form")
-        chosen = _choose(num_samples, num_classes, lag, momentum=momentum, on_host=location == "host")
+        chosen = _choose(
+            num_samples, num_classes, LAG if lag is None else lag, momentum=momentum, on_host=location == "host"
+        )
         history = str(_distributed.from_first(chosen))
     return History(
         CODECS[history] if isinstance(history, str) else history,

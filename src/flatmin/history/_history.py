@@ -59,7 +59,7 @@ class History(nn.Module):
             your own. The history uses a copy of it.
         num_samples: Number of samples ``N`` in the data set.
         num_classes: Number of classes ``C``.
-        lag: Compare each row with the one from ``lag`` epochs earlier; at least 1. Leave it out with ``momentum``.
+        lag: Compare each row with the one from ``lag`` epochs earlier; at least 1. None: 3, or a running mean.
         momentum: In [0, 1). Keep one slot, with a running mean of each sample's logits, instead of ``lag`` slots:
             ``mean_e = mean_(e-1) + (1 - momentum) / (1 - momentum^(e+1)) * (logits_e - mean_(e-1))``. This is temporal
             ensembling (Laine & Aila, ICLR 2017, arXiv 1610.02242); a sample's first logits are its first mean.
@@ -98,7 +98,7 @@ class History(nn.Module):
         num_samples: int,
         num_classes: int,
         *,
-        lag: int = LAG,
+        lag: int | None = None,
         momentum: float | None = None,
         temperature: float = 5.0,
         path: str | Path | None = None,
@@ -111,11 +111,9 @@ class History(nn.Module):
         self.num_samples = check_integer("num_samples", num_samples, least=1)
         self.num_classes = check_integer("num_classes", num_classes, least=2)
         self.momentum = None if momentum is None else check_number("momentum", momentum, least=0, below=1)
-        self.lag = check_integer("lag", lag, least=1)
-        if momentum is not None:
-            if lag != LAG:
-                raise exclude_each_other(lag, momentum)
-            self.lag = 1
+        if lag is not None and momentum is not None:
+            raise exclude_each_other(lag, momentum)
+        self.lag = 1 if momentum is not None else check_integer("lag", LAG if lag is None else lag, least=1)
         self.codec = codec.bind(
             self.num_classes,
             lag=self.lag,

@@ -17,7 +17,7 @@ It needs ``pip install 'flatmin[cli]'``. ``import flatmin`` does not import it.
 `measure_sharpness`    how sharp the minimum of a saved run is
 `measure_landscape`    the loss around the minimum of a saved run
 `methods`              the methods by name, and how to register one of your own
-`results`              what is on disk: file names, rows, intervals, the verdict; needs no torch
+`results`              what is on disk: file names, rows, intervals, the verdict
 `report`               one page for the browser from the folders of comparisons and runs
 =====================  ==========================================================================
 """

@@ -20,7 +20,7 @@ from ..errors import InvalidArgumentError, NonFiniteGradientWarning
 from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of
 from ._step import LossScale, NotFiniteError, Passes, Step
 from ._wrapper import Memory, Wrapper
-from .schedules import Schedule, as_schedule
+from .schedules import Every, Schedule, as_schedule
 
 
 class SharpnessAware(Wrapper):
@@ -259,8 +259,9 @@ class SharpnessAware(Wrapper):
             suspended.close()
 
     def __repr__(self) -> str:
-        """The method with its arguments that are set, around the base optimizer with its groups."""
+        """The method with its numbers and its ``when``, around the base optimizer with its groups."""
         own = {name: vars(self)[name] for name in signature(type(self)).parameters if name in vars(self)}
+        own |= {"when": self._when} if self._when != Every(1) else {}
         shown = [
             f"{name}={value!r}"
             for name, value in own.items()

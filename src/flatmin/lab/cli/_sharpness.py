@@ -50,7 +50,8 @@ def sharpness(
         f"{found.samples} training samples",
         markup=False,
     )
-    table = Table("measure")
+    table = Table()
+    table.add_column("measure", no_wrap=True)
     for heading in ("rho", "raw logits", "normalised logits"):
         table.add_column(heading, justify="right", no_wrap=True)
     half = len(found.measures) // 2

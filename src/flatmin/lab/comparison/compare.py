@@ -98,7 +98,7 @@ def compare(
     if select is not None and recipe.validation > 0:
         raise InvalidArgumentError("select holds out samples itself: leave out validation or select")
     experiment = import_experiment(recipe)  # which may register methods
-    names = _default_methods(recipe, experiment) if methods is None else list(methods)
+    names = _default_methods(recipe, experiment) if methods is None else methods
     rows = make_rows(names, _each_a_list(settings or {}), epochs=recipe.epochs)
     if select is not None and len(rows) == len(names):
         raise InvalidArgumentError(
@@ -153,6 +153,12 @@ def _default_methods(recipe: Recipe, experiment: Any) -> list[str]:
 
 
 def _each_a_list(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Sequence[Any]]]:
+    for method, given in settings.items():
+        if not isinstance(given, Mapping):
+            raise InvalidArgumentError(
+                f"settings must be a mapping for each method, got {given!r:.60} for {method!r}; write "
+                '{"saf": {"coefficient": [0.3, 0.8]}}'
+            )
     return {
         method: {name: value if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
         for method, given in settings.items()

@@ -20,9 +20,11 @@ def make_rows(methods: Sequence[str], settings: Mapping[str, Mapping[str, Sequen
     Raises:
         InvalidArgumentError: If a method or hyperparameter is unknown or given twice, or ``base`` is missing.
     """
+    if isinstance(methods, str):
+        raise InvalidArgumentError(f"methods must be a list of names, got {methods!r}; write {methods.split(',')!r}")
     if len(set(methods)) != len(methods):
         raise InvalidArgumentError(
-            f"methods has a name twice: {', '.join(methods)}; for several settings of one use --set"
+            f"methods has a name twice: {', '.join(methods)}; give several values of a hyperparameter instead"
         )
     for name in settings:
         get_method(name)

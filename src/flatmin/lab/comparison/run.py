@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from ..._files import write_json
-from ...errors import FlatminError
+from ...errors import FlatminError, InvalidArgumentError
 from ...indices import with_indices
+from ..methods import METHODS
 from ..problems.load import load_problem
 from ..problems.problem import class_numbers
 from ..recipe import Recipe, Run
@@ -244,4 +245,12 @@ def _train_one(run: Run, folder: Path) -> dict[str, float]:
     check()
     folder.mkdir(parents=True)
     # Not durable: many short epochs would spend their time waiting for the disk.
-    return train_run(run, folder, on_epoch=lambda metrics: _ticks.put(1), on_step=check, durable=False)
+    try:
+        return train_run(run, folder, on_epoch=lambda metrics: _ticks.put(1), on_step=check, durable=False)
+    except InvalidArgumentError as error:
+        if run.method in METHODS:
+            raise
+        raise InvalidArgumentError(  # the process that compares knows it, and has said so
+            f"method {run.method!r} is not known in the processes that train: register it in the experiment file, "
+            'or at the top level of the script, not under if __name__ == "__main__":'
+        ) from error

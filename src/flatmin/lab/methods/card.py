@@ -36,7 +36,10 @@ class Hyperparameter:
 
     def __post_init__(self) -> None:
         if self.kind not in (int, float, str):
-            raise InvalidArgumentError(f"kind must be int, float or str, got {self.kind!r}")
+            raise InvalidArgumentError(
+                f"kind must be int, float or str, got {self.kind!r}; for a default of None say which: "
+                "Hyperparameter(None, float)"
+            )
         fits = (int, float) if self.kind is float else self.kind
         if self.default is not None and (isinstance(self.default, bool) or not isinstance(self.default, fits)):
             raise InvalidArgumentError(f"default must be of kind {self.kind.__name__}, got {self.default!r}")

@@ -1,6 +1,6 @@
 """What flatmin leaves on disk: the names of its files, the rows of a comparison, and what they mean.
 
-`flatmin.lab.runs` and `flatmin.lab.comparison` write it, `flatmin.lab.report` reads it. It needs Python alone.
+`flatmin.lab.runs` and `flatmin.lab.comparison` write it, `flatmin.lab.report` reads it. Its files import no torch.
 
 A run is a folder with ``config.json``, ``metrics.jsonl`` (one line an epoch), ``checkpoints/`` and, where they were
 measured, ``sharpness.json`` and ``landscape.json``. A comparison is a folder with ``config.json``, ``results.json``,

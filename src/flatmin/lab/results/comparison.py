@@ -114,8 +114,8 @@ class ComparisonResult:
 
     def heading(self) -> str:
         """One line on what the table is of."""
-        epochs = self.recipe.get("epochs", "?")
-        return f"{self.title}: {count_of(len(self.seeds), 'seed')}, {epochs} epochs, 95 % confidence intervals"
+        epochs = count_of(int(number(self.recipe.get("epochs")) or 0), "epoch")
+        return f"{self.title}: {count_of(len(self.seeds), 'seed')}, {epochs}, 95 % confidence intervals"
 
 
 def read_comparison(path: "str | Path") -> ComparisonResult:

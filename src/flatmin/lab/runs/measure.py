@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..._checks import check_integer
+from ..._files import write_json
 from ...errors import InvalidArgumentError
 from ...sharpness import (
     Landscape,
@@ -22,11 +23,12 @@ from ...sharpness import (
     sam_sharpness,
     spectral_density,
 )
+from ..results import LANDSCAPE, SHARPNESS
 from ..training.logged_sharpness import Batches, fixed_batches
-from .record import command_line, environment, write_json
+from .record import command_line, environment
 from .saved import Saved, open_saved
 
-SHARPNESS, LANDSCAPE, PARTIAL = "sharpness.json", "landscape.json", "landscape.partial"
+PARTIAL = "landscape.partial"
 NOTE = (
     "A method that softens predictions, as SAF, MESA and label smoothing do, raises the cross entropy and with it its "
     "raw sharpness, whatever the flatness of the minimum: compare the values of normalised logits beside the raw ones. "

@@ -76,7 +76,8 @@ def read_run(folder: Path) -> Run:
     except (DataError, ExperimentError):
         raise
     except Exception as error:  # not JSON, not readable, keys or types that are not those of a run
-        raise DataError(f"{path}: not the configuration of a run: {type(error).__name__}: {error!s:.200}") from error
+        what = str(error) if isinstance(error, FlatminError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: not the configuration of a run: {what:.200}") from error
     return dataclasses.replace(run, recipe=recipe, settings=settings)
 
 
