@@ -1,0 +1,133 @@
+"""Which tensor of an average belongs to which of the network, by name, and what becomes of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from itertools import chain
+
+from torch import Tensor, nn
+
+from .._distributed import local, unwrapped
+from ..errors import InvalidArgumentError
+from ._statistics import BUFFERS
+
+# Names of wrappers that may be put around a layer after the average was made: torch.compile, activation checkpointing.
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
+
+
+class Kind(Enum):
+    """What an average does with a tensor."""
+
+    WEIGHTS = "averaged"
+    STATISTICS = "averaged, or made anew"
+    STATE = "averaged where the result is finite, copied elsewhere"  # other floating buffers, frozen parameters
+    COPIED = "copied"  # integers, masks of pruning, buffers of parametrizations: each fits its own weights alone
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor of the average and the network's of the same name; of DTensors this rank's shards."""
+
+    name: str
+    ours: Tensor
+    theirs: Tensor
+    kind: Kind
+
+
+def pairs(network: nn.Module, model: nn.Module, *, follow: bool = True) -> Iterator[Pair]:
+    """Yields the tensors of an average with those of the network, wrapped or not, that have the same names.
+
+    Args:
+        network: The average.
+        model: The network.
+        follow: Whether the average takes over buffers that the network has made, resized or dropped since; otherwise
+            they are left out.
+
+    Raises:
+        InvalidArgumentError: If the parameters are not the same, or have other shapes.
+    """
+    model = unwrapped(model)
+    if follow:
+        _follow(network, model)
+    ours, theirs = _named(network), _named(model, every=True)
+    buffers = {name for name, _ in network.named_buffers()}
+    for name, tensor in ours.items():
+        other = theirs.get(name)
+        if other is None and name not in buffers:
+            raise InvalidArgumentError(
+                f"model has no parameter {name!r}, which its average has: make the average anew where layers are "
+                "taken out, put in or renamed"
+            )
+        pair = None if other is None else (local(tensor.detach()), local(other.detach()))
+        if pair is None or pair[0].shape != pair[1].shape:
+            if name in buffers:
+                continue
+            raise InvalidArgumentError(
+                f"model has tensors of other shapes than its average ({name!r} for one); if model is sharded, call "
+                "fully_shard(average.module) in the same way, after the average was made"
+            )
+        frozen = name in buffers or not (other is not None and other.requires_grad)
+        yield Pair(name, *pair, _kind(name, tensor, frozen, theirs))
+    _refuse_new(network, theirs, model)
+
+
+def _kind(name: str, tensor: Tensor, frozen: bool, names: dict[str, Tensor]) -> Kind:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return Kind.COPIED
+    if not frozen:
+        return Kind.WEIGHTS
+    path, _, leaf = name.rpartition(".")
+    if leaf in BUFFERS:
+        return Kind.STATISTICS
+    weight, _, suffix = name.rpartition("_")
+    belongs = suffix in ("mask", "u", "v") and f"{weight}_orig" in names  # torch.nn.utils.prune, .spectral_norm
+    return Kind.COPIED if belongs or "parametrizations" in path.split(".") else Kind.STATE
+
+
+def _named(network: nn.Module, *, every: bool = False) -> dict[str, Tensor]:
+    """Parameters and buffers by name; ``every`` lists those that are shared under each of their names."""
+    once = not every
+    found = chain(network.named_parameters(remove_duplicate=once), network.named_buffers(remove_duplicate=once))
+    return {_clean(name): tensor for name, tensor in found}
+
+
+def _clean(name: str) -> str:
+    if not any(wrapper in name for wrapper in WRAPPERS):
+        return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _follow(network: nn.Module, model: nn.Module) -> None:
+    """Gives ``network`` the buffers that ``model`` has made or resized since it was copied, and drops the others."""
+    ours = dict(network.named_buffers(remove_duplicate=False))
+    theirs = dict(model.named_buffers(remove_duplicate=False))
+    shapes = {_clean(name): buffer.shape for name, buffer in theirs.items()}
+    if shapes == {_clean(name): buffer.shape for name, buffer in ours.items()}:
+        return
+    layers = {_clean(name): layer for name, layer in network.named_modules()}
+    for raw, buffer in theirs.items():
+        path, _, leaf = _clean(raw).rpartition(".")
+        if path not in layers:
+            raise InvalidArgumentError(
+                f"model has a buffer {raw!r} in a layer that its average lacks: make the average anew where layers "
+                "are taken out, put in or renamed"
+            )
+        mine = layers[path]._buffers.get(leaf)
+        if mine is None or mine.shape != buffer.shape:
+            copy = buffer.detach().clone() if mine is None else buffer.detach().to(mine, copy=True)
+            persistent = leaf not in model.get_submodule(raw.rpartition(".")[0])._non_persistent_buffers_set
+            layers[path].register_buffer(leaf, copy, persistent)
+    for raw in ours:
+        if _clean(raw) not in shapes:
+            path, _, leaf = raw.rpartition(".")
+            network.get_submodule(path)._buffers[leaf] = None
+
+
+def _refuse_new(network: nn.Module, theirs: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises `InvalidArgumentError` if the model has a parameter that its average lacks."""
+    parameters = {_clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    if new := sorted(parameters - set(_named(network, every=True))):
+        raise InvalidArgumentError(
+            f"model has a parameter {new[0]!r}, which its average lacks: make the average anew where layers are taken "
+            "out, put in or renamed"
+        )
