@@ -1,24 +1,21 @@
-"""The averaged network: how it is copied or checked, moved, run, and kept alike on all ranks."""
+"""The averaged network: how it is checked, moved, run, and kept alike on all ranks."""
 
-import copy
-import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
 
-from .._checks import check_integer, check_module, check_number
+from .._checks import check_integer, check_number
 from .._distributed import unwrapped
 from ..errors import FlatminWarning, InvalidArgumentError
+from ._modes import evaluation_mode, in_modes_of
 from ._pairs import Kind, Pair, pairs
+from ._spectral import renew_vectors
 from ._statistics import replicas
-
-# Files whose frames a warning passes over: flatmin's, and that of nn.Module.__call__.
-INNER = (f"{Path(__file__).parents[1]}{os.sep}", nn.Module.__call__.__code__.co_filename)
+from ._warn import depth_in_package
 
 
 def ema_decay(epochs: float, steps_per_epoch: int) -> float:
@@ -47,19 +44,6 @@ def ema_decay(epochs: float, steps_per_epoch: int) -> float:
             f"epochs * steps_per_epoch must be more than one step, got {epochs!r} * {steps_per_epoch}"
         )
     return 1 - 1 / horizon
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Returns a copy of ``model``, without its wrappers, frozen and in evaluation mode."""
-    network = unwrapped(check_module("model", model))
-    try:
-        network = copy.deepcopy(network)
-    except Exception as error:
-        raise InvalidArgumentError(
-            f"model cannot be copied ({error}): if it is to be sharded, make its average first, and then call "
-            "fully_shard(model) and, in the same way, fully_shard(average.module)"
-        ) from error
-    return network.requires_grad_(False).eval()
 
 
 def warn_if_too_coarse(network: nn.Module, decay: float) -> None:
@@ -110,17 +94,19 @@ def move(network: nn.Module, model: nn.Module, decay: float, *, statistics: bool
     """
     # AveragedModel.update_parameters would stall an accelerator by reading its counter, and round integer buffers
     # down, which corrupts index buffers (relative_position_index) for some decays, 0.95 and 0.9996 among them.
-    averaged: list[Pair] = []
-    for pair in pairs(network, model):
-        if pair.kind is Kind.COPIED:
-            pair.ours.copy_(pair.theirs)
-        elif pair.kind is Kind.STATE:
-            pair.ours.copy_(averaged_where_finite(pair.ours, pair.theirs.to(pair.ours), 1 - decay))
-        elif statistics or pair.kind is not Kind.STATISTICS:
-            averaged.append(pair)
-    if averaged:
-        theirs = [pair.theirs.to(pair.ours) for pair in averaged]
-        torch._foreach_lerp_([pair.ours for pair in averaged], theirs, 1 - decay)
+    with in_modes_of(network, model):
+        averaged: list[Pair] = []
+        for pair in pairs(network, model):
+            if pair.kind is Kind.COPIED:
+                pair.ours.copy_(pair.theirs)
+            elif pair.kind is Kind.STATE:
+                pair.ours.copy_(averaged_where_finite(pair.ours, pair.theirs.to(pair.ours), 1 - decay))
+            elif pair.kind is Kind.WEIGHTS or (statistics and pair.kind is Kind.STATISTICS):
+                averaged.append(pair)
+        if averaged:
+            theirs = [pair.theirs.to(pair.ours) for pair in averaged]
+            torch._foreach_lerp_([pair.ours for pair in averaged], theirs, 1 - decay)
+        renew_vectors(network, iterations=1)
     _share_buffers(network, model)
 
 
@@ -132,31 +118,19 @@ def averaged_where_finite(ours: Tensor, theirs: Tensor, weight: float) -> Tensor
 
 def put_into(model: nn.Module, network: nn.Module) -> None:
     """Copies the weights and buffers of ``network``, an average, into ``model``; buffers of another shape stay."""
-    for pair in pairs(network, model, follow=False):
-        pair.theirs.copy_(pair.ours)
+    with in_modes_of(network, model):
+        for pair in pairs(network, model, follow=False):
+            pair.theirs.copy_(pair.ours)
 
 
 @contextmanager
 def evaluating(average: nn.Module) -> Iterator[None]:
     """Switches evaluation mode on and gradients off; on leaving, each module has its mode back."""
-    training = [module for module in average.modules() if module.training]
-    for module in training:
-        module.training = False
     try:
-        with torch.no_grad():
+        with evaluation_mode(average), torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
         _reshard(average)
-
-
-def depth_in_package() -> int:
-    """The stacklevel, for a warning of the function that calls this, of the caller's line outside of flatmin."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(INNER):
-        depth, frame = depth + 1, frame.f_back
-    return depth
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -13,8 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .._checks import check_choice
 from ..errors import FlatminWarning, InvalidArgumentError
-from ._average import copied, depth_in_package, evaluating
+from ._average import evaluating
+from ._copy import copied
 from ._statistics import CHOICES, moving_layers, own_statistics, refresh
+from ._warn import depth_in_package
 
 
 class WeightAverage(nn.Module, ABC):
@@ -30,7 +32,11 @@ class WeightAverage(nn.Module, ABC):
 
     Tensors are paired by name. Other floating buffers are averaged where that gives a finite number, and copied where
     it does not (a mask of -inf); integers, masks of pruning and buffers of parametrizations are copied; a buffer that
-    the network makes, resizes or drops later is followed.
+    the network makes, resizes or drops later is followed. The vectors of spectral norm follow the average's weights.
+
+    The average has those of the network's forward hooks that belong to it: torch's own (``torch.nn.utils``), and
+    methods of objects within it. Others, such as functions that keep features, are left out with a warning. Layers with
+    a ``train()`` of their own, such as LoRA that folds its weights for evaluation, are averaged in the network's form.
 
     Args:
         model: The network that is trained, already on its device, wrapped (DistributedDataParallel, torch.compile) or
@@ -101,8 +107,7 @@ class WeightAverage(nn.Module, ABC):
 
     def train(self, mode: bool = True) -> "WeightAverage":
         """Sets the mode of this module; the averaged network stays in evaluation mode."""
-        super().train(mode)
-        self.module.eval()
+        self.training = mode
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:

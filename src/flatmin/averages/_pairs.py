@@ -21,7 +21,8 @@ class Kind(Enum):
     WEIGHTS = "averaged"
     STATISTICS = "averaged, or made anew"
     STATE = "averaged where the result is finite, copied elsewhere"  # other floating buffers, frozen parameters
-    COPIED = "copied"  # integers, masks of pruning, buffers of parametrizations: each fits its own weights alone
+    COPIED = "copied"  # integers, masks of pruning, buffers of parametrizations
+    VECTORS = "its own"  # u and v of spectral norm, which fit one network's weights alone
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,11 @@ def _kind(name: str, tensor: Tensor, frozen: bool, names: dict[str, Tensor]) -> 
     if leaf in BUFFERS:
         return Kind.STATISTICS
     weight, _, suffix = name.rpartition("_")
-    belongs = suffix in ("mask", "u", "v") and f"{weight}_orig" in names  # torch.nn.utils.prune, .spectral_norm
-    return Kind.COPIED if belongs or "parametrizations" in path.split(".") else Kind.STATE
+    parametrization = "parametrizations" in path.split(".")
+    if (suffix in ("mask", "u", "v") and f"{weight}_orig" in names) or parametrization:  # .prune, .spectral_norm
+        vector = suffix in ("u", "v") and (not parametrization or leaf in ("_u", "_v"))
+        return Kind.VECTORS if vector and not any(hasattr(each, "to_local") for each in names.values()) else Kind.COPIED
+    return Kind.STATE
 
 
 def _named(network: nn.Module, *, every: bool = False) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .._checks import check_choice, check_integer, check_module, check_number
 from ..averages import EMA
 from ..averages._average import check_alike, evaluating
+from ..averages._copy import refuse_lazy, without_hooks_of
 from ..averages._statistics import CHOICES, own_statistics
 from ..errors import FlatminWarning, InvalidArgumentError
 from ._share import random_share, take
@@ -174,7 +175,8 @@ class MESA(nn.Module):
         share = random_share(len(logits), self.fraction, self._seed + call, least) if self.fraction < 1 else None
         precision = nullcontext() if self.autocast is None else torch.autocast(logits.device.type, self.autocast)
         own = own_statistics(*self._networks) if batch_alone else nullcontext()
-        with evaluating(self.average), own, precision:
+        hooks = without_hooks_of(*self._networks) if self._own is None else nullcontext()
+        with evaluating(self.average), own, hooks, precision:
             if share is not None:
                 args, kwargs = take((args, kwargs), share, len(logits))
             output = self.average(*args, **kwargs)
@@ -278,7 +280,7 @@ class MESA(nn.Module):
 
 def _own_average(model: nn.Module, decay: float, statistics: str) -> EMA:
     check_number("decay", decay, above=0, below=1)
-    check_module("model", model)
+    refuse_lazy(check_module("model", model))
     try:
         return EMA(model, decay=decay, statistics=statistics)
     except InvalidArgumentError as error:  # it cannot be copied
