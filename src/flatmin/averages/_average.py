@@ -106,7 +106,7 @@ def move(network: nn.Module, model: nn.Module, decay: float, *, statistics: bool
         if averaged:
             theirs = [pair.theirs.to(pair.ours) for pair in averaged]
             torch._foreach_lerp_([pair.ours for pair in averaged], theirs, 1 - decay)
-        renew_vectors(network, iterations=1)
+        renew_vectors(network, iterations=3)  # spectral_norm's own make one, and lag behind fast weights
     _share_buffers(network, model)
 
 
