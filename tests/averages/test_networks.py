@@ -99,11 +99,10 @@ def test_tensors_are_paired_by_name(name):
     for network in (inner(average), model):
         for key, value in weights.items():
             torch.testing.assert_close(network.state_dict()[key], value)
-    model._modules["third"] = model._modules.pop("second")
+    second = model._modules.pop("second")
     with pytest.raises(InvalidArgumentError, match=r"no parameter 'second.weight', .*make the average anew"):
         average.update()
-    model._modules["second"] = model._modules["third"]
-    model.third = nn.Linear(4, 4)
+    model.second, model.third = second, nn.Linear(4, 4)
     with pytest.raises(InvalidArgumentError, match=r"parameter 'third.bias', which its average lacks"):
         average.update()
 

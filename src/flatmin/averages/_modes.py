@@ -16,10 +16,10 @@ def acts(layer: nn.Module) -> bool:
 @contextmanager
 def in_modes_of(network: nn.Module, model: nn.Module) -> Iterator[None]:
     """Inside, such layers of an average are in the network's modes, so that their weights mean the same."""
-    acting = [(name, layer) for name, layer in network.named_modules() if acts(layer)]
-    if not acting:
+    if not any(map(acts, network.modules())):
         yield
         return
+    acting = [(name, layer) for name, layer in network.named_modules() if acts(layer)]
     modes = {name: layer.training for name, layer in unwrapped(model).named_modules()}
     try:
         for name, layer in acting:

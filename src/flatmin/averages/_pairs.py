@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -35,8 +37,14 @@ class Pair:
     kind: Kind
 
 
-def pairs(network: nn.Module, model: nn.Module, *, follow: bool = True) -> Iterator[Pair]:
-    """Yields the tensors of an average with those of the network, wrapped or not, that have the same names.
+Match = tuple[str, Tensor, Tensor, Kind]
+
+# What was found for an average when its tensors and the network's were last other than before.
+FOUND: "WeakKeyDictionary[nn.Module, tuple[list[Any], list[Match]]]" = WeakKeyDictionary()
+
+
+def pairs(network: nn.Module, model: nn.Module, *, follow: bool = True) -> list[Pair]:
+    """Returns the tensors of an average with those of the network, wrapped or not, that have the same names.
 
     Args:
         network: The average.
@@ -48,8 +56,23 @@ def pairs(network: nn.Module, model: nn.Module, *, follow: bool = True) -> Itera
         InvalidArgumentError: If the parameters are not the same, or have other shapes.
     """
     model = unwrapped(model)
-    if follow:
-        _follow(network, model)
+    known = FOUND.get(network)
+    if known is None or known[0] != _signature(network, model):  # otherwise names, which take long, are not read
+        if follow:
+            _follow(network, model)
+        known = (_signature(network, model), list(_matches(network, model)))
+        if follow:
+            FOUND[network] = known
+    return [Pair(name, local(a.detach()), local(b.detach()), kind) for name, a, b, kind in known[1]]
+
+
+def _signature(network: nn.Module, model: nn.Module) -> list[Any]:
+    """What is as before if the tensors are, in the same order, of the same shapes."""
+    tensors = chain(network.parameters(), network.buffers(), model.parameters(), model.buffers())
+    return [(id(tensor), tensor.requires_grad, tensor.shape) for tensor in tensors]
+
+
+def _matches(network: nn.Module, model: nn.Module) -> Iterator[Match]:
     ours, theirs = _named(network), _named(model, every=True)
     buffers = {name for name, _ in network.named_buffers()}
     for name, tensor in ours.items():
@@ -59,16 +82,14 @@ def pairs(network: nn.Module, model: nn.Module, *, follow: bool = True) -> Itera
                 f"model has no parameter {name!r}, which its average has: make the average anew where layers are "
                 "taken out, put in or renamed"
             )
-        pair = None if other is None else (local(tensor.detach()), local(other.detach()))
-        if pair is None or pair[0].shape != pair[1].shape:
+        if other is None or local(tensor).shape != local(other).shape:
             if name in buffers:
                 continue
             raise InvalidArgumentError(
                 f"model has tensors of other shapes than its average ({name!r} for one); if model is sharded, call "
                 "fully_shard(average.module) in the same way, after the average was made"
             )
-        frozen = name in buffers or not (other is not None and other.requires_grad)
-        yield Pair(name, *pair, _kind(name, tensor, frozen, theirs))
+        yield name, tensor, other, _kind(name, tensor, name in buffers or not other.requires_grad, theirs)
     _refuse_new(network, theirs, model)
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 def renew_vectors(network: nn.Module, iterations: int) -> None:
     """Makes steps of the power iteration with the weights of ``network``, from the vectors it has."""
     for layer in network.modules():
-        if is_parametrized(layer):
+        if "parametrizations" in layer._modules and is_parametrized(layer):
             for name, parametrizations in layer.parametrizations.items():  # type: ignore[union-attr, operator]
                 norms = [each for each in parametrizations if isinstance(each, _SpectralNorm)]
                 if norms and not _sharded(parametrizations):
