@@ -205,3 +205,32 @@ def test_saf_is_that_of_one_process():
     for rank_weights, _ in results:
         problem.assert_close(rank_weights, weights)
     problem.assert_close([(a + b) / 2 for a, b in zip(results[0][1], results[1][1], strict=True)], losses)
+
+
+def statistics(sharded: bool, choice: str) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """MESA of a network with batch norm, whose statistics each rank has for itself, as the network has."""
+    model = problem.network(norm=True)
+    ours = flatmin.MESA(model, coefficient=5.0, decay=0.7, start_epoch=0, statistics=choice)
+    if sharded:
+        shard(model), shard(ours.average.module)
+    optimizer = problem.sgd(model)
+    ours.attach(optimizer)
+    x = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(8, 4) ** 3  # the same on all ranks
+    for _ in range(STEPS):
+        if choice == "fresh":
+            ours.refresh([x, -x])
+        optimizer.zero_grad()
+        logits = model(x)
+        (logits.square().mean() + ours(logits, x)).backward()
+        optimizer.step()
+    buffers = [buffer.clone() for buffer in ours.average.module.buffers()]
+    return problem.weights(ours.average.module), buffers, ours(model(x), x).detach()
+
+
+@pytest.mark.parametrize("choice", ["averaged", "batch", "fresh"])
+def test_statistics_of_a_sharded_average_are_those_of_one_process(choice):
+    weights, buffers, loss = statistics(False, choice)
+    for rank_weights, rank_buffers, rank_loss in run_ranks(statistics, 2, True, choice):
+        problem.assert_close(rank_weights, weights)
+        problem.assert_close(rank_buffers, buffers)
+        problem.assert_close([rank_loss], [loss])

@@ -165,7 +165,7 @@ def test_history_is_given_equal_rows_for_a_repeated_sample(monkeypatch):
     assert torch.equal(rows.view(torch.float32), logits[[3, 4, 3, 3, 4]])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])  # -inf is a masked class, see test_masked.py
 def test_outputs_that_are_not_finite_are_not_remembered(value):
     logits, now = first_logits(), torch.zeros(3, C)
     broken = logits.clone()

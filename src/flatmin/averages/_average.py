@@ -1,21 +1,21 @@
-"""The averaged network: how it is copied or checked, moved, run, and kept alike on all ranks."""
+"""The averaged network: how it is checked, moved, run, and kept alike on all ranks."""
 
-import copy
-import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
 
-from .._checks import check_integer, check_module, check_number
-from .._distributed import local, unwrapped, wrappers_and_network
+from .._checks import check_integer, check_number
+from .._distributed import unwrapped
 from ..errors import FlatminWarning, InvalidArgumentError
-
-PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+from ._modes import evaluation_mode, in_modes_of
+from ._pairs import Kind, Pair, pairs
+from ._spectral import renew_vectors
+from ._statistics import replicas
+from ._warn import depth_in_package
 
 
 def ema_decay(epochs: float, steps_per_epoch: int) -> float:
@@ -46,19 +46,6 @@ def ema_decay(epochs: float, steps_per_epoch: int) -> float:
     return 1 - 1 / horizon
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """Returns a copy of ``model``, without its wrappers, frozen and in evaluation mode."""
-    network = unwrapped(check_module("model", model))
-    try:
-        network = copy.deepcopy(network)
-    except Exception as error:
-        raise InvalidArgumentError(
-            f"model cannot be copied ({error}): if it is to be sharded, make its average first, and then call "
-            "fully_shard(model) and, in the same way, fully_shard(average.module)"
-        ) from error
-    return network.requires_grad_(False).eval()
-
-
 def warn_if_too_coarse(network: nn.Module, decay: float) -> None:
     """Warns if the weights' dtype rounds each step of an average with ``decay`` away."""
     for name, parameter in network.named_parameters():
@@ -67,13 +54,17 @@ def warn_if_too_coarse(network: nn.Module, decay: float) -> None:
                 f"{name} is {parameter.dtype}, in which an average of decay {decay:.6g} does not move: keep the "
                 "weights in float32 and compute in lower precision with torch.autocast",
                 FlatminWarning,
-                stacklevel=_depth_in_package(),
+                stacklevel=depth_in_package(),
             )
             return
 
 
-def check_alike(average: nn.Module, model: nn.Module) -> None:
-    """Raises `InvalidArgumentError` unless ``average``, or its ``module``, has the parameters of ``model``."""
+def check_alike(average: nn.Module, model: nn.Module) -> nn.Module:
+    """Returns ``average``, or its ``module``, whichever has the parameters of ``model``.
+
+    Raises:
+        InvalidArgumentError: If neither has.
+    """
     if not isinstance(average, nn.Module):
         raise InvalidArgumentError(f"average must be a module with the parameters of model, got {average!r}")
     model, network = unwrapped(model), unwrapped(average)
@@ -89,73 +80,61 @@ def check_alike(average: nn.Module, model: nn.Module) -> None:
                 f"average must have the parameters of model: {name!r} is {got.get(name, 'missing')} in it and "
                 f"{wanted.get(name, 'missing')} in model; make the average from this very model"
             )
+    return network
 
 
-def move(network: nn.Module, model: nn.Module, decay: float) -> None:
-    """Makes one step of the exponential moving average, in its dtype; integer tensors are copied."""
+def move(network: nn.Module, model: nn.Module, decay: float, *, statistics: bool = True) -> None:
+    """Makes one step of the exponential moving average, in its dtype; see `pairs` for what is copied.
+
+    Args:
+        network: The average.
+        model: The network that is trained.
+        decay: Share of the average that stays.
+        statistics: Whether running means and variances are averaged too, or left alone.
+    """
     # AveragedModel.update_parameters would stall an accelerator by reading its counter, and round integer buffers
     # down, which corrupts index buffers (relative_position_index) for some decays, 0.95 and 0.9996 among them.
-    theirs = _tensors(unwrapped(model))
-    pairs = [(a, b.to(a)) for a, b in zip(_tensors(network), theirs, strict=True)]
-    if any(a.shape != b.shape for a, b in pairs):
-        raise InvalidArgumentError(
-            "model has tensors of other shapes than its average; if model is sharded, call fully_shard(average.module) "
-            "in the same way, after the average was made"
-        )
-    averaged = [pair for pair in pairs if _is_averaged(pair[0])]
-    if averaged:
-        torch._foreach_lerp_([a for a, _ in averaged], [b for _, b in averaged], 1 - decay)
-    for a, b in pairs:
-        if not _is_averaged(a):
-            a.copy_(b)
+    with in_modes_of(network, model):
+        averaged: list[Pair] = []
+        for pair in pairs(network, model):
+            if pair.kind is Kind.COPIED:
+                pair.ours.copy_(pair.theirs)
+            elif pair.kind is Kind.STATE:
+                pair.ours.copy_(averaged_where_finite(pair.ours, pair.theirs.to(pair.ours), 1 - decay))
+            elif pair.kind is Kind.WEIGHTS or (statistics and pair.kind is Kind.STATISTICS):
+                averaged.append(pair)
+        if averaged:
+            theirs = [pair.theirs.to(pair.ours) for pair in averaged]
+            torch._foreach_lerp_([pair.ours for pair in averaged], theirs, 1 - decay)
+        renew_vectors(network, iterations=3)  # spectral_norm's own make one, and lag behind fast weights
     _share_buffers(network, model)
 
 
-def overwrite(network: nn.Module, other: nn.Module) -> None:
-    """Copies the weights and buffers of ``other`` into ``network``, wrapped or not."""
-    network, other = unwrapped(network), unwrapped(other)
-    for ours, theirs in zip(_tensors(network), _tensors(other), strict=True):
-        ours.copy_(theirs)
+def averaged_where_finite(ours: Tensor, theirs: Tensor, weight: float) -> Tensor:
+    """``lerp``, and ``theirs`` where that is not finite: two equal infinities, a range that has just been found."""
+    moved = torch.lerp(ours, theirs, weight)
+    return torch.where(moved.isfinite(), moved, theirs)
 
 
-def floating(network: nn.Module) -> list[Tensor]:
-    """The weights and buffers that are averaged and not copied; of DTensors this rank's shards."""
-    return [tensor for tensor in _tensors(network) if _is_averaged(tensor)]
+def put_into(model: nn.Module, network: nn.Module) -> None:
+    """Copies the weights and buffers of ``network``, an average, into ``model``; buffers of another shape stay."""
+    with in_modes_of(network, model):
+        for pair in pairs(network, model, follow=False):
+            pair.theirs.copy_(pair.ours)
 
 
 @contextmanager
 def evaluating(average: nn.Module) -> Iterator[None]:
     """Switches evaluation mode on and gradients off; on leaving, each module has its mode back."""
-    training = [module for module in average.modules() if module.training]
-    for module in training:
-        module.training = False
     try:
-        with torch.no_grad():
+        with evaluation_mode(average), torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
         _reshard(average)
-
-
-def _depth_in_package() -> int:
-    """The stacklevel, for a warning of the function that calls this, of the first frame outside of flatmin."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
-        depth, frame = depth + 1, frame.f_back
-    return depth
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-
-
-def _is_averaged(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _tensors(network: nn.Module) -> list[Tensor]:
-    return [local(tensor.detach()) for tensor in (*network.parameters(), *network.buffers())]
 
 
 def _share_buffers(network: nn.Module, model: nn.Module) -> None:
@@ -164,11 +143,9 @@ def _share_buffers(network: nn.Module, model: nn.Module) -> None:
     After a step each replica has batch-norm statistics of its own: DistributedDataParallel broadcasts the first one's
     only when the next forward pass begins.
     """
-    for layer in wrappers_and_network(model):
-        if isinstance(layer, nn.parallel.DistributedDataParallel) and layer.broadcast_buffers:
-            buffers = [buffer for buffer in network.buffers() if _is_averaged(buffer)]
-            if buffers and distributed.get_world_size(layer.process_group) > 1:
-                distributed._broadcast_coalesced(layer.process_group, buffers, 2**28, 0)
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point() or buffer.is_complex()]
+    if buffers and (group := replicas(model)) is not None:
+        distributed._broadcast_coalesced(group, buffers, 2**28, 0)
 
 
 def _reshard(network: nn.Module) -> None:

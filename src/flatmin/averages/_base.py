@@ -1,7 +1,9 @@
 """What averages of a network's weights share."""
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,34 +11,56 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import InvalidArgumentError
-from ._average import copied, evaluating
+from .._checks import check_choice
+from ..errors import FlatminWarning, InvalidArgumentError
+from ._average import evaluating
+from ._copy import copied
+from ._statistics import CHOICES, moving_layers, own_statistics, refresh
+from ._warn import depth_in_package
 
 
 class WeightAverage(nn.Module, ABC):
     """An average of a network's weights along its training, to evaluate in place of the network.
 
     `update` takes the network's current weights into the average; each subclass says when to call it. Calling the
-    average runs the averaged network, in evaluation mode and without gradient. Floating buffers (batch-norm
-    statistics) are averaged with the weights, integer ones are copied. ``state_dict`` has all that a resumed run needs.
+    average runs the averaged network, in evaluation mode and without gradient. ``state_dict`` has all that a resumed
+    run needs.
+
+    **Batch norm**: call `refresh` before you evaluate or deploy the average of a network with batch norm. The mean of
+    the statistics of many networks belongs to none of them, and costs the average points of accuracy, at times most of
+    it.
+
+    Tensors are paired by name. Other floating buffers are averaged where that gives a finite number, and copied where
+    it does not (a mask of -inf); integers, masks of pruning and buffers of parametrizations are copied; a buffer that
+    the network makes, resizes or drops later is followed. The vectors of spectral norm follow the average's weights.
+
+    The average has those of the network's forward hooks that belong to it: torch's own (``torch.nn.utils``), and
+    methods of objects within it. Others, such as functions that keep features, are left out with a warning. Layers with
+    a ``train()`` of their own, such as LoRA that folds its weights for evaluation, are averaged in the network's form.
 
     Args:
         model: The network that is trained, already on its device, wrapped (DistributedDataParallel, torch.compile) or
             not. It is copied.
+        statistics: The running means and variances of batch norm (and of instance norm that tracks them).
+            ``"averaged"``: averaged with the weights, from the last `refresh` on. ``"fresh"``: made by `refresh` alone;
+            `update` leaves them. ``"batch"``: calling the average normalises each batch with its own, whatever
+            ``module`` has. Without such layers all are the same.
 
     Attributes:
         module: The averaged network itself, without wrappers, in evaluation mode.
         n_averaged: How many networks it has seen: the one it was made from, and one for each `update`; int64.
 
     Raises:
-        InvalidArgumentError: (a ValueError) if ``model`` cannot be copied.
+        InvalidArgumentError: (a ValueError) if ``model`` cannot be copied, or ``statistics`` is none of the three.
     """
 
     module: nn.Module
     n_averaged: Tensor
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, statistics: str = "averaged") -> None:
         super().__init__()
+        self.statistics = check_choice("statistics", statistics, CHOICES)
+        self._refreshed = False
         self.module = copied(model)
         self.register_buffer("n_averaged", torch.ones((), dtype=torch.int64, device="cpu"))
         self._model = (model,)  # in a tuple, so that it is no submodule and not saved twice
@@ -56,13 +80,34 @@ class WeightAverage(nn.Module, ABC):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the averaged network, in evaluation mode and without gradient."""
-        with evaluating(self.module):
+        self._warn_if_never_refreshed()
+        own = own_statistics(self.module, self.model) if self.statistics == "batch" else nullcontext()
+        with evaluating(self.module), own:
             return self.module(*args, **kwargs)
+
+    def refresh(self, batches: Iterable[Any]) -> None:
+        """Makes the average's batch-norm statistics anew, from training data. Call it before each evaluation.
+
+        They become the mean over ``batches``, as ``torch.optim.swa_utils.update_bn`` computes it, with dropout off. A
+        share of the training set is enough; take batches as large as in training, or larger. With
+        DistributedDataParallel call it on all ranks, each with batches of its own: all get the mean over all ranks.
+        Without layers that keep statistics nothing is done, and ``batches`` is not read. Layers that the network keeps
+        in evaluation mode while it trains (frozen batch norm) keep what they have.
+
+        Args:
+            batches: The network's inputs, a `DataLoader` for one: tensors, or tuples or lists that begin with one, or
+                dictionaries of keyword arguments. They are moved to the average's device.
+
+        Raises:
+            InvalidArgumentError: If there is no batch. After any error the statistics are as before.
+        """
+        with evaluating(self.module):
+            refresh(self.module, self.model, batches)
+        self._refreshed = True
 
     def train(self, mode: bool = True) -> "WeightAverage":
         """Sets the mode of this module; the averaged network stays in evaluation mode."""
-        super().train(mode)
-        self.module.eval()
+        self.training = mode
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -72,6 +117,20 @@ class WeightAverage(nn.Module, ABC):
                 "loaded, begin with a new average or go on with that version"
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._refreshed = True  # as far as can be known
+
+    def _warn_if_never_refreshed(self) -> None:
+        """Warns once where the statistics are still those of the network that the average was made from."""
+        if self.statistics != "fresh" or self._refreshed or int(self.n_averaged) == 1:
+            return
+        self._refreshed = True
+        if moving_layers(self.module, self.model):
+            warnings.warn(
+                f'{type(self).__name__}(statistics="fresh") has never been given statistics, so its batch norm still '
+                "has those of the network it was made from: call refresh(batches) before it is run",
+                FlatminWarning,
+                stacklevel=depth_in_package(),
+            )
 
 
 def after_each_step(optimizer: Optimizer, call: Callable[[], None]) -> RemovableHandle:

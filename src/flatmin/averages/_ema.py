@@ -26,6 +26,7 @@ class EMA(WeightAverage):
     Args:
         model: The network that is trained, already on its device, wrapped or not. It is copied.
         decay: Decay of the average, in (0, 1); `ema_decay` makes it from a horizon in epochs.
+        statistics: Which batch-norm statistics it has, see `WeightAverage`.
 
     Attributes:
         module: The averaged network itself.
@@ -45,9 +46,9 @@ class EMA(WeightAverage):
         >>> logits = ema(torch.ones(2, 4))
     """
 
-    def __init__(self, model: nn.Module, *, decay: float = 0.999) -> None:
+    def __init__(self, model: nn.Module, *, decay: float = 0.999, statistics: str = "averaged") -> None:
         self.decay = check_number("decay", decay, above=0, below=1)
-        super().__init__(model)
+        super().__init__(model, statistics=statistics)
         warn_if_too_coarse(self.module, self.decay)
 
     @torch.no_grad()
@@ -57,7 +58,7 @@ class EMA(WeightAverage):
         Raises:
             InvalidArgumentError: If the network was sharded and the average was not.
         """
-        move(self.module, self.model, self.decay)
+        move(self.module, self.model, self.decay, statistics=self.statistics != "fresh")
         self.n_averaged += 1
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:

@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 
 from .._checks import check_integer
 from ..errors import InvalidArgumentError
-from ._average import floating, overwrite
 from ._base import WeightAverage
+from ._modes import in_modes_of
+from ._pairs import Kind, pairs
+from ._spectral import renew_vectors
 
 
 class LAWA(WeightAverage):
@@ -28,6 +30,7 @@ class LAWA(WeightAverage):
     Args:
         model: The network that is trained, already on its device, wrapped or not. It is copied.
         k: Number of epochs, at least 1; 6 in the paper.
+        statistics: Which batch-norm statistics the average has, see `WeightAverage`.
 
     Attributes:
         module: The averaged network itself.
@@ -47,23 +50,39 @@ class LAWA(WeightAverage):
         [3.0, 3.0, 3.0]
     """
 
-    def __init__(self, model: nn.Module, *, k: int = 6) -> None:
+    def __init__(self, model: nn.Module, *, k: int = 6, statistics: str = "averaged") -> None:
         self.k = check_integer("k", k, least=1)
-        super().__init__(model)
+        super().__init__(model, statistics=statistics)
         # A slot for each of the last k epochs, as buffers, so that they are saved and moved with the module.
-        for number, tensor in enumerate(floating(self.module)):
-            self.register_buffer(f"past_{number}", tensor.new_zeros((self.k, *tensor.shape)))
+        averaged = [pair for pair in pairs(self.module, model) if pair.kind not in (Kind.COPIED, Kind.VECTORS)]
+        self._slots = {pair.name: f"past_{number}" for number, pair in enumerate(averaged)}
+        for pair in averaged:
+            self.register_buffer(self._slots[pair.name], pair.ours.new_zeros((self.k, *pair.ours.shape)))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Records the network's weights in place of the oldest and takes the mean. Call it after each epoch."""
+        """Records the network's weights in place of the oldest and takes the mean. Call it after each epoch.
+
+        Raises:
+            InvalidArgumentError: If the network was sharded and the average was not.
+        """
         epochs = int(self.n_averaged) - 1  # before this one; the network it was made from is no epoch's end
         self.n_averaged += 1
-        overwrite(self.module, self.model)  # integer buffers too
-        for number, tensor in enumerate(floating(self.module)):
-            past: Tensor = getattr(self, f"past_{number}")
-            past[epochs % self.k].copy_(tensor)
-            tensor.copy_(past[: min(epochs + 1, self.k)].mean(dim=0))
+        with in_modes_of(self.module, self.model):
+            for pair in pairs(self.module, self.model):
+                if pair.kind is Kind.VECTORS or (pair.kind is Kind.STATISTICS and self.statistics == "fresh"):
+                    continue
+                pair.ours.copy_(pair.theirs)
+                past: Tensor | None = getattr(self, self._slots.get(pair.name, ""), None)
+                if past is None or pair.kind is Kind.COPIED or past.shape[1:] != pair.ours.shape:
+                    continue  # a buffer that the network has made or resized since
+                past[epochs % self.k].copy_(pair.ours)
+                last = past[: min(epochs + 1, self.k)]
+                mean = last.mean(dim=0)
+                if pair.kind is Kind.STATE:  # copied where it is not finite, or does not move
+                    mean = torch.where(mean.isfinite() & (last != pair.ours).any(dim=0), mean, pair.ours)
+                pair.ours.copy_(mean)
+            renew_vectors(self.module, iterations=15)  # as many as spectral_norm makes at first
 
     def attach(self, optimizer: Optimizer) -> NoReturn:
         """Raises `InvalidArgumentError`: LAWA averages the ends of epochs, of which an optimizer knows nothing."""

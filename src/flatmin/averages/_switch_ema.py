@@ -6,13 +6,16 @@
     model = average                                                 after each epoch
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .._checks import check_integer, check_number
-from ._average import move, overwrite, warn_if_too_coarse
+from ._average import move, put_into, warn_if_too_coarse
 from ._base import WeightAverage, after_each_step
 
 
@@ -22,7 +25,9 @@ class SwitchEMA(WeightAverage):
     ``average_t = decay * average_(t-1) + (1 - decay) * model_t``, and ``model = average`` after each epoch.
 
     Call `update` after each ``optimizer.step()``, or `attach` once, and `switch` after each epoch, before the
-    evaluation. Network and average are then equal, so evaluate either. The optimizer's momenta stay as they are.
+    evaluation. Network and average are then equal, so evaluate either; `refresh`, before or after `switch`, gives both
+    the same fresh statistics. They decide the evaluation and not the training, in which batch norm does not use them.
+    The optimizer's momenta stay as they are.
 
     Args:
         model: The network that is trained, already on its device, wrapped or not. It is copied.
@@ -30,6 +35,7 @@ class SwitchEMA(WeightAverage):
             horizon of about one epoch. With a much longer horizon each switch takes back most of what the epoch learnt.
         start_epoch: Switch only after more than so many epochs. The authors' recipes for classification and
             regression from scratch have 5, of several hundred.
+        statistics: Which batch-norm statistics the average has, see `WeightAverage`.
 
     Attributes:
         module: The averaged network itself.
@@ -51,11 +57,14 @@ class SwitchEMA(WeightAverage):
 
     epochs: Tensor
 
-    def __init__(self, model: nn.Module, *, decay: float = 0.999, start_epoch: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, *, decay: float = 0.999, start_epoch: int = 0, statistics: str = "averaged"
+    ) -> None:
         self.decay = check_number("decay", decay, above=0, below=1)
         self.start_epoch = check_integer("start_epoch", start_epoch, least=0)
-        super().__init__(model)
+        super().__init__(model, statistics=statistics)
         warn_if_too_coarse(self.module, self.decay)
+        self._switched = False
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @torch.no_grad()
@@ -65,15 +74,26 @@ class SwitchEMA(WeightAverage):
         Raises:
             InvalidArgumentError: If the network was sharded and the average was not.
         """
-        move(self.module, self.model, self.decay)
+        move(self.module, self.model, self.decay, statistics=self.statistics != "fresh")
         self.n_averaged += 1
+        self._switched = False
 
     @torch.no_grad()
     def switch(self) -> None:
         """Puts the average into the network, once ``start_epoch`` epochs have gone by. Call it after each epoch."""
         self.epochs += 1
         if int(self.epochs) > self.start_epoch:
-            overwrite(self.model, self.module)
+            put_into(self.model, self.module)
+            self._switched = True
+
+    def refresh(self, batches: Iterable[Any]) -> None:
+        """Makes the average's statistics anew, see `WeightAverage.refresh`.
+
+        Between `switch` and the next `update` the network is equal to the average, and gets the same statistics.
+        """
+        super().refresh(batches)
+        if self._switched:
+            put_into(self.model, self.module)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step; `switch` stays yours to call.

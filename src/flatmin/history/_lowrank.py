@@ -111,15 +111,16 @@ class LowRank(Codec):
                 f"rank={rank} must be less than the number of classes, {num_classes}; for few classes take "
                 "history='int8' or 'int6'"
             )
-        self.register_buffer("bases", torch.zeros(slots, num_classes, rank))
-        self.register_buffer("means", torch.zeros(slots, num_classes))
+        self.register_buffer("bases", torch.zeros(slots, num_classes, rank, dtype=torch.float32))
+        self.register_buffer("means", torch.zeros(slots, num_classes, dtype=torch.float32))
         self.register_buffer("basis_epochs", torch.full((slots,), NO_BASIS))
         self.register_buffer("current_epoch", torch.tensor(NO_BASIS))
-        self.register_buffer("product", torch.zeros(num_classes, rank))
-        self.register_buffer("total", torch.zeros(num_classes))
-        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("product", torch.zeros(num_classes, rank, dtype=torch.float32))
+        self.register_buffer("total", torch.zeros(num_classes, dtype=torch.float32))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float32))
         # Every rank begins with the same directions, whatever its global random state.
-        start = torch.randn(num_classes, rank, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        generator = torch.Generator("cpu").manual_seed(0)
+        start = torch.randn(num_classes, rank, generator=generator, device="cpu", dtype=torch.float32)
         self.bases[0] = torch.linalg.qr(start)[0].to(self.bases.device)
         # The same epochs as in the two buffers, where the host can read them without waiting.
         self._epochs = [NO_BASIS] * slots

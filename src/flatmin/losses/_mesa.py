@@ -4,6 +4,7 @@
 """
 
 import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .._checks import check_integer, check_module, check_number
+from .._checks import check_choice, check_integer, check_module, check_number
 from ..averages import EMA
 from ..averages._average import check_alike, evaluating
+from ..averages._copy import refuse_lazy, without_hooks_of
+from ..averages._statistics import CHOICES, own_statistics
 from ..errors import FlatminWarning, InvalidArgumentError
 from ._share import random_share, take
 from ._trajectory import trajectory_loss
@@ -54,6 +57,10 @@ class MESA(nn.Module):
             twice, micro-batches), choose an interval that has no divisor in common with their number.
         autocast: Run the average under autocast to ``torch.bfloat16`` or ``torch.float16``. None: inherit the caller's
             autocast state.
+        statistics: How the average's batch norm (and instance norm that tracks) normalises. ``"averaged"``: with its
+            running statistics, averaged with the weights or, where ``average`` is given, as that has them. ``"batch"``:
+            with those of the batch, or of the ``fraction`` it runs on; the running ones do not move. ``"fresh"``: with
+            those of the last `refresh`, which you call before each epoch. Not compared yet.
         average: An average of the model that you keep up to date: a `flatmin.EMA`, torch's ``AveragedModel``, timm's
             ``ModelEmaV3``, or any module of the model's structure. MESA runs it in evaluation mode, and does not copy,
             update, move or save it. None: MESA makes an `EMA` of its own.
@@ -94,6 +101,7 @@ class MESA(nn.Module):
         fraction: float = 1.0,
         interval: int = 1,
         autocast: torch.dtype | None = None,
+        statistics: str = "averaged",
         average: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -105,14 +113,23 @@ class MESA(nn.Module):
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise InvalidArgumentError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
         self.autocast = autocast
+        self.statistics = check_choice("statistics", statistics, CHOICES)
         self.average: nn.Module
         if average is None:
-            self.average = _own_average(model, DECAY if decay is None else decay)
+            kept = "fresh" if self.statistics == "fresh" else "averaged"
+            self.average = _own_average(model, DECAY if decay is None else decay, kept)
+            target = self.average.module
         else:
             if decay is not None:
                 raise InvalidArgumentError(f"decay must be left out where average is given, got {decay!r}")
-            check_alike(average, check_module("model", model))
+            if self.statistics == "fresh":
+                raise InvalidArgumentError(
+                    "statistics must not be 'fresh' where average is given: whoever owns the average makes its "
+                    "statistics, flatmin.EMA with statistics='fresh' and refresh(batches) for one"
+                )
+            target = check_alike(average, check_module("model", model))
             self.__dict__["average"] = average  # past nn.Module: a submodule would be moved and saved with MESA
+        self._networks = (target, model)  # in a tuple, so that they are no submodules
         self._epoch = 0
         self._calls = 0  # of those in which the loss was not switched off
         self._seed = torch.initial_seed() % 2**32  # each call draws its share with _seed + _calls
@@ -153,9 +170,13 @@ class MESA(nn.Module):
         if call % self.interval:
             return self._nothing(logits)
         self._check_updates()
-        share = random_share(len(logits), self.fraction, self._seed + call) if self.fraction < 1 else None
+        batch_alone = self.statistics == "batch"
+        least = 2 if batch_alone else 1  # a single sample has no statistics
+        share = random_share(len(logits), self.fraction, self._seed + call, least) if self.fraction < 1 else None
         precision = nullcontext() if self.autocast is None else torch.autocast(logits.device.type, self.autocast)
-        with evaluating(self.average), precision:
+        own = own_statistics(*self._networks) if batch_alone else nullcontext()
+        hooks = without_hooks_of(*self._networks) if self._own is None else nullcontext()
+        with evaluating(self.average), own, hooks, precision:
             if share is not None:
                 args, kwargs = take((args, kwargs), share, len(logits))
             output = self.average(*args, **kwargs)
@@ -182,6 +203,14 @@ class MESA(nn.Module):
             InvalidArgumentError: If the average was given, or the model was sharded and its average was not.
         """
         self._updated_here().update()
+
+    def refresh(self, batches: Iterable[Any]) -> None:
+        """Makes the statistics of MESA's own average anew, see `flatmin.averages.WeightAverage.refresh`.
+
+        Raises:
+            InvalidArgumentError: If the average was given, or there is no batch.
+        """
+        self._updated_here().refresh(batches)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step.
@@ -213,7 +242,7 @@ class MESA(nn.Module):
 
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""
-        names = ("coefficient", "temperature", "decay", "start_epoch", "fraction", "interval", "autocast")
+        names = ("coefficient", "temperature", "decay", "start_epoch", "fraction", "interval", "autocast", "statistics")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _nothing(self, logits: Tensor) -> Tensor:
@@ -228,8 +257,8 @@ class MESA(nn.Module):
         """The average, if it is MESA's own."""
         if self._own is None:
             raise InvalidArgumentError(
-                "the average was given as average=..., so whoever owns it updates it: leave out mesa.update and "
-                "mesa.attach, or let MESA make its own average"
+                "the average was given as average=..., so whoever owns it updates it: leave out mesa.update, "
+                "mesa.attach and mesa.refresh, or let MESA make its own average"
             )
         return self._own
 
@@ -249,10 +278,10 @@ class MESA(nn.Module):
             )
 
 
-def _own_average(model: nn.Module, decay: float) -> EMA:
+def _own_average(model: nn.Module, decay: float, statistics: str) -> EMA:
     check_number("decay", decay, above=0, below=1)
-    check_module("model", model)
+    refuse_lazy(check_module("model", model))
     try:
-        return EMA(model, decay=decay)
+        return EMA(model, decay=decay, statistics=statistics)
     except InvalidArgumentError as error:  # it cannot be copied
         raise InvalidArgumentError(f"{error}; or give MESA an average of your own, average=...") from error

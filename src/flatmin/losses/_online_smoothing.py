@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from .._checks import check_integer, check_number
 from .._distributed import total
 from ..errors import InvalidArgumentError
+from ._masked import filling, masked_classes
+
+TINY = 1e-12
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -28,6 +31,8 @@ class OnlineLabelSmoothing(nn.Module):
     Add it to the plain cross entropy; the total is then the paper's loss. Like SAF it distils the network into itself.
     Unlike SAF it keeps one row a class, C x C numbers, needs no sample indices, and works on streams of data. It costs
     no pass through the network.
+
+    A class whose logit is -inf, masked out by the network, has no part in the loss: S_y is that of the others.
 
     In the first epoch S is uniform, which is plain label smoothing. It stays uniform for a class until one of its
     samples is classified correctly. With ``torch.distributed``, `set_epoch` sums the predictions of all ranks, so all
@@ -62,8 +67,10 @@ class OnlineLabelSmoothing(nn.Module):
         super().__init__()
         self.num_classes = check_integer("num_classes", num_classes, least=2)
         self.coefficient = check_number("coefficient", coefficient, least=0, most=1)
-        self.register_buffer("soft_labels", torch.full((num_classes, num_classes), 1 / num_classes))
-        self.register_buffer("sums", torch.zeros(num_classes, num_classes))
+        self.register_buffer(
+            "soft_labels", torch.full((num_classes, num_classes), 1 / num_classes, dtype=torch.float32)
+        )
+        self.register_buffer("sums", torch.zeros(num_classes, num_classes, dtype=torch.float32))
         self._epoch = 0
 
     @torch.no_grad()
@@ -100,7 +107,11 @@ class OnlineLabelSmoothing(nn.Module):
             return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         self._count(logits.detach(), y)
         hard = nn.functional.one_hot(y, self.num_classes)
-        return self.coefficient * soft_cross_entropy(logits, self.soft_labels[y] - hard)
+        masked = masked_classes(logits)
+        soft = self.soft_labels[y].masked_fill(masked, 0)
+        soft = torch.where(masked.any(dim=1, keepdim=True), soft / soft.sum(dim=1, keepdim=True).clamp(min=TINY), soft)
+        logits = logits.masked_fill(masked, filling(logits.dtype))  # 0 * log 0 is 0
+        return self.coefficient * soft_cross_entropy(logits, soft - hard.masked_fill(masked, 0))
 
     def get_extra_state(self) -> Tensor:
         """Puts the epoch into ``state_dict``, as a tensor, which any format can store."""

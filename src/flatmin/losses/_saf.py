@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._checks import check_integer, check_number
 from ..errors import FlatminWarning, InvalidArgumentError
 from ..history import Codec, make_history
+from ._masked import filling, masked_classes
 from ._trajectory import trajectory_loss
 
 
@@ -34,7 +35,8 @@ class SAF(nn.Module):
     Use it or an optimizer that calls its closure twice, such as SAM, but not both. The samples of a batch count one
     after another, those of several ranks in the order of the ranks; if a sample occurs twice in an epoch, the first
     occurrence contributes and the last is recorded. SAM's second pass would contribute nothing. Logits that are not
-    finite are recorded as missing.
+    finite are recorded as missing; a logit of -inf beside finite ones, of a class that the network masks out, has no
+    part in the loss.
 
     Args:
         num_samples: Number of samples ``N`` in the data set; indices run from 0 to ``N - 1``.
@@ -141,6 +143,7 @@ class SAF(nn.Module):
         if not self.training:
             return zero
         self._count(len(index) * self.history.store.ranks.size)
+        logits = logits.masked_fill(masked_classes(logits), filling(logits.dtype))
         # The host knows when nothing can contribute; then nothing is computed.
         compare = self._epoch >= max(self.start_epoch, self.history.lag) and self.coefficient > 0
         compared = self.history.exchange(index, logits, self._epoch, compare=compare)

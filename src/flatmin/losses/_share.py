@@ -7,13 +7,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
-def random_share(batch: int, fraction: float, seed: int) -> Tensor | None:
-    """Draws ``max(1, round(fraction * batch))`` of a batch's positions, all with equal probability.
+def random_share(batch: int, fraction: float, seed: int, least: int = 1) -> Tensor | None:
+    """Draws ``max(least, round(fraction * batch))`` of a batch's positions, all with equal probability.
 
     Args:
         batch: Number of samples in the batch.
         fraction: Share of them, in (0, 1].
         seed: The same seed draws the same positions. torch's global generator is not used.
+        least: Fewest that are drawn.
 
     Returns:
         The positions, int64, on the CPU; None if they would be all, and then nothing is drawn.
@@ -23,7 +24,7 @@ def random_share(batch: int, fraction: float, seed: int) -> Tensor | None:
         >>> len(random_share(8, 0.25, seed=0))
         2
     """
-    size = max(1, round(fraction * batch))
+    size = max(least, round(fraction * batch))
     if size >= batch:
         return None
     generator = torch.Generator("cpu").manual_seed(seed)

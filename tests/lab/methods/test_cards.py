@@ -24,8 +24,9 @@ DIFFERS = {
     "gsam": {"when"},
     "friendly_sam": {"when"},
     "saf": {"lag"},
-    "ema": {"decay"},
-    "switch_ema": {"decay"},
+    "ema": {"decay", "statistics"},
+    "switch_ema": {"decay", "statistics"},
+    "lawa": {"statistics"},
 }
 ARGUMENTS = {"mean_momentum": "momentum"}
 

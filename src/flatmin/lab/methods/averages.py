@@ -1,10 +1,12 @@
 """The cards of the averages of the weights, which are evaluated in place of the network."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from ...averages import EMA, LAWA, SwitchEMA, ema_decay
+from ..._checks import check_choice
+from ...averages import EMA, LAWA, SwitchEMA, WeightAverage, ema_decay
 from ...errors import InvalidArgumentError
 from .card import Card, Settings
 from .hyperparameters import taken
@@ -42,29 +44,48 @@ def size(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
+def as_they_are(batches: Iterable[Any]) -> None:
+    """The ``refresh`` of a method whose batch-norm statistics are not made anew."""
+
+
+def _evaluated(given: Ingredients, settings: Settings, average: WeightAverage, **options: Any) -> Assembled:
+    refresh = average.refresh if settings["statistics"] == "fresh" else as_they_are
+    return Assembled(given.optimizer, average=average, extra_bytes=size(average), refresh=refresh, **options)
+
+
+def _statistics(settings: Settings) -> str:
+    return check_choice("statistics", settings["statistics"], ("averaged", "fresh"))
+
+
 def _ema(given: Ingredients, settings: Settings) -> Assembled:
-    ema = EMA(given.model, decay=decay_of(given, settings))
+    ema = EMA(given.model, decay=decay_of(given, settings), statistics=_statistics(settings))
     ema.attach(given.optimizer)
-    return Assembled(given.optimizer, average=ema, extra_bytes=size(ema))
+    return _evaluated(given, settings, ema)
 
 
 def _switch_ema(given: Ingredients, settings: Settings) -> Assembled:
-    switch = SwitchEMA(given.model, decay=decay_of(given, settings), start_epoch=settings["start_epoch"])
+    switch = SwitchEMA(
+        given.model,
+        decay=decay_of(given, settings),
+        start_epoch=settings["start_epoch"],
+        statistics=_statistics(settings),
+    )
     switch.attach(given.optimizer)
-    return Assembled(given.optimizer, average=switch, extra_bytes=size(switch), at_epoch_end=switch.switch)
+    return _evaluated(given, settings, switch, at_epoch_end=switch.switch)
 
 
 def _lawa(given: Ingredients, settings: Settings) -> Assembled:
-    lawa = LAWA(given.model, k=settings["k"])
-    return Assembled(given.optimizer, average=lawa, extra_bytes=size(lawa), at_epoch_end=lawa.update)
+    lawa = LAWA(given.model, k=settings["k"], statistics=_statistics(settings))
+    return _evaluated(given, settings, lawa, at_epoch_end=lawa.update)
 
 
-# The classes have a decay; here a horizon in epochs is what can be compared between data sets.
+# The classes have a decay; here a horizon in epochs is what can be compared between data sets. The classes cannot make
+# statistics anew by themselves; the laboratory, which has the training set, does.
 CARDS = (
     Card(
         "ema",
         "the moving average of the weights, evaluated in their place",
-        taken(None, ema_epochs=None, decay=None),
+        taken(None, ema_epochs=None, decay=None, statistics="fresh"),
         _ema,
         stands_for=EMA,
         paper="Polyak and Juditsky 1992",
@@ -75,7 +96,7 @@ CARDS = (
     Card(
         "switch_ema",
         "the moving average of the weights, from which each epoch continues",
-        {**taken(SwitchEMA, "start_epoch"), **taken(None, ema_epochs=1.0, decay=None)},
+        {**taken(SwitchEMA, "start_epoch"), **taken(None, ema_epochs=1.0, decay=None, statistics="fresh")},
         _switch_ema,
         stands_for=SwitchEMA,
         paper="Li et al. 2024, arXiv 2402.09240",
@@ -86,7 +107,7 @@ CARDS = (
     Card(
         "lawa",
         "the mean of the weights at the ends of the last `k` epochs, evaluated in their place",
-        taken(LAWA, "k"),
+        taken(LAWA, "k", statistics="fresh"),
         _lawa,
         stands_for=LAWA,
         paper="Kaddour 2022, arXiv 2209.14981",

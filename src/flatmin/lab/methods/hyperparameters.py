@@ -37,6 +37,11 @@ HYPERPARAMETERS: dict[str, tuple[type, str]] = {
     "ema_epochs": (float, "Horizon of the average in epochs; where not given, a fifth of the run, at least 2."),
     "decay": (float, "Decay of the average, in place of ema_epochs."),
     "fraction": (float, "Share of each batch on which the average is run."),
+    "statistics": (
+        str,
+        "Batch-norm statistics of the average: averaged | fresh (made anew from training samples after each epoch) | "
+        "batch (mesa alone: those of each batch).",
+    ),
     "interval": (int, "The average is run in every interval-th step; the loss is 0 in the others."),
 }
 

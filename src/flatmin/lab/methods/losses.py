@@ -24,10 +24,16 @@ def _saf(given: Ingredients, settings: Settings) -> Assembled:
 
 
 def _mesa(given: Ingredients, settings: Settings) -> Assembled:
-    names = ("coefficient", "temperature", "start_epoch", "fraction", "interval")
+    names = ("coefficient", "temperature", "start_epoch", "fraction", "interval", "statistics")
     mesa = MESA(given.model, decay=decay_of(given, settings), **{name: settings[name] for name in names})
     mesa.attach(given.optimizer)
-    return Assembled(given.optimizer, mesa, lambda logits, y, index, inputs: mesa(logits, inputs), size(mesa.average))
+    return Assembled(
+        given.optimizer,
+        mesa,
+        lambda logits, y, index, inputs: mesa(logits, inputs),
+        size(mesa.average),
+        refresh=mesa.refresh if settings["statistics"] == "fresh" else None,
+    )
 
 
 def _online_label_smoothing(given: Ingredients, settings: Settings) -> Assembled:
@@ -72,7 +78,7 @@ CARDS = (
         # The class has one decay, the authors'; here the average looks back over a share of the run, see `averages`.
         taken(
             MESA,
-            *("coefficient", "temperature", "start_epoch", "fraction", "interval"),
+            *("coefficient", "temperature", "start_epoch", "fraction", "interval", "statistics"),
             ema_epochs=None,
             decay=None,
         ),

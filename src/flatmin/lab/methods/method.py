@@ -1,6 +1,6 @@
 """What a training method is made from, and what the training loop gets of it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,6 +65,8 @@ class Assembled:
         average: What is evaluated in place of the network, or None. Attached to the optimizer already, if it follows
             its steps.
         at_epoch_end: Called after each epoch, before the evaluation.
+        refresh: Called with batches of training inputs after each epoch, just before the evaluation, and before the
+            first: makes batch-norm statistics anew. None: the average's `refresh`, if there is an average.
         chooses: Whether the closure is told which samples to take, and returns the loss of each, as ESAM's.
         extra_bytes: What the method has in memory beyond the base optimizer while a pass runs, at most, in bytes.
     """
@@ -76,3 +78,4 @@ class Assembled:
     average: WeightAverage | None = None
     chooses: bool = False
     at_epoch_end: Callable[[], None] = lambda: None
+    refresh: Callable[[Iterable[Any]], None] | None = None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, Subset, TensorDataset
 
 from ... import _distributed
 
@@ -71,6 +71,19 @@ def make_loader(
         # the epoch alone, and a continued run draws the same.
         num_workers=workers,
     )
+
+
+def drawn_batches(dataset: "Dataset[Any]", samples: int, seed: int, batch_size: int) -> Iterator[Any]:
+    """Yields batches of at most ``samples`` of a data set's samples, drawn by the seed; the same on all ranks.
+
+    Reading may draw random numbers, as the data set may: see `flatmin._rng.preserved`. It begins with the first batch.
+    """
+    chosen = torch.randperm(size_of(dataset), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    if type(dataset) is TensorDataset:
+        for part in torch.split(chosen, batch_size):
+            yield tuple(tensor[part] for tensor in dataset.tensors)
+    else:
+        yield from DataLoader(Subset(dataset, chosen.tolist()), batch_size=batch_size)
 
 
 def rank_batches(loader: "DataLoader[Any]") -> RankBatches:

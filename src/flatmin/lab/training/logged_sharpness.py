@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
 
 from ..._rng import preserved
 from ...errors import NonFiniteLossError
 from ...sharpness import Objective, hessian_eigenvalues, sam_sharpness
+from ..problems.batches import drawn_batches
 from ..problems.problem import Problem, class_numbers
 
 if TYPE_CHECKING:
@@ -33,11 +33,9 @@ def evaluated_network(trainer: "Trainer") -> nn.Module:
 
 def fixed_batches(problem: Problem, samples: int, seed: int, device: torch.device, batch_size: int = 256) -> Batches:
     """Draws training samples, at most all, and reads them as batches; random states stay as they are."""
-    size = problem.sizes()["training samples"]
-    chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:samples].sort().values.tolist()
     with preserved(device):
-        loader = DataLoader(Subset(problem.train, chosen), batch_size=batch_size)
-        return [(x.to(device), class_numbers(y, problem.num_classes).to(device)) for x, y in loader]
+        batches = drawn_batches(problem.train, samples, seed, batch_size)
+        return [(x.to(device), class_numbers(y, problem.num_classes).to(device)) for x, y in batches]
 
 
 def epoch_sharpness(trainer: "Trainer", lr: float) -> dict[str, float]:

@@ -14,11 +14,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ... import _distributed
 from ..._checks import check_integer
+from ..._rng import preserved
 from ...errors import DataError, InvalidArgumentError
 from ...indices import with_indices
 from ...optim import SharpnessAware
 from ..methods import Ingredients, get_method
-from ..problems.batches import make_loader, rank_batches, size_of
+from ..problems.batches import drawn_batches, make_loader, rank_batches, size_of
 from ..problems.problem import Problem, augmented, class_numbers, make_criterion
 from ..recipe import Run
 from . import torchrun
@@ -27,6 +28,9 @@ from .logged_sharpness import epoch_sharpness
 from .progress import Progress, StepResult
 from .randomness import Randomness
 from .state_check import check_fit, check_optimizer, check_values
+
+# Training samples, and how many of them at a time, that the batch-norm statistics of an average are made from.
+REFRESHED, AT_A_TIME = 2048, 256
 
 
 class Trainer:
@@ -85,6 +89,7 @@ class Trainer:
         )
         self.optimizer, self.trajectory, self.average = method.optimizer, method.trajectory, method.average
         self._penalty, self._chooses, self._at_epoch_end = method.penalty, method.chooses, method.at_epoch_end
+        self._refresh = method.refresh or (None if self.average is None else self.average.refresh)
         # A registered method's own optimizer may call the closure as often as it likes; under a scaler, which steps
         # without one, only those that know the scaler.
         own = method.optimizer is not base and not self._scaler.is_enabled()
@@ -127,6 +132,7 @@ class Trainer:
         self.scheduler.step()
         _distributed.broadcast_buffers([self.model])
         self._at_epoch_end()
+        self._make_statistics()
         test_loss, test_accuracy = self.evaluate()
         measured = epoch_sharpness(self, lr)
         self.epoch += 1
@@ -150,6 +156,8 @@ class Trainer:
         batches = iter(with_indices(self.loader))
         if self.progress.steps == 0:
             self.set_epoch(self.epoch)
+            if self.epoch == 0 and self.trajectory is not None:
+                self._make_statistics()  # for a target that runs in this epoch
         else:
             # Drawn again and dropped, so that data sets and workers that draw random numbers come as far as before.
             deque(islice(batches, self.progress.steps), maxlen=0)
@@ -200,6 +208,17 @@ class Trainer:
             self._scaler.step(self.optimizer)
         self._scaler.update()
         return StepResult(*losses[0], calls=len(losses))
+
+    def _make_statistics(self) -> None:
+        """Gives the method's average batch-norm statistics of its own; random states and training are not touched.
+
+        They come from training samples as they are, neither cropped nor flipped, as test samples are.
+        """
+        if self._refresh is None:
+            return
+        drawn = drawn_batches(self.problem.train, REFRESHED, 0, AT_A_TIME)
+        with preserved(self.device), self._autocast():
+            self._refresh(x for x, _ in drawn if len(x) > 1)  # a single sample has no variance
 
     @property
     def evaluated(self) -> nn.Module:
