@@ -48,10 +48,12 @@ def moved(
         add_(parameters, offsets, alpha=rho / (length + eps))
         offsets.clear()
         directions.clear()
+        torch.clear_autocast_cache()  # an autocast around the step holds casts of the weights as they were
         yield
     finally:
         with torch.no_grad():  # a step that is given up comes here by itself
             copy_(parameters, weights)
+        torch.clear_autocast_cache()
 
 
 def unit(parameters: list[Tensor], directions: list[Tensor], norm: float | None = None) -> tuple[list[Tensor], float]:
