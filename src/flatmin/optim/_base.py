@@ -19,6 +19,7 @@ from .._distributed import size
 from ..errors import InvalidArgumentError, NonFiniteGradientWarning
 from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of
 from ._step import LossScale, NotFiniteError, Passes, Step
+from ._surroundings import Buffers, Surroundings
 from ._wrapper import Memory, Wrapper
 from .schedules import Schedule, as_schedule
 
@@ -63,9 +64,10 @@ class SharpnessAware(Wrapper):
             clipping. The gradient that makes the perturbation is never clipped.
         when: In which steps the second pass runs: a function of the step index (from 0) to a bool, or a `Schedule`
             such as `Every`, `Late`, `Sometimes` and `Adaptive`. None (default): in all.
-        model: The network. None (default): its normalisation and DDP modules are found as they are called. Only needed
-            where they cannot be; for a compiled model it also avoids torch's warning of global hooks: pass the
-            outermost module then.
+        model: The network, the outermost module; all its buffers then stand still in the second pass and in a step that
+            is dropped. None (default): those of torch's normalisation layers do, which are looked for, and DDP modules
+            are found as they are called. Give it if other buffers move in a forward pass (spectral norm, codebooks, own
+            layers), and for a compiled model, of which torch warns otherwise.
         same_randomness: True (default): the second pass draws the random numbers of the first from torch's generators,
             and leaves them as one pass would. False: it draws new ones.
         norm: Whose gradient makes the perturbation under ``DistributedDataParallel``. ``"rank"``: each rank's own,
@@ -75,6 +77,7 @@ class SharpnessAware(Wrapper):
     Attributes:
         base_optimizer: The optimizer that makes the step.
         skipped_steps: How many steps were dropped because a gradient was not finite.
+        step_dropped: Whether the last step was.
         max_passes: Of the class: how many forward-backward passes a step has at most, 1 or 2.
         per_sample_closure: Of the class: whether `step` takes a `PerSampleClosure` in place of torch's closure.
 
@@ -109,15 +112,17 @@ class SharpnessAware(Wrapper):
         self.max_norm = None if max_norm is None else check_number("max_norm", max_norm, above=0)
         self.norm = check_choice("norm", norm, ("rank", "global"))
         self.skipped_steps = 0
+        self.step_dropped = False
         self._subset = check_subset(parameters, base_optimizer)
         self._scaling = check_scaling(scaling)
         self._when = as_schedule(when)
         self._when_new = copy.deepcopy(self._when.state_dict())  # to begin anew with a state that has none
-        self._model = None if model is None else check_module("model", model)
+        self._surroundings = Surroundings(None if model is None else check_module("model", model))
         self._replay = bool(same_randomness)
         self._steps = 0  # that were made
         self._memory = Memory()
         self._under_way = False
+        self._before: Buffers | None = None  # for the step that first_step is about to begin
         self._ready: Step | None = None  # whose passes are all made, without a closure
         self._suspended: Generator[int, None, None] | None = None  # the step that first_step has begun
         self._over = False  # whether first_step has made a whole step
@@ -146,6 +151,7 @@ class SharpnessAware(Wrapper):
             Exception: Whatever the closure raises; the weights are then as they were.
         """
         step = self._take_ready() if closure is None else self._make_passes(closure)
+        self.step_dropped = bool(step.failed)
         if step.failed:
             if self.skipped_steps == 0 and not step.scale.enabled:
                 warnings.warn(
@@ -157,6 +163,7 @@ class SharpnessAware(Wrapper):
             self.skipped_steps += 1
         else:
             self.base_optimizer.step()
+            torch.clear_autocast_cache()  # of an autocast around several steps
             self._when.observe(self._steps, step.first_norm)
             self._steps += 1
         return step.loss
@@ -183,6 +190,7 @@ class SharpnessAware(Wrapper):
             ...     weight.square().sum().backward()
         """
         step = self._begin(None)
+        step.before, self._before = self._before, None
         with closing(self._run(step)) as passes:
             for index in itertools.count():
                 with torch.no_grad():
@@ -227,10 +235,13 @@ class SharpnessAware(Wrapper):
                 "first_step comes after the gradients are averaged, and norm='rank' is for those of one rank; "
                 f"make it {type(self).__name__}(..., norm='global'), or use passes()"
             )
-        suspended = self.passes()
+        suspended, early = self.passes(), self.max_passes == 2
+        self._before = self._surroundings.between if early else None
         for _ in range(self.max_passes):
             wanted = next(suspended, None) is not None
         self._suspended, self._over = (suspended, False) if wanted else (None, True)
+        if not wanted:
+            self._note_buffers()
         if zero_grad:
             self.zero_grad()
         return wanted
@@ -247,6 +258,7 @@ class SharpnessAware(Wrapper):
         suspended, over, self._suspended, self._over = self._suspended, self._over, None, False
         if suspended is not None:
             next(suspended, None)
+            self._note_buffers()
         elif not over:
             raise InvalidArgumentError("second_step comes after first_step, which has not been called")
         if zero_grad:
@@ -257,6 +269,12 @@ class SharpnessAware(Wrapper):
         suspended, self._suspended, self._over = self._suspended, None, False
         if suspended is not None:
             suspended.close()
+
+    def _note_buffers(self) -> None:
+        """Copies the buffers after a step whose successor's first pass may be over before the optimizer knows."""
+        if self.max_passes == 2:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            self._surroundings.between = Buffers(self._surroundings.modules(parameters))
 
     def __repr__(self) -> str:
         """The method with its arguments that are set, around the base optimizer with its groups."""
@@ -287,6 +305,7 @@ class SharpnessAware(Wrapper):
         self.base_optimizer.load_state_dict(base)
         self._when.load_state_dict(own.get("when") or copy.deepcopy(self._when_new))
         self._steps, self._memory = steps, memory
+        self._surroundings.between = None
 
     def _begin(self, closure: Callable[..., Any] | None) -> Step:
         """A new step, of which nothing is done."""
@@ -299,7 +318,7 @@ class SharpnessAware(Wrapper):
             subset=self._subset,
             scaling=self._scaling,
             when=self._when,
-            model=self._model,
+            surroundings=self._surroundings,
             local=self.norm == "rank",
             replay=self._replay,
             max_norm=self.max_norm,
@@ -337,6 +356,8 @@ class SharpnessAware(Wrapper):
         except NotFiniteError as error:
             step.failed = str(error)
             step.scale.overflowed(step.gradients)
+            if step.before is not None:
+                step.before.restore()
         finally:
             self._under_way = False
 
