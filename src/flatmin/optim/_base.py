@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from .._checks import check_choice, check_integer, check_module, check_number
 from .._distributed import size
-from ..errors import InvalidArgumentError, NonFiniteGradientWarning
-from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of
+from ..errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
+from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of, rounded_away
 from ._step import LossScale, NotFiniteError, Passes, Step
 from ._surroundings import Buffers, Surroundings
 from ._wrapper import Memory, Wrapper
@@ -122,6 +122,8 @@ class SharpnessAware(Wrapper):
         self._steps = 0  # that were made
         self._memory = Memory()
         self._under_way = False
+        self._checked = False  # whether weights were moved before
+        self._coarse: torch.dtype | None = None  # of weights that are too coarse for it, to be warned of
         self._before: Buffers | None = None  # for the step that first_step is about to begin
         self._ready: Step | None = None  # whose passes are all made, without a closure
         self._suspended: Generator[int, None, None] | None = None  # the step that first_step has begun
@@ -152,6 +154,14 @@ class SharpnessAware(Wrapper):
         """
         step = self._take_ready() if closure is None else self._make_passes(closure)
         self.step_dropped = bool(step.failed)
+        if self._coarse is not None:
+            warnings.warn(
+                f"the weights are {self._coarse}, in which most of {type(self).__name__}'s perturbation is rounded "
+                "away: keep them in float32 and compute in lower precision with torch.autocast (warned once)",
+                FlatminWarning,
+                stacklevel=4,  # step, torch's two wrappers
+            )
+            self._coarse = None
         if step.failed:
             if self.skipped_steps == 0 and not step.scale.enabled:
                 warnings.warn(
@@ -323,6 +333,7 @@ class SharpnessAware(Wrapper):
             replay=self._replay,
             max_norm=self.max_norm,
             scale=LossScale(self.scaler, self.base_optimizer),
+            check=None if self._checked else self._check_rounding,
         )
 
     def _make_passes(self, closure: Callable[..., Any]) -> Step:
@@ -360,6 +371,10 @@ class SharpnessAware(Wrapper):
                 step.before.restore()
         finally:
             self._under_way = False
+
+    def _check_rounding(self, moved: list[Tensor], weights: list[Tensor], offsets: list[Tensor]) -> None:
+        """Notes, in the first step that moves weights, whether these are too coarse for it."""
+        self._checked, self._coarse = True, rounded_away(moved, weights, offsets)
 
     def _check_idle(self, what: str) -> None:
         if self._under_way:

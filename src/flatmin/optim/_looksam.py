@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
-from ._foreach import add_, clones, component, global_norm, plus
+from ._foreach import add_, clones, component, length, plus
 from ._perturbation import Rho, Scaling
 from ._step import Passes, Step, aligned
 from .schedules import Every, Schedule
@@ -24,7 +24,7 @@ def orthogonal(first: list[Tensor], second: list[Tensor], norm: float, other: fl
 
 def reuse_(gradients: list[Tensor], directions: list[Tensor], alpha: float, norm: float) -> None:
     """Adds to ``gradients``, in place, ``directions`` brought to ``alpha`` times the length ``norm``."""
-    add_(gradients, directions, alpha=alpha * norm / (float(global_norm(directions)) + 1e-8))
+    add_(gradients, directions, alpha=alpha * norm / (length(directions) + 1e-8))
 
 
 class LookSAM(SharpnessAware):

@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from .._rng import CPU, States, replayed, torch_states
 from ..errors import InvalidArgumentError
-from ._foreach import global_norm, scale_
+from ._foreach import global_norm, length, scale_, scaled_norm
 from ._perturbation import Scaling, moved
 from ._second_pass import agreed, frozen_buffers, local_gradients
 from ._surroundings import Buffers, OtherGradients, Surroundings
@@ -88,6 +89,7 @@ class Step:
         replay: Whether the second pass draws the random numbers of the first.
         max_norm: Norm that the gradient to step with has at most; None for any.
         scale: The scale of the losses.
+        check: Looks at the weights when they are moved, as `moved` has it; None if that was done.
         second_runs: Whether the second pass runs; None until the gradient of the first has decided.
         parameters: Those with a gradient in the last pass.
         gradients: Theirs.
@@ -111,6 +113,7 @@ class Step:
     replay: bool
     max_norm: float | None
     scale: LossScale
+    check: Callable[[list[Tensor], list[Tensor], list[Tensor]], None] | None
     second_runs: bool | None = field(init=False)
     parameters: list[Tensor] = field(init=False, default_factory=list)
     gradients: list[Tensor] = field(init=False, default_factory=list)
@@ -176,7 +179,7 @@ class Step:
             norm = self.norm if directions is self.gradients else None
         rho = self.rho if rho is None else rho
         with (
-            moved(parameters, directions, self.scaling, rho=rho, eps=eps, norm=norm),
+            moved(parameters, directions, self.scaling, rho=rho, eps=eps, norm=norm, check=self.check),
             frozen_buffers(self.surroundings, self._every()),
             replayed(self._random),
         ):
@@ -191,9 +194,8 @@ class Step:
         """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
         self._remember()
         perturbed = self.rho > 0 and len(parameters) > 0
-        with (
-            moved(parameters, directions, self.scaling, rho=sign * self.rho, eps=1e-12) if perturbed else nullcontext()
-        ):
+        move = partial(moved, rho=sign * self.rho, eps=1e-12, check=self.check)
+        with move(parameters, directions, self.scaling) if perturbed else nullcontext():
             yield
         self._collect("only")
         self.scale.remove(self.gradients, last=True)
@@ -218,12 +220,12 @@ class Step:
     def beside_second(self, parameters: list[Tensor], first: list[Tensor]) -> tuple[list[Tensor], float]:
         """The ``first`` gradients, of ``parameters``, of those with a second one, and their norm."""
         found = aligned(self.parameters, parameters, first)
-        return found, self.first_norm if found is first else float(global_norm(found))
+        return found, self.first_norm if found is first else length(found)
 
     def clip(self) -> None:
         """Shortens the gradient to step with to ``max_norm``, as ``clip_grad_norm_`` does."""
         if self.max_norm is not None:
-            factor = self.max_norm / (float(global_norm(self.gradients)) + 1e-6)
+            factor = self.max_norm / (length(self.gradients) + 1e-6)
             if factor < 1:
                 scale_(self.gradients, factor)
 
@@ -243,7 +245,10 @@ class Step:
             raise InvalidArgumentError("the closure left no gradient: it must call loss.backward()")
         if {gradient.layout for gradient in self.gradients} != {torch.strided}:
             raise InvalidArgumentError(f"{self.name} needs dense gradients; create the embedding with sparse=False")
-        self.norm = agreed(global_norm(self.gradients), self._ranks) / self.scale.factor()
+        norm = agreed(global_norm(self.gradients), self._ranks)
+        if not norm < float("inf"):  # the squares alone, perhaps, on one rank, perhaps
+            norm = agreed(scaled_norm(self.gradients), self._ranks)
+        self.norm = norm / self.scale.factor()
         if not abs(self.norm) < float("inf"):
             raise NotFiniteError(which)
 
