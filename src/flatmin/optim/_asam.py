@@ -46,8 +46,8 @@ class ASAM(SharpnessAware):
             is dropped. None (default): those of torch's normalisation layers do, which are looked for, and DDP modules
             are found as they are called. Give it if other buffers move in a forward pass (spectral norm, codebooks, own
             layers), and for a compiled model, of which torch warns otherwise.
-        same_randomness: True (default): the second pass draws the random numbers of the first from torch's generators,
-            and leaves them as one pass would. False: it draws new ones.
+        same_randomness: True (default): the second pass draws the random numbers of the first from the generators of
+            torch, Python and numpy, and leaves them as one pass would. False: it draws new ones.
         norm: Whose gradient makes the perturbation under ``DistributedDataParallel``. ``"rank"`` (default): each rank's
             own, which is not communicated (m-sharpness, as in SAM's paper). ``"global"``: the whole batch's, as one
             process would.

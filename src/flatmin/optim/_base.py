@@ -33,10 +33,11 @@ class SharpnessAware(Wrapper):
     A two-pass step calls the closure at the weights and at the perturbed weights, restores the weights (bit-identical),
     and lets the base optimizer step with what the method makes of the second gradient. Where ``when`` returns False, or
     rho is 0, the step is a plain base-optimizer step: one closure call. During the second call running statistics of
-    normalisation layers stand still, and dropout takes the masks of the first. A one-pass step calls the closure once,
+    torch's normalisation layers stand still, with ``model`` all buffers do, and dropout takes the masks of the first;
+    what other optimizers train gets the gradient of the second call alone. A one-pass step calls the closure once,
     at perturbed weights: statistics move in it, and its loss is that of the perturbed weights.
 
-    A step is dropped if the norm of a gradient is not finite: weights and all state stay as they were,
+    A step is dropped if a gradient is not finite: weights, those buffers and all state stay as they were,
     ``skipped_steps`` goes up, and a `NonFiniteGradientWarning` is given once; not with a ``scaler``, which looks for
     its scale in this way.
 
@@ -68,8 +69,8 @@ class SharpnessAware(Wrapper):
             is dropped. None (default): those of torch's normalisation layers do, which are looked for, and DDP modules
             are found as they are called. Give it if other buffers move in a forward pass (spectral norm, codebooks, own
             layers), and for a compiled model, of which torch warns otherwise.
-        same_randomness: True (default): the second pass draws the random numbers of the first from torch's generators,
-            and leaves them as one pass would. False: it draws new ones.
+        same_randomness: True (default): the second pass draws the random numbers of the first from the generators of
+            torch, Python and numpy, and leaves them as one pass would. False: it draws new ones.
         norm: Whose gradient makes the perturbation under ``DistributedDataParallel``. ``"rank"``: each rank's own,
             which is not communicated (m-sharpness, as in SAM's paper). ``"global"`` (the default here): the whole
             batch's, as one process would.
@@ -218,7 +219,8 @@ class SharpnessAware(Wrapper):
 
         For loops written for optimizers with two steps, such as davda54/sam and pytorch-optimizer. Prefer `passes`:
         here the first pass is over before the optimizer knows of it, so that dropout takes other masks in the second,
-        and no rank can have kept its gradient to itself.
+        and no rank can have kept its gradient to itself. A step that is dropped puts buffers back to where they were
+        after the step before; the first of all cannot. Gradients of other optimizers are yours to clear.
 
         Args:
             zero_grad: Whether to clear the gradients afterwards. Where a second pass is wanted they are in any case.

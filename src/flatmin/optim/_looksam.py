@@ -65,8 +65,8 @@ class LookSAM(SharpnessAware):
             is dropped. None (default): those of torch's normalisation layers do, which are looked for, and DDP modules
             are found as they are called. Give it if other buffers move in a forward pass (spectral norm, codebooks, own
             layers), and for a compiled model, of which torch warns otherwise.
-        same_randomness: True (default): the second pass draws the random numbers of the first from torch's generators,
-            and leaves them as one pass would. False: it draws new ones.
+        same_randomness: True (default): the second pass draws the random numbers of the first from the generators of
+            torch, Python and numpy, and leaves them as one pass would. False: it draws new ones.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.

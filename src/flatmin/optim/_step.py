@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from .._rng import CPU, States, replayed, torch_states
+from .._rng import CPU, Everywhere, replayed
 from ..errors import InvalidArgumentError
 from ._foreach import global_norm, length, scale_, scaled_norm
 from ._perturbation import Scaling, moved
@@ -123,7 +123,7 @@ class Step:
     before: Buffers | None = field(init=False, default=None)
     failed: str = field(init=False, default="")
     _ranks: list[ProcessGroup] = field(init=False, default_factory=list)
-    _random: States = field(init=False, default_factory=list)
+    _random: Everywhere | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         answer = self.when.before(self.index) if self.rho > 0 else False
@@ -133,7 +133,7 @@ class Step:
         """Takes the gradient at the weights, and decides whether the second pass runs."""
         possible = self.second_runs is not False
         if possible and self.replay:
-            self._random = torch_states({CPU, *(parameter.device for parameter in self._every())})
+            self._random = Everywhere.on({CPU, *(parameter.device for parameter in self._every())})
         self._remember()
         others = self.surroundings.other_gradients(self._every()) if possible else OtherGradients(())
         try:
