@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,30 +27,57 @@ def set_torch_states(states: States) -> None:
         _module(device).set_rng_state(state, *_which(device))
 
 
+@dataclass
+class Everywhere:
+    """The states of torch's generators on some devices, of Python's and, if it is imported, of numpy's."""
+
+    tensors: States
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def on(cls, devices: Iterable[torch.device]) -> "Everywhere":
+        """The states as they are now."""
+        numpy = _numpy()
+        return cls(torch_states(devices), random.getstate(), None if numpy is None else numpy.random.get_state())
+
+    def set(self) -> None:
+        """Sets the generators to them."""
+        set_torch_states(self.tensors)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+    def numpy_is_as_in(self, other: "Everywhere") -> bool:
+        """Whether numpy's state is the same in both."""
+        (kind, words, *rest), (other_kind, other_words, *others) = self.numpy, other.numpy
+        return bool(kind == other_kind and rest == others and (words == other_words).all())
+
+
 @contextmanager
-def replayed(states: States) -> Iterator[None]:
-    """Goes back to ``states`` inside, and on leaving to where the generators were before."""
-    now = torch_states(device for device, _ in states)
+def replayed(states: Everywhere | None) -> Iterator[None]:
+    """Goes back to ``states`` inside, and on leaving to where the generators were before; nothing for None."""
+    if states is None:
+        yield
+        return
+    now = Everywhere.on(device for device, _ in states.tensors)
+    if states.numpy is None or states.numpy_is_as_in(now):  # to set numpy's is slow, and nobody has drawn from it
+        states, now = replace(states, numpy=None), replace(now, numpy=None)
     try:
-        set_torch_states(states)
+        states.set()
         yield
     finally:
-        set_torch_states(now)
+        now.set()
 
 
 @contextmanager
 def preserved(device: torch.device) -> Iterator[None]:
     """On leaving, the generators of torch (CPU and ``device``), Python and numpy are as they were before."""
-    python, numpy = random.getstate(), _numpy()
-    words = None if numpy is None else numpy.random.get_state()
-    states = torch_states({CPU, device})
+    states = Everywhere.on({CPU, device})
     try:
         yield
     finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(words)
-        set_torch_states(states)
+        states.set()
 
 
 def seed_all(seed: int, *, accelerators: bool = True) -> None:

@@ -42,6 +42,7 @@ class Training:
         scaler: Scales the loss.
         autocast: What the forward pass is in, if not in the weights' dtype.
         parts: Micro-batches.
+        given: Whether the optimizer is given the network.
         **options: For the optimizer.
     """
 
@@ -55,6 +56,7 @@ class Training:
         scaler: torch.amp.GradScaler | None = None,
         autocast: torch.dtype | None = None,
         parts: int = 1,
+        given: bool = False,
         **options: object,
     ) -> None:
         self.model = (network() if model is None else model).to(dtype)
@@ -64,6 +66,7 @@ class Training:
         self.y = torch.randint(C, (B,), generator=generator)
         self.own_passes = EVERY[name].per_sample_closure
         self.scaler, self.autocast, self.parts = scaler, autocast, parts
+        options |= {"model": self.model} if given else {}
         self.optimizer = EVERY[name](base(self.model), rho=0.3, scaler=scaler, **VISIBLE.get(name, {}), **options)
         self.passes = 0  # that were begun
         self.factor: dict[int, float] = {}  # pass -> what its loss is multiplied with

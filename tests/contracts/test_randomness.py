@@ -1,7 +1,12 @@
 """Dropout: one mask for both passes of a step, and as many random numbers drawn as the base optimizer's one pass."""
 
+import random
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from flatmin.optim import Every
 from tests.contracts._optimizers import CLOSURES, EVERY, Training, network, passes_of
@@ -83,3 +88,46 @@ def test_a_step_given_up_in_its_last_pass_has_drawn_one(name):
         if number == last - 1:
             break
     assert torch.equal(torch.get_rng_state(), expected)
+
+
+class Drawing(nn.Module):
+    """Leaves its input out, or not, as a generator says that is not torch's."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw, self.drawn = draw, list[float]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.drawn.append(self.draw())
+        return x * (self.drawn[-1] > 0.3)
+
+
+# numpy's randn keeps every second number for the next call.
+DRAWS = {
+    "python": random.random,
+    "gauss": lambda: random.gauss(0.5, 1),
+    "numpy": np.random.rand,
+    "randn": np.random.randn,
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("same", [True, False])
+def test_generators_of_python_and_numpy_too(name, draw, same):
+    if not same and name not in TWO:
+        return
+    model = network()
+    model[3] = layer = Drawing(DRAWS[draw])
+    training = Training(name, model, **({} if same else {"same_randomness": False}))
+    random.seed(0), np.random.seed(0)
+    steps = []
+    for _ in range(6):
+        training.step()
+        steps.append(layer.drawn[:2])  # ESAM's third pass draws on, for fewer samples
+        layer.drawn.clear()
+    assert len({step[0] for step in steps}) == 6
+    assert all((len(set(step)) == 1) == (same or len(step) == 1) for step in steps)
+    if same:
+        random.seed(0), np.random.seed(0)
+        assert [step[0] for step in steps] == [DRAWS[draw]() for _ in range(6)]

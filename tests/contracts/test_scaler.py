@@ -75,13 +75,9 @@ def test_a_step_that_overflows_in_any_pass_is_dropped_whole_and_the_scale_goes_d
     passes = training.passes
     training.step()
     assert training.passes == passes + number
-    for key in ("weight", "bias", "num_batches_tracked"):
-        assert torch.equal(getattr(training.model[1], key), before["model"][f"1.{key}"]) == (key[0] != "n")
-    assert_same(training.state()["optimizer"], before["optimizer"])
-    assert torch.equal(training.model[0].weight, before["model"]["0.weight"])
+    assert_same(training.state(), before)  # the statistics too, which have seen the batch
     assert training.optimizer.skipped_steps == 1
     assert training.scaler.get_scale() == 2.0**11
-    training.model.load_state_dict(before["model"])  # but for the statistics, which have seen the batch
     training.step(3), twin.step(3)
     assert_same(training.state(), twin.state())
 

@@ -23,8 +23,8 @@ ALL = {
     "same_randomness": False,
     "norm": "global",
 }
-ONE = {"parameters", "scaling", "scaler", "max_norm"}
-TWO = ONE | {"when", "model", "same_randomness"}
+ONE = {"parameters", "scaling", "scaler", "max_norm", "model"}
+TWO = ONE | {"when", "same_randomness"}
 TAKEN = {
     "SAM": TWO | {"norm"},
     "ASAM": (TWO | {"norm"}) - {"scaling"},

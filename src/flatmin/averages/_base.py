@@ -134,5 +134,10 @@ class WeightAverage(nn.Module, ABC):
 
 
 def after_each_step(optimizer: Optimizer, call: Callable[[], None]) -> RemovableHandle:
-    """Makes ``optimizer`` make a call after each of its steps."""
-    return optimizer.register_step_post_hook(lambda *_: call())
+    """Makes ``optimizer`` make a call after each of its steps; not after one that flatmin's has dropped."""
+
+    def after(stepped: Optimizer, *_: Any) -> None:
+        if not getattr(stepped, "step_dropped", False):
+            call()
+
+    return optimizer.register_step_post_hook(after)

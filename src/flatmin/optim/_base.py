@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 
 from .._checks import check_choice, check_integer, check_module, check_number
 from .._distributed import size
-from ..errors import InvalidArgumentError, NonFiniteGradientWarning
-from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of
+from ..errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
+from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of, rounded_away
 from ._step import LossScale, NotFiniteError, Passes, Step
+from ._surroundings import Buffers, Surroundings
 from ._wrapper import Memory, Wrapper
 from .schedules import Every, Schedule, as_schedule
 
@@ -32,10 +33,11 @@ class SharpnessAware(Wrapper):
     A two-pass step calls the closure at the weights and at the perturbed weights, restores the weights (bit-identical),
     and lets the base optimizer step with what the method makes of the second gradient. Where ``when`` returns False, or
     rho is 0, the step is a plain base-optimizer step: one closure call. During the second call running statistics of
-    normalisation layers stand still, and dropout takes the masks of the first. A one-pass step calls the closure once,
+    torch's normalisation layers stand still, with ``model`` all buffers do, and dropout takes the masks of the first;
+    what other optimizers train gets the gradient of the second call alone. A one-pass step calls the closure once,
     at perturbed weights: statistics move in it, and its loss is that of the perturbed weights.
 
-    A step is dropped if the norm of a gradient is not finite: weights and all state stay as they were,
+    A step is dropped if a gradient is not finite: weights, those buffers and all state stay as they were,
     ``skipped_steps`` goes up, and a `NonFiniteGradientWarning` is given once; not with a ``scaler``, which looks for
     its scale in this way.
 
@@ -63,11 +65,12 @@ class SharpnessAware(Wrapper):
             clipping. The gradient that makes the perturbation is never clipped.
         when: In which steps the second pass runs: a function of the step index (from 0) to a bool, or a `Schedule`
             such as `Every`, `Late`, `Sometimes` and `Adaptive`. None (default): in all.
-        model: The network. None (default): its normalisation and DDP modules are found as they are called. Only needed
-            where they cannot be; for a compiled model it also avoids torch's warning of global hooks: pass the
-            outermost module then.
-        same_randomness: True (default): the second pass draws the random numbers of the first from torch's generators,
-            and leaves them as one pass would. False: it draws new ones.
+        model: The network, the outermost module; all its buffers then stand still in the second pass and in a step that
+            is dropped. None (default): those of torch's normalisation layers do, which are looked for, and DDP modules
+            are found as they are called. Give it if other buffers move in a forward pass (spectral norm, codebooks, own
+            layers), and for a compiled model, of which torch warns otherwise.
+        same_randomness: True (default): the second pass draws the random numbers of the first from the generators of
+            torch, Python and numpy, and leaves them as one pass would. False: it draws new ones.
         norm: Whose gradient makes the perturbation under ``DistributedDataParallel``. ``"rank"``: each rank's own,
             which is not communicated (m-sharpness, as in SAM's paper). ``"global"`` (the default here): the whole
             batch's, as one process would.
@@ -75,6 +78,7 @@ class SharpnessAware(Wrapper):
     Attributes:
         base_optimizer: The optimizer that makes the step.
         skipped_steps: How many steps were dropped because a gradient was not finite.
+        step_dropped: Whether the last step was.
         max_passes: Of the class: how many forward-backward passes a step has at most, 1 or 2.
         per_sample_closure: Of the class: whether `step` takes a `PerSampleClosure` in place of torch's closure.
 
@@ -109,15 +113,19 @@ class SharpnessAware(Wrapper):
         self.max_norm = None if max_norm is None else check_number("max_norm", max_norm, above=0)
         self.norm = check_choice("norm", norm, ("rank", "global"))
         self.skipped_steps = 0
+        self.step_dropped = False
         self._subset = check_subset(parameters, base_optimizer)
         self._scaling = check_scaling(scaling)
         self._when = as_schedule(when)
         self._when_new = copy.deepcopy(self._when.state_dict())  # to begin anew with a state that has none
-        self._model = None if model is None else check_module("model", model)
+        self._surroundings = Surroundings(None if model is None else check_module("model", model))
         self._replay = bool(same_randomness)
         self._steps = 0  # that were made
         self._memory = Memory()
         self._under_way = False
+        self._checked = False  # whether weights were moved before
+        self._coarse: torch.dtype | None = None  # of weights that are too coarse for it, to be warned of
+        self._before: Buffers | None = None  # for the step that first_step is about to begin
         self._ready: Step | None = None  # whose passes are all made, without a closure
         self._suspended: Generator[int, None, None] | None = None  # the step that first_step has begun
         self._over = False  # whether first_step has made a whole step
@@ -146,6 +154,15 @@ class SharpnessAware(Wrapper):
             Exception: Whatever the closure raises; the weights are then as they were.
         """
         step = self._take_ready() if closure is None else self._make_passes(closure)
+        self.step_dropped = bool(step.failed)
+        if self._coarse is not None:
+            warnings.warn(
+                f"the weights are {self._coarse}, in which most of {type(self).__name__}'s perturbation is rounded "
+                "away: keep them in float32 and compute in lower precision with torch.autocast (warned once)",
+                FlatminWarning,
+                stacklevel=4,  # step, torch's two wrappers
+            )
+            self._coarse = None
         if step.failed:
             if self.skipped_steps == 0 and not step.scale.enabled:
                 warnings.warn(
@@ -157,6 +174,7 @@ class SharpnessAware(Wrapper):
             self.skipped_steps += 1
         else:
             self.base_optimizer.step()
+            torch.clear_autocast_cache()  # of an autocast around several steps
             self._when.observe(self._steps, step.first_norm)
             self._steps += 1
         return step.loss
@@ -183,6 +201,7 @@ class SharpnessAware(Wrapper):
             ...     weight.square().sum().backward()
         """
         step = self._begin(None)
+        step.before, self._before = self._before, None
         with closing(self._run(step)) as passes:
             for index in itertools.count():
                 with torch.no_grad():
@@ -200,7 +219,8 @@ class SharpnessAware(Wrapper):
 
         For loops written for optimizers with two steps, such as davda54/sam and pytorch-optimizer. Prefer `passes`:
         here the first pass is over before the optimizer knows of it, so that dropout takes other masks in the second,
-        and no rank can have kept its gradient to itself.
+        and no rank can have kept its gradient to itself. A step that is dropped puts buffers back to where they were
+        after the step before; the first of all cannot. Gradients of other optimizers are yours to clear.
 
         Args:
             zero_grad: Whether to clear the gradients afterwards. Where a second pass is wanted they are in any case.
@@ -227,10 +247,13 @@ class SharpnessAware(Wrapper):
                 "first_step comes after the gradients are averaged, and norm='rank' is for those of one rank; "
                 f"make it {type(self).__name__}(..., norm='global'), or use passes()"
             )
-        suspended = self.passes()
+        suspended, early = self.passes(), self.max_passes == 2
+        self._before = self._surroundings.between if early else None
         for _ in range(self.max_passes):
             wanted = next(suspended, None) is not None
         self._suspended, self._over = (suspended, False) if wanted else (None, True)
+        if not wanted:
+            self._note_buffers()
         if zero_grad:
             self.zero_grad()
         return wanted
@@ -247,6 +270,7 @@ class SharpnessAware(Wrapper):
         suspended, over, self._suspended, self._over = self._suspended, self._over, None, False
         if suspended is not None:
             next(suspended, None)
+            self._note_buffers()
         elif not over:
             raise InvalidArgumentError("second_step comes after first_step, which has not been called")
         if zero_grad:
@@ -257,6 +281,12 @@ class SharpnessAware(Wrapper):
         suspended, self._suspended, self._over = self._suspended, None, False
         if suspended is not None:
             suspended.close()
+
+    def _note_buffers(self) -> None:
+        """Copies the buffers after a step whose successor's first pass may be over before the optimizer knows."""
+        if self.max_passes == 2:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            self._surroundings.between = Buffers(self._surroundings.modules(parameters))
 
     def __repr__(self) -> str:
         """The method with its numbers and its ``when``, around the base optimizer with its groups."""
@@ -288,6 +318,7 @@ class SharpnessAware(Wrapper):
         self.base_optimizer.load_state_dict(base)
         self._when.load_state_dict(own.get("when") or copy.deepcopy(self._when_new))
         self._steps, self._memory = steps, memory
+        self._surroundings.between = None
 
     def _begin(self, closure: Callable[..., Any] | None) -> Step:
         """A new step, of which nothing is done."""
@@ -300,11 +331,12 @@ class SharpnessAware(Wrapper):
             subset=self._subset,
             scaling=self._scaling,
             when=self._when,
-            model=self._model,
+            surroundings=self._surroundings,
             local=self.norm == "rank",
             replay=self._replay,
             max_norm=self.max_norm,
             scale=LossScale(self.scaler, self.base_optimizer),
+            check=None if self._checked else self._check_rounding,
         )
 
     def _make_passes(self, closure: Callable[..., Any]) -> Step:
@@ -338,8 +370,14 @@ class SharpnessAware(Wrapper):
         except NotFiniteError as error:
             step.failed = str(error)
             step.scale.overflowed(step.gradients)
+            if step.before is not None:
+                step.before.restore()
         finally:
             self._under_way = False
+
+    def _check_rounding(self, moved: list[Tensor], weights: list[Tensor], offsets: list[Tensor]) -> None:
+        """Notes, in the first step that moves weights, whether these are too coarse for it."""
+        self._checked, self._coarse = True, rounded_away(moved, weights, offsets)
 
     def _check_idle(self, what: str) -> None:
         if self._under_way:

@@ -1,5 +1,6 @@
 """Arithmetic over lists of tensors, in which DTensors and plain ones may be mixed."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,20 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
         norms = [norm.to(tensors[0].device) for norm in norms]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
+
+
+def length(tensors: list[Tensor]) -> float:
+    """`global_norm` as a number, finite wherever the tensors are: their squares may overflow. Waits for the device."""
+    norm = float(global_norm(tensors))
+    return norm if norm < math.inf else float(scaled_norm(tensors))
+
+
+def scaled_norm(tensors: list[Tensor]) -> Tensor:
+    """`global_norm` for where squares overflow: of all tensors times one small number, and divided by it in float64."""
+    double = {torch.float64, torch.complex128} & {tensor.dtype for tensor in tensors}
+    small = 2.0**-600 if double else 2.0**-80  # elements that it makes 0 do not count beside those that overflow
+    norm = global_norm([tensor * small for tensor in tensors])
+    return (norm.cpu() if norm.device.type == "mps" else norm).double() / small  # mps has no float64
 
 
 def add_(tensors: list[Tensor], others: list[Tensor], alpha: float) -> None:
@@ -99,7 +114,7 @@ def component(tensors: list[Tensor], others: list[Tensor], norm: float, other: f
     if norm == 0 or other == 0:
         return 0.0
     difference = plus(tensors, others, alpha=-norm / other)  # |a| times that of the unit vectors
-    return (1 - (float(global_norm(difference)) / norm) ** 2 / 2) * norm / other
+    return (1 - (length(difference) / norm) ** 2 / 2) * norm / other
 
 
 def copy_(tensors: list[Tensor], others: list[Tensor]) -> None:

@@ -62,11 +62,12 @@ class FriendlySAM(SharpnessAware):
             clipping. The gradient that makes the perturbation is never clipped.
         when: In which steps the second pass runs: a function of the step index (from 0) to a bool, or a `Schedule`
             such as `Every`, `Late`, `Sometimes` and `Adaptive`. None (default): in all.
-        model: The network. None (default): its normalisation and DDP modules are found as they are called. Only needed
-            where they cannot be; for a compiled model it also avoids torch's warning of global hooks: pass the
-            outermost module then.
-        same_randomness: True (default): the second pass draws the random numbers of the first from torch's generators,
-            and leaves them as one pass would. False: it draws new ones.
+        model: The network, the outermost module; all its buffers then stand still in the second pass and in a step that
+            is dropped. None (default): those of torch's normalisation layers do, which are looked for, and DDP modules
+            are found as they are called. Give it if other buffers move in a forward pass (spectral norm, codebooks, own
+            layers), and for a compiled model, of which torch warns otherwise.
+        same_randomness: True (default): the second pass draws the random numbers of the first from the generators of
+            torch, Python and numpy, and leaves them as one pass would. False: it draws new ones.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.

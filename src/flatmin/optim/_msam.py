@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -55,6 +55,10 @@ class MSAM(SharpnessAware):
             loss is not scaled. Call ``scaler.update()`` after each step.
         max_norm: Clips the gradient that the base optimizer steps with to this L2 norm, > 0. None (default): no
             clipping. The gradient that makes the perturbation is never clipped.
+        model: The network, the outermost module; all its buffers then stand still in the second pass and in a step that
+            is dropped. None (default): those of torch's normalisation layers do, which are looked for, and DDP modules
+            are found as they are called. Give it if other buffers move in a forward pass (spectral norm, codebooks, own
+            layers), and for a compiled model, of which torch warns otherwise.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used; in the second step if the base optimizer
@@ -77,6 +81,7 @@ class MSAM(SharpnessAware):
         scaling: Scaling | None = None,
         scaler: GradScaler | None = None,
         max_norm: float | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         super().__init__(
             base_optimizer,
@@ -85,6 +90,7 @@ class MSAM(SharpnessAware):
             scaling=scaling,
             scaler=scaler,
             max_norm=max_norm,
+            model=model,
         )
 
     def _gradient(self, step: Step) -> Passes:

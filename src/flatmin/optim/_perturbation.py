@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from .._checks import check_number
+from .._distributed import local
 from ..errors import InvalidArgumentError
-from ._foreach import absolute, add_, clones, copy_, global_norm, multiply_, times
+from ._foreach import absolute, add_, clones, copy_, length, multiply_, times
 
 # Parameters, a direction for each, and the directions' norm where it is known; returns s and n of e = rho * s / n.
 Scaling = Callable[[list[Tensor], list[Tensor], float | None], tuple[list[Tensor], float]]
@@ -31,6 +32,7 @@ def moved(
     rho: float,
     eps: float,
     norm: float | None = None,
+    check: Callable[[list[Tensor], list[Tensor], list[Tensor]], None] | None = None,
 ) -> Iterator[None]:
     """Inside, ``parameters`` are moved by ``rho`` along ``directions``; on leaving they are bit-identical to before.
 
@@ -41,22 +43,42 @@ def moved(
         rho: Length; negative for the opposite direction.
         eps: Added to ``n``.
         norm: The norm of the directions, where it is known.
+        check: Looks at the moved weights, copies of the weights, and ``s``.
     """
-    offsets, length = scaling(parameters, directions, norm) if parameters else ([], 0.0)
+    offsets, divisor = scaling(parameters, directions, norm) if parameters else ([], 0.0)
     weights = clones(parameters)
     try:
-        add_(parameters, offsets, alpha=rho / (length + eps))
+        add_(parameters, offsets, alpha=rho / (divisor + eps))
+        if check is not None:
+            check(parameters, weights, offsets)
         offsets.clear()
         directions.clear()
+        torch.clear_autocast_cache()  # an autocast around the step holds casts of the weights as they were
         yield
     finally:
         with torch.no_grad():  # a step that is given up comes here by itself
             copy_(parameters, weights)
+        torch.clear_autocast_cache()
+
+
+def rounded_away(moved: list[Tensor], weights: list[Tensor], offsets: list[Tensor]) -> torch.dtype | None:
+    """The dtype of 16 bits, if there is one, in which the perturbation is rounded: its cosine to ``s`` is below 0.9."""
+    dots = [torch.zeros((), dtype=torch.float64)] * 3
+    half = None
+    for ours, old, offset in zip(map(local, moved), map(local, weights), map(local, offsets), strict=True):
+        if ours.dtype in (torch.bfloat16, torch.float16):
+            half = ours.dtype
+            made, wanted = ours.float() - old.float(), offset.float()
+            products = (made * wanted, made * made, wanted * wanted)
+            dots = [dot + product.sum().cpu().double() for dot, product in zip(dots, products, strict=True)]
+    along, made_norm, wanted_norm = (float(dot) for dot in dots)
+    # abs: one-pass methods may move down the slope
+    return half if abs(along) < 0.9 * (made_norm * wanted_norm) ** 0.5 or made_norm == 0 < wanted_norm else None
 
 
 def unit(parameters: list[Tensor], directions: list[Tensor], norm: float | None = None) -> tuple[list[Tensor], float]:
     """The direction as it is: one norm over all parameters together."""
-    return directions, float(global_norm(directions)) if norm is None else norm
+    return directions, length(directions) if norm is None else norm
 
 
 @dataclass(frozen=True)
@@ -97,9 +119,9 @@ class Elementwise:
         offsets = list(directions)
         for index, tensor in zip(wide, some, strict=True):
             offsets[index] = tensor
-        length = float(global_norm(offsets))
+        norm = length(offsets)
         multiply_(some, factors)
-        return offsets, length
+        return offsets, norm
 
 
 def normalization_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -5,7 +5,7 @@ Ji et al., NeurIPS 2024.
 
 from collections.abc import Iterable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -41,6 +41,10 @@ class S2SAM(SharpnessAware):
             loss is not scaled. Call ``scaler.update()`` after each step.
         max_norm: Clips the gradient that the base optimizer steps with to this L2 norm, > 0. None (default): no
             clipping. The gradient that makes the perturbation is never clipped.
+        model: The network, the outermost module; all its buffers then stand still in the second pass and in a step that
+            is dropped. None (default): those of torch's normalisation layers do, which are looked for, and DDP modules
+            are found as they are called. Give it if other buffers move in a forward pass (spectral norm, codebooks, own
+            layers), and for a compiled model, of which torch warns otherwise.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
@@ -62,6 +66,7 @@ class S2SAM(SharpnessAware):
         scaling: Scaling | None = None,
         scaler: GradScaler | None = None,
         max_norm: float | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         super().__init__(
             base_optimizer,
@@ -70,6 +75,7 @@ class S2SAM(SharpnessAware):
             scaling=scaling,
             scaler=scaler,
             max_norm=max_norm,
+            model=model,
         )
 
     def _gradient(self, step: Step) -> Passes:

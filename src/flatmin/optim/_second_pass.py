@@ -1,48 +1,45 @@
-"""What stands still in the second pass: running statistics, and gradients of other ranks in the first.
+"""What stands still in the second pass: buffers, and gradients of other ranks in the first.
 
 That both passes draw the same random numbers is `flatmin._rng.replayed`.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from .._distributed import initialized
+from ._surroundings import Buffers, Surroundings
 
 
 @contextmanager
-def frozen_statistics(model: nn.Module | None = None) -> Iterator[None]:
-    """Undoes, on leaving, what forward passes inside do to running statistics.
+def frozen_buffers(surroundings: Surroundings, parameters: list[Tensor]) -> Iterator[None]:
+    """Undoes, on leaving, what forward passes inside do to buffers.
 
-    Covers ``running_mean``, ``running_var`` and ``num_batches_tracked`` of every batch- and instance-norm layer of
-    torch and its subclasses. They are copied and put back: setting the momentum to 0, as is often done, still counts
-    batches, and turns an infinite activation into NaN for good. The pass itself normalises as it always does.
+    They are copied and put back: setting the momentum to 0, as is often done, still counts batches, and turns an
+    infinite activation into NaN for good. The pass itself normalises as it always does.
 
     Args:
-        model: The network. Without it, the layers are found by a hook as they are called; those of a compiled model
-            when it is called itself, of which torch warns.
+        surroundings: Knows the network, all of whose buffers are meant; or without one its normalisation layers. Those
+            that it has not found are found by a hook as they are called; those of a compiled model when it is called
+            itself, of which torch warns.
+        parameters: The optimizer's.
     """
-    saved: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    buffers = Buffers(surroundings.modules(parameters))
 
     def save(module: nn.Module) -> None:
-        if isinstance(module, _NormBase) and module.training and module not in saved:
-            saved[module] = [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
+        buffers.add(surroundings.seen(module))
 
     try:
-        with each_module(save, model):
+        with nullcontext() if surroundings.model is not None else each_module(save):
             yield
     finally:
-        with torch.no_grad():
-            for pairs in saved.values():
-                for buffer, copy in pairs:
-                    buffer.copy_(copy)
+        buffers.restore()
 
 
 @contextmanager
@@ -96,8 +93,8 @@ def agreed(number: Tensor, groups: list[ProcessGroup]) -> float:
 def each_module(visit: Callable[[nn.Module], None], model: nn.Module | None = None) -> Iterator[None]:
     """Calls ``visit`` with the modules of ``model`` at once, or without it with those called inside, before they run.
 
-    The modules of a compiled model, within which no hook is run, are visited when it is called itself; torch warns of
-    that.
+    The modules of a compiled model, or of one whose ``forward`` is compiled, within which no hook is run, are visited
+    when it is called itself; torch warns of the first.
     """
     if model is not None:
         for module in model.modules():
@@ -106,9 +103,11 @@ def each_module(visit: Callable[[nn.Module], None], model: nn.Module | None = No
         return
 
     def hook(module: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # or it would become a part of the graph
+            return
         visit(module)
-        if (compiled := module._modules.get("_orig_mod")) is not None:  # getattr would be slow where there is none
-            for inner in compiled.modules():
+        if "forward" in module.__dict__ or "_orig_mod" in module._modules:
+            for inner in module.modules():
                 visit(inner)
 
     handle = register_module_forward_pre_hook(hook)

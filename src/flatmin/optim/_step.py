@@ -4,19 +4,21 @@ import operator
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from .._rng import CPU, States, replayed, torch_states
+from .._rng import CPU, Everywhere, replayed
 from ..errors import InvalidArgumentError
-from ._foreach import global_norm, scale_
+from ._foreach import global_norm, length, scale_, scaled_norm
 from ._perturbation import Scaling, moved
-from ._second_pass import agreed, frozen_statistics, local_gradients
+from ._second_pass import agreed, frozen_buffers, local_gradients
+from ._surroundings import Buffers, OtherGradients, Surroundings
 from .schedules import Schedule, decided
 
 Passes = Generator[None, None, None]  # yields wherever a pass is due; whoever goes over it makes the pass then
@@ -82,17 +84,19 @@ class Step:
         subset: The parameters that may be perturbed; None for all.
         scaling: What makes a perturbation of a direction.
         when: In which steps the second pass runs.
-        model: The network, or None.
+        surroundings: The network and other optimizers.
         local: Whether to perturb along the gradient of this rank's batch.
         replay: Whether the second pass draws the random numbers of the first.
         max_norm: Norm that the gradient to step with has at most; None for any.
         scale: The scale of the losses.
+        check: Looks at the weights when they are moved, as `moved` has it; None if that was done.
         second_runs: Whether the second pass runs; None until the gradient of the first has decided.
         parameters: Those with a gradient in the last pass.
         gradients: Theirs.
         norm: The gradients' norm.
         first_norm: The norm of those of the first pass.
         loss: What the closure returned in its first call.
+        before: The buffers before the step, which a step that is dropped puts back; None until the first pass.
         failed: Which pass was not finite, so that the step is dropped; empty if none.
     """
 
@@ -104,20 +108,22 @@ class Step:
     subset: set[Tensor] | None
     scaling: Scaling
     when: Schedule
-    model: nn.Module | None
+    surroundings: Surroundings
     local: bool
     replay: bool
     max_norm: float | None
     scale: LossScale
+    check: Callable[[list[Tensor], list[Tensor], list[Tensor]], None] | None
     second_runs: bool | None = field(init=False)
     parameters: list[Tensor] = field(init=False, default_factory=list)
     gradients: list[Tensor] = field(init=False, default_factory=list)
     norm: float = field(init=False, default=0.0)
     first_norm: float = field(init=False, default=0.0)
     loss: Any = field(init=False, default=None)
+    before: Buffers | None = field(init=False, default=None)
     failed: str = field(init=False, default="")
     _ranks: list[ProcessGroup] = field(init=False, default_factory=list)
-    _random: States = field(init=False, default_factory=list)
+    _random: Everywhere | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         answer = self.when.before(self.index) if self.rho > 0 else False
@@ -127,14 +133,25 @@ class Step:
         """Takes the gradient at the weights, and decides whether the second pass runs."""
         possible = self.second_runs is not False
         if possible and self.replay:
-            self._random = torch_states({CPU, *(parameter.device for parameter in self._every())})
-        # Where the gradient decides, it has to be that of the whole batch, or ranks would decide differently.
-        with local_gradients(self.model, wanted=self.local and self.second_runs is True) as self._ranks:
-            yield
-        self._collect("first")
+            self._random = Everywhere.on({CPU, *(parameter.device for parameter in self._every())})
+        self._remember()
+        others = self.surroundings.other_gradients(self._every()) if possible else OtherGradients(())
+        try:
+            # Where the gradient decides, it has to be that of the whole batch, or ranks would decide differently.
+            wanted = self.local and self.second_runs is True
+            with local_gradients(self.surroundings.model, wanted=wanted) as self._ranks:
+                yield
+            self._collect("first")
+        except NotFiniteError:
+            others.drop()
+            raise
+        except BaseException:
+            others.keep()
+            raise
         self.first_norm = self.norm
         if self.second_runs is None:
             self.second_runs = decided(self.when.after(self.index, self.norm), self.index)
+        (others.drop if self.second_runs else others.keep)()
         self.scale.remove(self.gradients, last=not self.second_runs)
 
     def second_pass(
@@ -145,7 +162,7 @@ class Step:
         rho: float | None = None,
         eps: float = 1e-12,
     ) -> Passes:
-        """Takes the gradient at weights moved up the slope, or along ``directions``, with running statistics frozen.
+        """Takes the gradient at weights moved up the slope, or along ``directions``; buffers stand still.
 
         The first gradients are cleared, and the list ``directions`` is emptied, so that the pass can have their memory,
         and a closure that does not call ``backward`` is noticed.
@@ -162,8 +179,8 @@ class Step:
             norm = self.norm if directions is self.gradients else None
         rho = self.rho if rho is None else rho
         with (
-            moved(parameters, directions, self.scaling, rho=rho, eps=eps, norm=norm),
-            frozen_statistics(self.model),
+            moved(parameters, directions, self.scaling, rho=rho, eps=eps, norm=norm, check=self.check),
+            frozen_buffers(self.surroundings, self._every()),
             replayed(self._random),
         ):
             self.gradients.clear()
@@ -175,10 +192,10 @@ class Step:
 
     def only_pass(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> Passes:
         """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
+        self._remember()
         perturbed = self.rho > 0 and len(parameters) > 0
-        with (
-            moved(parameters, directions, self.scaling, rho=sign * self.rho, eps=1e-12) if perturbed else nullcontext()
-        ):
+        move = partial(moved, rho=sign * self.rho, eps=1e-12, check=self.check)
+        with move(parameters, directions, self.scaling) if perturbed else nullcontext():
             yield
         self._collect("only")
         self.scale.remove(self.gradients, last=True)
@@ -203,14 +220,19 @@ class Step:
     def beside_second(self, parameters: list[Tensor], first: list[Tensor]) -> tuple[list[Tensor], float]:
         """The ``first`` gradients, of ``parameters``, of those with a second one, and their norm."""
         found = aligned(self.parameters, parameters, first)
-        return found, self.first_norm if found is first else float(global_norm(found))
+        return found, self.first_norm if found is first else length(found)
 
     def clip(self) -> None:
         """Shortens the gradient to step with to ``max_norm``, as ``clip_grad_norm_`` does."""
         if self.max_norm is not None:
-            factor = self.max_norm / (float(global_norm(self.gradients)) + 1e-6)
+            factor = self.max_norm / (length(self.gradients) + 1e-6)
             if factor < 1:
                 scale_(self.gradients, factor)
+
+    def _remember(self) -> None:
+        """Copies the buffers, if it is not done."""
+        if self.before is None:
+            self.before = Buffers(self.surroundings.modules(self._every()))
 
     def _every(self) -> list[Tensor]:
         return [parameter for group in self.groups for parameter in group["params"]]
@@ -223,7 +245,10 @@ class Step:
             raise InvalidArgumentError("the closure left no gradient: it must call loss.backward()")
         if {gradient.layout for gradient in self.gradients} != {torch.strided}:
             raise InvalidArgumentError(f"{self.name} needs dense gradients; create the embedding with sparse=False")
-        self.norm = agreed(global_norm(self.gradients), self._ranks) / self.scale.factor()
+        norm = agreed(global_norm(self.gradients), self._ranks)
+        if not norm < float("inf"):  # the squares alone, perhaps, on one rank, perhaps
+            norm = agreed(scaled_norm(self.gradients), self._ranks)
+        self.norm = norm / self.scale.factor()
         if not abs(self.norm) < float("inf"):
             raise NotFiniteError(which)
 

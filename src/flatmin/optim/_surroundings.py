@@ -1,0 +1,204 @@
+"""What is around an optimizer's parameters: the network's buffers, and the gradients of other optimizers."""
+
+import gc
+import weakref
+from collections.abc import Iterable
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+_WHOLE = (torch.jit.ScriptModule, fx.GraphModule)  # whose parts have lost their classes
+
+
+class Buffers:
+    """The buffers of some modules as they are now, to be put back.
+
+    Integers, and buffers that the modules replace by other tensors or shapes, are put back too. A buffer of a name that
+    appears later stays.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self._known: set[nn.Module] = set()
+        self._rows: list[tuple[nn.Module, str, Tensor | None]] = []
+        self._copies: list[tuple[list[Tensor], list[Tensor]]] = []  # buffers of one dtype and device, and copies
+        self.add(modules)
+
+    @torch.no_grad()
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Copies those of further modules; of those that are known nothing."""
+        alike: dict[object, list[Tensor]] = {}
+        for module in modules:
+            if module in self._known:
+                continue
+            self._known.add(module)
+            for name, buffer in module._buffers.items():
+                self._rows.append((module, name, buffer))
+                if buffer is not None and _can_be_changed(buffer):
+                    alike.setdefault((buffer.dtype, buffer.device, type(buffer)), []).append(buffer)
+        for buffers in alike.values():
+            copies = [torch.empty_like(buffer) for buffer in buffers]
+            torch._foreach_copy_(copies, buffers)
+            self._copies.append((buffers, copies))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts all back. It can be done more than once."""
+        for buffers, copies in self._copies:
+            if any(buffer.shape != copy.shape for buffer, copy in zip(buffers, copies, strict=True)):
+                for buffer, copy in zip(buffers, copies, strict=True):
+                    buffer.resize_(copy.shape)
+            torch._foreach_copy_(buffers, copies)
+        for module, name, old in self._rows:
+            if module._buffers[name] is not old:
+                setattr(module, name, old)  # not in _buffers, which a scripted module has not
+
+
+class OtherGradients:
+    """Keeps the first pass from leaving a gradient in what other optimizers train: it is that of the second alone.
+
+    Their gradients are set aside during the first pass, and not copied.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._aside = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter, gradient in self._aside:
+            if gradient is not None:
+                parameter.grad = None
+
+    def keep(self) -> None:
+        """As if nothing had been set aside: the gradients of the first pass are added to those."""
+        with torch.no_grad():
+            for parameter, gradient in self._aside:
+                if gradient is not None:
+                    if parameter.grad is not None:
+                        gradient += parameter.grad
+                    parameter.grad = gradient
+        self._aside.clear()
+
+    def drop(self) -> None:
+        """Forgets the gradients of the first pass, and puts back those that were set aside."""
+        for parameter, gradient in self._aside:
+            parameter.grad = gradient
+        self._aside.clear()
+
+
+class Surroundings:
+    """Finds the modules that hold an optimizer's parameters, and other optimizers.
+
+    Both are looked for once, among all objects of the process: an optimizer is told of neither, and torch's hooks on
+    all modules make a compiled network compile anew in each step. Nothing is kept alive.
+
+    Args:
+        model: The network, if it is given. None: its normalisation layers are looked for.
+
+    Attributes:
+        between: The buffers after the last step, where the next one's first pass is over before the optimizer knows.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = model
+        self.between: Buffers | None = None
+        self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._others: list[weakref.ref[Optimizer]] | None = None  # None: not looked for yet
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self.model,)  # a copy looks for itself
+
+    def modules(self, parameters: list[Tensor]) -> list[nn.Module]:
+        """Those whose buffers stand still in the second pass, and in a step that is dropped.
+
+        With a model all of its modules; without it, the layers in training mode that `statistics_of` finds around
+        ``parameters``, and those that were `seen`.
+        """
+        if self.model is not None:
+            return list(self.model.modules())
+        self._look(parameters)
+        return [layer for layer in self._layers if layer.training]
+
+    def seen(self, module: nn.Module) -> list[nn.Module]:
+        """Notes the layers of a module that has been called, and returns those in training mode."""
+        layers = [layer for layer in statistics_of(module) if layer.training]
+        self._layers.update(layers)
+        return layers
+
+    def other_gradients(self, parameters: list[Tensor]) -> OtherGradients:
+        """The gradients of what other optimizers train, set aside."""
+        self._look(parameters)
+        own, others = set(parameters), dict[Tensor, None]()
+        for optimizer in (reference() for reference in self._others or ()):
+            if optimizer is not None:
+                others.update((p, None) for group in optimizer.param_groups for p in group["params"] if p not in own)
+        return OtherGradients(others)
+
+    def _look(self, parameters: list[Tensor]) -> None:
+        if self._others is not None:
+            return
+        alive = _alive((nn.Module, Optimizer))
+        modules = [found for found in alive if issubclass(type(found), nn.Module)]
+        optimizers = [found for found in alive if issubclass(type(found), Optimizer)]
+        own = set(parameters)
+        self._others = [
+            weakref.ref(optimizer)
+            for optimizer in optimizers
+            if any(parameter not in own for group in _groups(optimizer) for parameter in group["params"])
+        ]
+        if self.model is None:
+            for module in _around(own, modules):
+                self._layers.update(statistics_of(module))
+
+
+def statistics_of(module: nn.Module) -> list[nn.Module]:
+    """The module if it is a normalisation layer of torch, or derived from one; all of a scripted or exported one."""
+    if isinstance(module, _WHOLE):
+        return list(module.modules())
+    return [module] if isinstance(module, NORMS) and module._buffers else []
+
+
+def _around(parameters: set[Tensor], modules: list[nn.Module]) -> set[nn.Module]:
+    """Of ``modules`` those that hold one of ``parameters``, those that hold such a module, and all inside them."""
+    parents: dict[nn.Module, list[nn.Module]] = {}
+    for module in modules:
+        for child in _children(module):
+            parents.setdefault(child, []).append(module)
+    found: set[nn.Module] = set()
+    due = [module for module in modules if any(parameter in parameters for parameter in _own_parameters(module))]
+    while due:
+        module = due.pop()
+        if module not in found:
+            found.add(module)
+            due += parents.get(module, [])
+    return {inner for module in found for inner in module.modules()}
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    # a module whose constructor has failed, or has not run, has no such attribute
+    return [child for child in getattr(module, "_modules", {}).values() if child is not None]
+
+
+def _own_parameters(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in getattr(module, "_parameters", {}).values() if parameter is not None]
+
+
+def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
+    return groups
+
+
+def _alive(kinds: tuple[type, ...]) -> list[Any]:
+    """All objects of some classes and their subclasses; by their type, since some pretend to be of another class."""
+    objects = gc.get_objects()
+    types = list(map(type, objects))
+    wanted = {found for found in set(types) if issubclass(found, kinds)}
+    return list(compress(objects, map(wanted.__contains__, types)))
+
+
+def _can_be_changed(buffer: Tensor) -> bool:
+    """Whether torch would write to it in place: not where elements share memory, or that inference mode made."""
+    if buffer.is_inference() or buffer.layout != torch.strided or nn.parameter.is_lazy(buffer):
+        return False
+    return not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
