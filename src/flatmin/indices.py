@@ -26,9 +26,10 @@ def with_indices(loader: "DataLoader[Any]") -> "Indexed":
     Args:
         loader: Any ``DataLoader`` over a map-style data set: shuffled, with samplers (``DistributedSampler`` too),
             workers, persistent or not, ``drop_last``. Its class must iterate as ``DataLoader`` does:
-            loaders that resume, skip or prefetch are refused. Its ``collate_fn`` must keep the order and the number of the samples. One that
-            sorts its list of samples in place is refused, and so is one that moves a column of labels or other small
-            entries, of at least three values, in the first batches; other changes cannot be noticed.
+            loaders that resume, skip or prefetch are refused. Its ``collate_fn`` must keep the order and the number of
+            the samples. One that sorts its list of samples in place is refused, and so is one that moves a column of
+            labels or other small entries, of at least three values, in the first batches; other changes cannot be
+            noticed.
 
     Returns:
         An iterable, of the loader's length, of ``(index, batch)``: ``index`` int64 of shape (B,), on the CPU; of
