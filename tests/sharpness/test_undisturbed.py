@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatmin import sharpness
-from flatmin.errors import FlatminError, InvalidArgumentError, NonFiniteLossError
+from flatmin.errors import FlatminError, InvalidArgumentError, NoDirectionError, NonFiniteLossError
 from flatmin.sharpness import Objective
 
 MEASURES = {
@@ -221,3 +221,27 @@ def test_tied_weights_count_once():
 
 def test_errors_are_the_librarys_own():
     assert issubclass(NonFiniteLossError, FlatminError)
+
+
+@pytest.mark.parametrize("logits", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_too_few_logits_to_be_normalised_are_refused(measure, logits, dtype):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, logits))
+    batches = [(torch.randn(8, 3), torch.randn(8, logits))]
+    measure(model, F.mse_loss, batches, dtype=dtype)
+    with pytest.raises(NoDirectionError, match=f"at least three logits a sample, got {logits}"):
+        measure(model, F.mse_loss, batches, dtype=dtype, normalise_logits=True)
+
+
+def test_a_flat_output_cannot_be_normalised(measure):
+    model = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+    with pytest.raises(NoDirectionError, match="got 1"):
+        measure(model, F.mse_loss, [(torch.randn(8, 3), torch.randn(8))], normalise_logits=True)
+
+
+def test_logits_that_are_all_equal_have_no_direction(measure, network, batches):
+    for parameter in network[-1].parameters():
+        nn.init.zeros_(parameter)
+    measure(network, F.cross_entropy, batches)
+    with pytest.raises(NoDirectionError, match="as of a head whose weights are 0"):
+        measure(network, F.cross_entropy, batches, normalise_logits=True)

@@ -39,6 +39,7 @@ class Objective:
         normalise_logits: Centre each sample's logits and divide them by their length (Andriushchenko et al. 2023). The
             cross entropy, and with it its sharpness, changes with the scale of the logits, which label smoothing, SAF
             and MESA change and which says nothing about flatness. Report both values; `variant` makes the other one.
+            With fewer than three logits it is refused (`NoDirectionError`): nothing but their sign would be left.
         batch_statistics: Let batch- and instance-norm layers use each batch's own statistics, as in training. Dropout
             is off in any case.
         dtype: ``torch.float32`` or ``torch.float64``. None: that of the weights, at least float32.

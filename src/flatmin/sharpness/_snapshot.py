@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import InvalidArgumentError, NonFiniteLossError
+from ..errors import InvalidArgumentError, NoDirectionError, NonFiniteLossError
 from ._batches import Batch, Batches, cast
 
 Loss = Callable[[Any, Any], Tensor]
@@ -155,10 +155,25 @@ def normalised(logits: Tensor) -> Tensor:
     As Andriushchenko et al. 2023 do, after Tsuzuku et al. 2020.
 
     Args:
-        logits: Shape (batch, classes, ...).
+        logits: Shape (batch, classes, ...), of three classes or more: one number has no direction, and the difference
+            of two has but its sign, which does not change by degrees.
+
+    Raises:
+        NoDirectionError: If there are fewer classes, or a sample's logits are all equal.
     """
+    classes = logits.shape[1] if logits.ndim > 1 else 1
+    if classes < 3:
+        raise NoDirectionError(
+            f"normalise_logits needs at least three logits a sample, got {classes}: of fewer only the sign is left, so "
+            "what would be measured is rounding; measure with normalise_logits=False"
+        )
     centred = logits - logits.mean(dim=1, keepdim=True)
     lengths: Tensor = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    if bool((lengths == 0).any()):
+        raise NoDirectionError(
+            "normalise_logits: all logits of a sample are equal, as of a head whose weights are 0, so they have no "
+            "direction; measure with normalise_logits=False"
+        )
     return centred / lengths.clamp_min(1e-10)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from ..._rng import preserved
-from ...errors import NonFiniteLossError
+from ...errors import NoDirectionError, NonFiniteLossError
 from ...sharpness import Objective, hessian_eigenvalues, sam_sharpness
 from ..problems.problem import Problem, class_numbers
 
@@ -45,8 +45,8 @@ def epoch_sharpness(trainer: "Trainer", lr: float) -> dict[str, float]:
 
     Returns:
         ``sharpness`` (SAM's measure, rho 0.05, plain cross entropy, evaluation mode, on at most 512 training samples),
-        ``sharpness_normalised`` (the same of normalised logits) and ``gradient_norm``; ``top_eigenvalue`` of the
-        Hessian, to about 1 %, and ``lr_times_top_eigenvalue``. NaN if a loss is not finite.
+        ``sharpness_normalised`` (the same of normalised logits; not for fewer than three) and ``gradient_norm``;
+        ``top_eigenvalue`` of the Hessian, to about 1 %, and ``lr_times_top_eigenvalue``. NaN if a loss is not finite.
     """
     recipe, done = trainer.run.recipe, trainer.epoch + 1
 
@@ -62,12 +62,11 @@ def epoch_sharpness(trainer: "Trainer", lr: float) -> dict[str, float]:
         found |= dict.fromkeys(("sharpness", "sharpness_normalised", "gradient_norm"), math.nan)
         with suppress(NonFiniteLossError):
             raw = sam_sharpness(objective)
-            normalised = sam_sharpness(objective.variant(normalise_logits=True))
-            found |= {
-                "sharpness": raw.value,
-                "sharpness_normalised": normalised.value,
-                "gradient_norm": raw.gradient_norm,
-            }
+            try:
+                found["sharpness_normalised"] = sam_sharpness(objective.variant(normalise_logits=True)).value
+            except NoDirectionError:
+                del found["sharpness_normalised"]
+            found |= {"sharpness": raw.value, "gradient_norm": raw.gradient_norm}
     if due(recipe.log_curvature):
         top = math.nan
         with suppress(NonFiniteLossError):
