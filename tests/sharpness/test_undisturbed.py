@@ -191,6 +191,46 @@ def test_an_option_out_of_its_bounds_is_named(network, batches, function, option
         function(Objective(network, F.cross_entropy, batches), **options)
 
 
+class Noisy(nn.Module):
+    """Draws from every generator in evaluation mode too."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.drawn = []
+
+    def forward(self, x):
+        noise = torch.rand(()), random.random(), np.random.rand()
+        self.drawn.append(tuple(map(float, noise)))
+        return self.network(F.dropout(x, 0.5, training=True) + sum(noise))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_what_is_random_in_evaluation_mode_is_the_same_in_every_pass_whatever_the_size(
+    measure, network, batches, monkeypatch, shuffle
+):
+    x, y = (torch.cat(column) for column in zip(*batches, strict=True))
+    found, drawn = [], []
+    for kept in (2**28, 0):
+        monkeypatch.setattr("flatmin.sharpness._batches.KEPT", kept)
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4, shuffle=shuffle)
+        noisy = Noisy(network)
+        found.append(measure(noisy, F.cross_entropy, loader))
+        drawn.append(list(noisy.drawn))
+        again = measure(noisy, F.cross_entropy, loader, seed=1)
+        assert again != found[-1]
+    assert found[0] == found[1]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) <= 3  # one set of numbers for each of the three batches
+    assert len(drawn[0]) > 3
+
+
+def test_noise_does_not_hide_a_step_up_the_slope(network, batches):
+    for seed in range(5):
+        found = sharpness.sam_sharpness(Objective(Noisy(network), F.cross_entropy, batches, seed=seed), rho=1e-3)
+        assert found.value == pytest.approx(1e-3 * found.gradient_norm, rel=0.05)
+
+
 def test_large_sets_are_read_again_in_each_pass(network, batches, monkeypatch):
     kept = sharpness.sam_sharpness(Objective(network, F.cross_entropy, batches))
     monkeypatch.setattr("flatmin.sharpness._batches.KEPT", 0)

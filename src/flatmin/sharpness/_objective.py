@@ -44,7 +44,8 @@ class Objective:
             is off in any case.
         dtype: ``torch.float32`` or ``torch.float64``. None: that of the weights, at least float32.
         samples: Measure on this many samples at most, drawn by ``seed``. None: on all.
-        seed: Draws the samples, and the random vectors of the measures that need some.
+        seed: Draws the samples, the random vectors of the measures that need some, and what layers draw that are random
+            in evaluation mode: a batch's numbers are the same in every pass.
 
     Attributes:
         samples: Number of samples that are measured on.

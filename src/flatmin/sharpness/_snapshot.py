@@ -1,7 +1,7 @@
 """The loss as a function of the weights alone, from the weights and buffers that the model has now."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .. import _rng
 from ..errors import InvalidArgumentError, NoDirectionError, NonFiniteLossError
 from ._batches import Batch, Batches, cast
 
 Loss = Callable[[Any, Any], Tensor]
+_PRIME = 1_000_003  # between the numbers of two seeds there is room for as many batches
 
 
 class Snapshot:
@@ -65,10 +67,10 @@ class Snapshot:
 
     def loss(self, weights: Tensor, batches: Iterable[Batch] | None = None) -> float:
         """The mean loss over all batches, or over some."""
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with torch.no_grad():
-            for x, y in self.batches if batches is None else batches:
-                total += float(self._call(weights, x, y)) * len(y)
+            for number, x, y in self._each(batches):
+                total += float(self._call(weights, x, y, number)) * len(y)
                 count += len(y)
         return total / count
 
@@ -79,9 +81,9 @@ class Snapshot:
             NonFiniteLossError: If one of them is infinite or not a number.
         """
         leaf = weights.detach().requires_grad_()
-        total, count, gradient = 0.0, 0, torch.zeros_like(weights)
-        for x, y in self.batches if batches is None else batches:
-            loss = self._call(leaf, x, y)
+        total, count, gradient = 0.0, 0.0, torch.zeros_like(weights)
+        for number, x, y in self._each(batches):
+            loss = self._call(leaf, x, y, number)
             gradient.add_(torch.autograd.grad(loss, leaf)[0], alpha=len(y))
             total += float(loss.detach()) * len(y)
             count += len(y)
@@ -96,11 +98,11 @@ class Snapshot:
             NonFiniteLossError: If one is infinite or not a number.
         """
         leaf = self.weights.detach().requires_grad_()
-        products, count = torch.zeros_like(vectors), 0
-        for x, y in self.batches:
+        products, count = torch.zeros_like(vectors), 0.0
+        for number, x, y in self._each():
             # Fused attention has no second derivative.
             with sdpa_kernel(SDPBackend.MATH):
-                (gradient,) = torch.autograd.grad(self._call(leaf, x, y), leaf, create_graph=True)
+                (gradient,) = torch.autograd.grad(self._call(leaf, x, y, number), leaf, create_graph=True)
                 for vector, product in zip(vectors, products, strict=True):
                     if gradient.requires_grad:  # not where the loss is linear
                         (part,) = torch.autograd.grad(gradient, leaf, vector, retain_graph=True)
@@ -123,13 +125,20 @@ class Snapshot:
         parts = self.split(self.weights)
         return self.flat({n: p.abs() + eta if p.ndim >= 2 else torch.ones_like(p) for n, p in parts.items()})
 
-    def _call(self, weights: Tensor, x: Tensor, y: Any) -> Tensor:
+    def _each(self, batches: Iterable[Batch] | None = None) -> Iterator[tuple[int, Tensor, Any]]:
+        """The batches of a pass, all or some, each with its number in it."""
+        for number, (x, y) in enumerate(self.batches if batches is None else batches):
+            yield number, x, y
+
+    def _call(self, weights: Tensor, x: Tensor, y: Any, number: int) -> Tensor:
+        """The loss of a batch; ``number`` draws what the network or the loss draws, the same in every pass."""
         # Running statistics move in training mode: in a copy, that the next pass does not see.
         buffers = self.buffers
         if self._batch_statistics:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        output = functional_call(self._model, ({**self.split(weights), **self._constants}, buffers), (x,))
-        loss = self._loss_fn(normalised(output) if self._normalise_logits else output, y)
+        with _rng.seeded(self.device, (self.batches.seed * _PRIME + number) % 2**63):
+            output = functional_call(self._model, ({**self.split(weights), **self._constants}, buffers), (x,))
+            loss = self._loss_fn(normalised(output) if self._normalise_logits else output, y)
         if not isinstance(loss, Tensor) or loss.ndim > 0:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise InvalidArgumentError(f"loss_fn must return the mean over the batch, got {found}")
@@ -143,7 +152,7 @@ class Snapshot:
         x, y = images
         try:
             y = y.to(self.device) if isinstance(y, Tensor) else y
-            self._call(self.weights, cast(x, self.device, self.dtype, torch.channels_last), y)
+            self._call(self.weights, cast(x, self.device, self.dtype, torch.channels_last), y, 0)
         except RuntimeError:  # of a view that this layout does not allow
             return torch.preserve_format
         return torch.channels_last
