@@ -1,5 +1,6 @@
 """A measure leaves no trace in the model or in any random state, and says what it cannot measure."""
 
+import functools
 import random
 
 import numpy as np
@@ -189,6 +190,80 @@ def test_an_option_out_of_its_bounds_is_named(network, batches, function, option
     (name, value), *_ = options.items()
     with pytest.raises(InvalidArgumentError, match=f"{name} must be .*{value}"):
         function(Objective(network, F.cross_entropy, batches), **options)
+
+
+WEIGHT = torch.tensor([0.5, 2.0, 0.0])
+COUNTING = {
+    "ignored": F.cross_entropy,
+    "ignored, module": nn.CrossEntropyLoss(ignore_index=-100),
+    "weight": nn.CrossEntropyLoss(weight=WEIGHT.double()),
+    "weight, function": functools.partial(F.cross_entropy, weight=WEIGHT.double(), ignore_index=-100),
+    "label smoothing": nn.CrossEntropyLoss(weight=WEIGHT.double(), label_smoothing=0.1),
+    "likelihood": lambda: functools.partial(F.nll_loss, weight=WEIGHT.double()),
+    "another index": functools.partial(F.cross_entropy, ignore_index=1),
+    "probabilities": F.cross_entropy,
+}
+
+
+@pytest.mark.parametrize("kind", COUNTING)
+@pytest.mark.parametrize("name", [name for name in MEASURES if name != "sam per batch"])  # which measures the cuts
+def test_what_the_loss_counts_does_not_depend_on_how_the_data_are_cut(network, kind, name):
+    function, options = MEASURES[name]
+    loss_fn = COUNTING[kind]() if kind == "likelihood" else COUNTING[kind]
+    x, y = torch.randn(16, 3, dtype=torch.float64), torch.arange(16) % 3
+    if kind != "another index":
+        y[:7] = -100
+    if kind == "probabilities":
+        y = F.one_hot(torch.arange(16) % 3, 3).double()
+    found = []
+    for size in (16, 6, 3):
+        batches = list(zip(x.split(size), y.split(size), strict=True))
+        found.append(numbers_of(function(Objective(network, loss_fn, batches), **options)))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6, abs=1e-9)
+
+
+def numbers_of(result):
+    """All floats of a result, in order."""
+    values = [result.to_json()]
+    flat = []
+    while values:
+        value = values.pop(0)
+        if isinstance(value, (dict, list, tuple)):
+            values = [*(value.values() if isinstance(value, dict) else value), *values]
+        elif isinstance(value, float):
+            flat.append(value)
+    return flat
+
+
+def test_the_loss_is_torchs_over_all_and_per_batch_by_what_counts(network):
+    x, y = torch.randn(16, 3, dtype=torch.float64), torch.arange(16) % 3
+    y[:7] = -100
+    batches = [*zip(x.split(4), y.split(4), strict=True)]  # of the first, nothing counts
+    for loss_fn in (F.cross_entropy, COUNTING["weight"]):
+        objective = Objective(network, loss_fn, batches)
+        for per_batch in (False, True):
+            found = sharpness.sam_sharpness(objective, per_batch=per_batch)
+            assert found.loss == pytest.approx(loss_fn(network(x), y).item())
+            assert (found.samples, found.value > 0) == (16, True)
+
+
+def test_pixels_count_each_that_is_not_ignored():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1)).double()
+    x, y = torch.randn(6, 2, 4, 4, dtype=torch.float64), torch.randint(3, (6, 4, 4))
+    y[:2, 1:] = 255
+    criterion = nn.CrossEntropyLoss(ignore_index=255)
+    losses = [
+        sharpness.sam_sharpness(Objective(model, criterion, [*zip(x.split(n), y.split(n), strict=True)])).loss
+        for n in (6, 2)
+    ]
+    assert losses == pytest.approx([criterion(model(x), y).item()] * 2)
+
+
+def test_a_loss_that_ignores_every_target_is_refused(measure, network, batches):
+    ignored = [(x, torch.full_like(y, -100)) for x, y in batches]
+    with pytest.raises(InvalidArgumentError, match="ignores every target"):
+        measure(network, F.cross_entropy, ignored)
 
 
 class Noisy(nn.Module):

@@ -33,9 +33,11 @@ class Objective:
     Args:
         model: The network. Its parameters with ``requires_grad`` are the weights that are perturbed.
         loss_fn: ``loss_fn(model(x), y)`` returns the mean over the batch, a tensor of no dimension. Use the plain cross
-            entropy, without label smoothing, to compare networks.
+            entropy, without label smoothing, to compare networks. torch's cross entropy and negative log likelihood are
+            asked for their ``ignore_index`` and ``weight``, so that the mean over all batches does not depend on how
+            the data are cut; of your own function that counts some targets more than others it does: give one batch.
         batches: Pairs ``(x, y)`` that can be iterated repeatedly, such as a list or a DataLoader. Every sample counts
-            once, whatever the size of its batch.
+            once, whatever the size of its batch (every target that the loss counts, see ``loss_fn``).
         normalise_logits: Centre each sample's logits and divide them by their length (Andriushchenko et al. 2023). The
             cross entropy, and with it its sharpness, changes with the scale of the logits, which label smoothing, SAF
             and MESA change and which says nothing about flatness. Report both values; `variant` makes the other one.

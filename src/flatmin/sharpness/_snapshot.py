@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import _rng
 from ..errors import InvalidArgumentError, NoDirectionError, NonFiniteLossError
 from ._batches import Batch, Batches, cast
+from ._mean import counting
 
 Loss = Callable[[Any, Any], Tensor]
 _PRIME = 1_000_003  # between the numbers of two seeds there is room for as many batches
@@ -49,7 +50,7 @@ class Snapshot:
         batch_statistics: bool,
     ) -> None:
         self.batches = batches
-        self._model, self._loss_fn = model, loss_fn
+        self._model, self._loss_fn, self._count = model, loss_fn, counting(loss_fn)
         self._normalise_logits, self._batch_statistics = normalise_logits, batch_statistics
         trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in trainable.items()}
@@ -69,9 +70,9 @@ class Snapshot:
         """The mean loss over all batches, or over some."""
         total, count = 0.0, 0.0
         with torch.no_grad():
-            for number, x, y in self._each(batches):
-                total += float(self._call(weights, x, y, number)) * len(y)
-                count += len(y)
+            for number, x, y, size in self._each(batches):
+                total += float(self._call(weights, x, y, number)) * size
+                count += size
         return total / count
 
     def gradient(self, weights: Tensor, batches: Iterable[Batch] | None = None) -> tuple[float, Tensor]:
@@ -82,11 +83,11 @@ class Snapshot:
         """
         leaf = weights.detach().requires_grad_()
         total, count, gradient = 0.0, 0.0, torch.zeros_like(weights)
-        for number, x, y in self._each(batches):
+        for number, x, y, size in self._each(batches):
             loss = self._call(leaf, x, y, number)
-            gradient.add_(torch.autograd.grad(loss, leaf)[0], alpha=len(y))
-            total += float(loss.detach()) * len(y)
-            count += len(y)
+            gradient.add_(torch.autograd.grad(loss, leaf)[0], alpha=size)
+            total += float(loss.detach()) * size
+            count += size
         check_finite("the loss", total / count)
         check_finite("the gradient's norm", float(gradient.norm()))
         return total / count, gradient / count
@@ -99,15 +100,15 @@ class Snapshot:
         """
         leaf = self.weights.detach().requires_grad_()
         products, count = torch.zeros_like(vectors), 0.0
-        for number, x, y in self._each():
+        for number, x, y, size in self._each():
             # Fused attention has no second derivative.
             with sdpa_kernel(SDPBackend.MATH):
                 (gradient,) = torch.autograd.grad(self._call(leaf, x, y, number), leaf, create_graph=True)
                 for vector, product in zip(vectors, products, strict=True):
                     if gradient.requires_grad:  # not where the loss is linear
                         (part,) = torch.autograd.grad(gradient, leaf, vector, retain_graph=True)
-                        product.add_(part, alpha=len(y))
-            count += len(y)
+                        product.add_(part, alpha=size)
+            count += size
         check_finite("a product with the Hessian", float(products.sum()))
         return products / count
 
@@ -125,10 +126,28 @@ class Snapshot:
         parts = self.split(self.weights)
         return self.flat({n: p.abs() + eta if p.ndim >= 2 else torch.ones_like(p) for n, p in parts.items()})
 
-    def _each(self, batches: Iterable[Batch] | None = None) -> Iterator[tuple[int, Tensor, Any]]:
-        """The batches of a pass, all or some, each with its number in it."""
+    def _each(self, batches: Iterable[Batch] | None = None) -> Iterator[tuple[int, Tensor, Any, float]]:
+        """The batches of a pass, all or some, each with its number in it and how much it counts, if it does."""
+        empty = True
         for number, (x, y) in enumerate(self.batches if batches is None else batches):
-            yield number, x, y
+            if count := self.count(y):
+                empty = False
+                yield number, x, y, count
+        if empty:
+            raise InvalidArgumentError(
+                "the loss ignores every target, so it has no mean: check ignore_index and weight"
+            )
+
+    def count(self, y: Any) -> float:
+        """How much a batch counts in the mean over all, by its targets: its samples, see `counting`."""
+        return len(y) if self._count is None else self._count(y)
+
+    def total(self) -> float:
+        """How much all batches count."""
+        found = self.samples if self._count is None else sum(self.count(y) for _, y in self.batches)
+        if not found:
+            raise _nothing_counts()
+        return found
 
     def _call(self, weights: Tensor, x: Tensor, y: Any, number: int) -> Tensor:
         """The loss of a batch; ``number`` draws what the network or the loss draws, the same in every pass."""
@@ -184,6 +203,10 @@ def normalised(logits: Tensor) -> Tensor:
             "direction; measure with normalise_logits=False"
         )
     return centred / lengths.clamp_min(1e-10)
+
+
+def _nothing_counts() -> InvalidArgumentError:
+    return InvalidArgumentError("the loss ignores every target, so it has no mean: check its ignore_index and weight")
 
 
 def check_finite(what: str, value: float) -> float:
