@@ -326,6 +326,97 @@ def test_a_network_that_views_its_images_is_measured_too(batches):
     assert sharpness.sam_sharpness(Objective(Viewing(), F.cross_entropy, [(x, y)])).value > 0
 
 
+class Words(nn.Module):
+    def __init__(self, kind, max_norm):
+        super().__init__()
+        self.e, self.h = kind(10, 8, max_norm=max_norm), nn.Linear(8, 3)
+
+    def forward(self, i):
+        found = self.e(i)
+        return self.h(found if found.ndim == 2 else found.mean(1))
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l, self.spare = nn.Linear(3, 3).requires_grad_(False), nn.Parameter(torch.zeros(5))
+
+    def forward(self, x):
+        return self.l(x)
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 3, dtype=torch.cfloat))
+
+    def forward(self, x):
+        return (x.to(self.w.dtype) @ self.w).abs()
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_embedding_that_overwrites_its_weights_is_refused(measure, kind, frozen):
+    batches = [(torch.randint(10, (16, 4)), torch.randint(3, (16,)))]
+    model = Words(kind, 1.0)
+    model.e.requires_grad_(not frozen)
+    before = model.e.weight.clone()
+    with pytest.raises(InvalidArgumentError, match=rf"the model's e, {kind.__name__}\(max_norm=1\), overwrites"):
+        measure(model, F.cross_entropy, batches)
+    assert torch.equal(before, model.e.weight)
+    if kind is nn.Embedding:
+        measure(Words(kind, None), F.cross_entropy, batches)
+
+
+def test_a_loss_that_depends_on_no_weight_has_no_slope(measure, batches):
+    batches = [(x.float(), y) for x, y in batches]
+    try:
+        found = measure(Unused(), F.cross_entropy, batches)
+    except InvalidArgumentError as error:
+        found = error
+    if isinstance(found, sharpness.AverageSharpness):  # needs no slope
+        assert found.value == 0
+    elif not isinstance(found, sharpness.Landscape):
+        assert "does not depend on any parameter" in str(found)
+
+
+@pytest.mark.parametrize("name", ["eigenvalues", "trace", "density"])
+def test_what_has_no_second_derivative_is_said_to_have_none(name):
+    function, options = MEASURES[name]
+    objective = Objective(
+        Words(nn.EmbeddingBag, None), F.cross_entropy, [(torch.randint(10, (16, 4)), torch.randint(3, (16,)))]
+    )
+    with pytest.raises(InvalidArgumentError, match="has no second derivative, which the Hessian needs"):
+        function(objective, **options)
+    assert sharpness.sam_sharpness(objective).value > 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("part", [False, True])
+def test_what_torch_jit_has_compiled_is_refused(measure, network, batches, part):
+    scripted = torch.jit.script(nn.Linear(3, 3).double())
+    model = nn.Sequential(network, scripted) if part else scripted
+    with pytest.raises(InvalidArgumentError, match=r"is compiled by torch\.jit.*state dict"):
+        measure(model, F.cross_entropy, batches)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("wrap", [nn.DataParallel, functools.partial(torch.compile, backend="eager")])
+def test_what_is_wrapped_is_measured_as_the_network_itself(measure, network, batches, wrap):
+    network.train()
+    wrapped = wrap(network)
+    assert measure(wrapped, F.cross_entropy, batches) == measure(network, F.cross_entropy, batches)
+    assert wrapped.training
+    assert network.training
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
+def test_complex_weights_are_refused_whatever_the_dtype(measure, batches, dtype):
+    batches = [(x.float(), y) for x, y in batches]
+    with pytest.raises(InvalidArgumentError, match=r"parameter w is complex.*view_as_real"):
+        measure(Complex(), F.cross_entropy, batches, dtype=dtype)
+
+
 def test_tied_weights_count_once():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False)).double()
     model[2].weight = model[0].weight

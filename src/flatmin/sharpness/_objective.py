@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .._checks import check_module
+from .._distributed import unwrapped
 from ..errors import InvalidArgumentError
 from ._batches import Batches
 from ._snapshot import Loss, Snapshot
@@ -31,7 +32,8 @@ class Objective:
     another device or dtype.
 
     Args:
-        model: The network. Its parameters with ``requires_grad`` are the weights that are perturbed.
+        model: The network; inside DistributedDataParallel, DataParallel or torch.compile the network itself is
+            measured. Its parameters with ``requires_grad`` are the weights that are perturbed.
         loss_fn: ``loss_fn(model(x), y)`` returns the mean over the batch, a tensor of no dimension. Use the plain cross
             entropy, without label smoothing, to compare networks. torch's cross entropy and negative log likelihood are
             asked for their ``ignore_index`` and ``weight``, so that the mean over all batches does not depend on how
@@ -114,6 +116,7 @@ class Objective:
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not trainable:
             raise InvalidArgumentError(f"the model, {type(self.model).__name__}, has no parameter with requires_grad")
+        _check_measurable(self.model)
         kinds = (torch.promote_types(p.dtype, torch.float32) for p in trainable)
         dtype = self.dtype or max(kinds, key=lambda kind: kind.itemsize)
         if dtype not in (torch.float32, torch.float64):
@@ -126,12 +129,38 @@ class Objective:
         device, dtype = self._where()
         with undisturbed(self.model, device, self._batches.generators, batch_statistics=self.batch_statistics):
             yield Snapshot(
-                self.model,
+                unwrapped(self.model),
                 self.loss_fn,
                 self._batches,
                 dtype=dtype,
                 normalise_logits=self.normalise_logits,
                 batch_statistics=self.batch_statistics,
+            )
+
+
+def _check_measurable(model: nn.Module) -> None:
+    """Refuses a network whose loss is no function of its weights, or not one that torch can take derivatives of.
+
+    Raises:
+        InvalidArgumentError: The message says what it is.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex() and parameter.requires_grad:
+            raise InvalidArgumentError(
+                f"the model's parameter {name} is complex, and sharpness is measured of real weights only: freeze it, "
+                "or hold its real and imaginary parts as two parameters (torch.view_as_real)"
+            )
+    for name, module in model.named_modules():
+        where = f"the model's {name}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InvalidArgumentError(
+                f"{where} is compiled by torch.jit, so other weights cannot take the place of its own: measure the "
+                "network that it was made from, with its state dict loaded"
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise InvalidArgumentError(
+                f"{where}, {type(module).__name__}(max_norm={module.max_norm:g}), overwrites its weights in each "
+                "forward pass, so they cannot be perturbed: set its max_norm to None while you measure"
             )
 
 

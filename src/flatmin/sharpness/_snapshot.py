@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ._batches import Batch, Batches, cast
 from ._mean import counting
 
 Loss = Callable[[Any, Any], Tensor]
+_ONCE = ("is not implemented", "double backward", "differentiate twice", "once_differentiable")
 _PRIME = 1_000_003  # between the numbers of two seeds there is room for as many batches
 
 
@@ -84,7 +86,7 @@ class Snapshot:
         leaf = weights.detach().requires_grad_()
         total, count, gradient = 0.0, 0.0, torch.zeros_like(weights)
         for number, x, y, size in self._each(batches):
-            loss = self._call(leaf, x, y, number)
+            loss = self._depending(self._call(leaf, x, y, number))
             gradient.add_(torch.autograd.grad(loss, leaf)[0], alpha=size)
             total += float(loss.detach()) * size
             count += size
@@ -101,9 +103,9 @@ class Snapshot:
         leaf = self.weights.detach().requires_grad_()
         products, count = torch.zeros_like(vectors), 0.0
         for number, x, y, size in self._each():
-            # Fused attention has no second derivative.
-            with sdpa_kernel(SDPBackend.MATH):
-                (gradient,) = torch.autograd.grad(self._call(leaf, x, y, number), leaf, create_graph=True)
+            with sdpa_kernel(SDPBackend.MATH), _twice_differentiable():  # fused attention is not
+                loss = self._depending(self._call(leaf, x, y, number))
+                (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
                 for vector, product in zip(vectors, products, strict=True):
                     if gradient.requires_grad:  # not where the loss is linear
                         (part,) = torch.autograd.grad(gradient, leaf, vector, retain_graph=True)
@@ -163,6 +165,15 @@ class Snapshot:
             raise InvalidArgumentError(f"loss_fn must return the mean over the batch, got {found}")
         return loss
 
+    def _depending(self, loss: Tensor) -> Tensor:
+        """Returns a loss that has a gradient."""
+        if not loss.requires_grad:
+            raise InvalidArgumentError(
+                "the loss does not depend on any parameter with requires_grad, so it has no slope: unfreeze what is to "
+                "be perturbed, and look for detach() or no_grad() in the model and the loss_fn"
+            )
+        return loss
+
     def _fastest(self) -> torch.memory_format:
         """Images with their channels last where the network can take them: twice as fast on a CPU, pooling tenfold."""
         images = self.batches.images()
@@ -203,6 +214,20 @@ def normalised(logits: Tensor) -> Tensor:
             "direction; measure with normalise_logits=False"
         )
     return centred / lengths.clamp_min(1e-10)
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Says in words of its own what torch says of a layer without a second derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _ONCE):
+            raise
+        raise InvalidArgumentError(
+            f"the model or the loss_fn has no second derivative, which the Hessian needs ({error}); sam_sharpness and "
+            "average_sharpness need none"
+        ) from error
 
 
 def _nothing_counts() -> InvalidArgumentError:
