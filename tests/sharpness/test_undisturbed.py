@@ -1,5 +1,6 @@
 """A measure leaves no trace in the model or in any random state, and says what it cannot measure."""
 
+import contextlib
 import functools
 import random
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatmin import sharpness
-from flatmin.errors import FlatminError, InvalidArgumentError, NoDirectionError, NonFiniteLossError
+from flatmin.errors import FlatminError, FlatminWarning, InvalidArgumentError, NoDirectionError, NonFiniteLossError
 from flatmin.sharpness import Objective
 
 MEASURES = {
@@ -61,6 +62,74 @@ def test_nothing_is_disturbed(measure, delicate, options):
     before = snapshot(model)
     measure(model, F.cross_entropy, batches, **options)
     assert_same(before, snapshot(model))
+
+
+class Folding(nn.Linear):
+    """Folds two small weights into its own in evaluation mode, as loralib does."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.weight.requires_grad_(False)
+        self.merged = False
+        self.a, self.b = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+        self.register_buffer("told", torch.zeros(()), persistent=False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.b @ self.a
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.a.T @ self.b.T)
+
+
+@pytest.mark.parametrize("modes", ["training", "evaluation", "outside", "inside"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_modules_that_fold_their_weights_are_unfolded(measure, modes, fails):
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 4), torch.arange(16) % 3
+    model = nn.Sequential(nn.Sequential(Folding(4, 8), nn.Dropout(0.5)), nn.ReLU(), nn.Linear(8, 3))
+    folding = model[0][0]
+    model.train(modes in ("training", "outside"))
+    model[0].train(modes in ("training", "inside"))
+    F.cross_entropy(model(x), y).backward()
+    before = snapshot(model) | {"merged": [folding.merged]}
+
+    def loss(logits, y):
+        if fails:
+            raise KeyError("the user's own")
+        return F.cross_entropy(logits, y)
+
+    with contextlib.ExitStack() as stack:
+        if not folding.merged:
+            stack.enter_context(pytest.warns(FlatminWarning, match="Folding changes its weights when eval"))
+        if fails:
+            stack.enter_context(pytest.raises(KeyError))
+        measure(model, loss, [(x, y)])
+    assert_same(before, snapshot(model) | {"merged": [folding.merged]})
+    model.train()
+    assert not folding.merged
+    F.cross_entropy(model(x), y).backward()
+    assert folding.a.grad.abs().sum() > 0
+
+
+def test_a_train_of_its_own_that_folds_nothing_is_no_matter(measure, delicate):
+    class Frozen(nn.Sequential):
+        """Keeps its statistics still, as is often done."""
+
+        def train(self, mode=True):
+            super().train(mode)
+            self[0][1].eval()
+            return self
+
+    model, batches = delicate
+    plain = measure(model, F.cross_entropy, batches)
+    wrapped = Frozen(model).train()
+    before = snapshot(wrapped)
+    assert measure(wrapped, F.cross_entropy, batches) == plain
+    assert_same(before, snapshot(wrapped))
 
 
 @pytest.mark.parametrize("calls", [0, 5])
