@@ -16,6 +16,7 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 import flatmin
@@ -274,3 +275,145 @@ def test_keys_that_are_pairs_are_explained():
     loader = DataLoader({(0, 32): 1, (1, 64): 2}, batch_size=2, sampler=[(0, 32), (1, 64)])
     with pytest.raises(InvalidArgumentError, match="must give integer indices"):
         list(flatmin.with_indices(loader))
+
+
+class Skipping(DataLoader):
+    """Resumes in the middle of an epoch, by hand."""
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if number >= 2:
+                yield batch
+
+
+class Stateful(DataLoader):
+    """Resumes as torchdata's StatefulDataLoader does, by an iterator of its own."""
+
+    def _get_iterator(self):
+        iterator = super()._get_iterator()
+        next(iterator)
+        return iterator
+
+
+class OneIterator(DataLoader):
+    """Keeps one iterator for all epochs, as timm's MultiEpochsDataLoader does."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.iterator = super().__iter__()
+
+    def __iter__(self):
+        for _ in range(len(self)):
+            yield next(self.iterator)
+
+
+class OtherSampler(DataLoader):
+    @property
+    def _index_sampler(self):
+        return BatchSampler(range(N - 1, -1, -1), 4, False)
+
+
+class Adapter:
+    """Stands before a loader and takes its class too, as what accelerate's prepare returns."""
+
+    def __init__(self, base):
+        self.base_dataloader = base
+        self.__class__ = type("Adapter", (Adapter, type(base)), {})
+
+    def __getattr__(self, name):
+        if name == "base_dataloader":
+            raise AttributeError(name)
+        return getattr(self.base_dataloader, name)
+
+    def __iter__(self):
+        yield from self.base_dataloader
+
+
+UNTRUE = {
+    "skips": lambda **more: Skipping(Squares(), 4, **more),
+    "resumes": lambda **more: Stateful(Squares(), 4, **more),
+    "one iterator": lambda **more: OneIterator(Squares(), 4, **more),
+    "another sampler": lambda **more: OtherSampler(Squares(), 4, **more),
+    "adapter": lambda **more: Adapter(DataLoader(Squares(), 4, **more)),
+}
+
+
+@pytest.mark.parametrize("kind", UNTRUE)
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}])
+def test_a_loader_that_iterates_in_its_own_way_is_refused_with_the_way_out(kind, options):
+    with pytest.raises(InvalidArgumentError, match=r"of its own.* let the data set yield each sample's own index"):
+        flatmin.with_indices(UNTRUE[kind](**options))
+
+
+def test_a_subclass_that_iterates_as_a_dataloader_does_is_fine():
+    class Named(DataLoader):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.name = "mine"
+
+    loader = Named(Squares(), 4, shuffle=True)
+    assert all(of(loader, index) == content(batch) for index, batch in flatmin.with_indices(loader))
+
+
+def test_an_iterator_that_is_not_the_samplers_own_is_explained():
+    loader = DataLoader(Squares(), 4)
+    other = DataLoader(Squares(), 4)
+    loader._get_iterator = lambda: iter(other)
+    with pytest.raises(InvalidArgumentError, match=r"sampler, a BatchSampler, did not draw.* let the data set yield"):
+        list(flatmin.with_indices(loader))
+
+
+def sorted_in_place(samples):
+    samples.sort(key=lambda sample: -sample[0])
+    return default_collate(samples)
+
+
+def sorted_anew(samples):
+    return default_collate(sorted(samples, key=lambda sample: -sample[0]))
+
+
+def sorted_in_a_mapping(samples):
+    return {"x": default_collate([value for value, _ in sorted(samples, reverse=True)]).float()}
+
+
+def dropped_in_place(samples):
+    del samples[1]
+    return default_collate(samples)
+
+
+@pytest.mark.parametrize("collate", [sorted_in_place, sorted_anew, sorted_in_a_mapping, dropped_in_place])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_collate_fn_that_changes_the_order_is_refused(collate, workers):
+    more = {"num_workers": workers, "multiprocessing_context": "fork"} if workers else {}
+    loader = DataLoader(Squares(), 4, collate_fn=collate, **more)
+    with pytest.raises(InvalidArgumentError, match=r"sorts, drops or moves samples(.|\n)*enforce_sorted=False"):
+        list(flatmin.with_indices(loader))
+
+
+def mixed(samples):
+    values, pids = default_collate(samples)
+    return values + values.flip(0), values, values.flip(0), pids
+
+
+def transformed_in_place(samples):
+    samples[:] = [(value + 1, pid) for value, pid in samples]
+    return default_collate(samples)
+
+
+KEEPING = {
+    "mixup": mixed,
+    "transformed in place": transformed_in_place,
+    "classes that are swapped": lambda samples: 1 - torch.tensor([value % 2 for value, _ in samples]),
+    "brain floats": lambda samples: torch.tensor([value for value, _ in samples], dtype=torch.bfloat16),
+    "freed": lambda samples: (default_collate(samples), samples.clear()),
+    "strings": lambda samples: [str(value) for value, _ in samples],
+    "floats": lambda samples: torch.tensor([value for value, _ in samples], dtype=torch.float64),
+    "of unequal length": lambda samples: torch.nn.utils.rnn.pad_sequence([torch.arange(v + 1) for v, _ in samples]),
+}
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_collate_fn_that_keeps_the_order_is_none_the_wiser(kind, shuffle):
+    loader = DataLoader(Squares(), 4, shuffle=shuffle, collate_fn=KEEPING[kind])
+    assert sorted(torch.cat([index for index, _ in flatmin.with_indices(loader)]).tolist()) == list(range(N))

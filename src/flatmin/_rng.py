@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,6 +94,17 @@ def seed_all(seed: int, *, accelerators: bool = True) -> None:
     random.seed(seed)
     if (numpy := _numpy()) is not None:
         numpy.random.seed(seed % 2**32)
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seeds the generators of torch (CPU and ``device``), Python and numpy inside; afterwards they are as before."""
+    with preserved(device):
+        seed_all(seed, accelerators=False)
+        if device.type != "cpu" and (module := _module(device)) is not None:
+            with module.device(device) if hasattr(module, "device") else nullcontext():
+                module.manual_seed(seed)
+        yield
 
 
 def state_dict(device: torch.device) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Each names the argument, the value it got and the way out::
     Exception
     └── FlatminError                          everything below; the command prints it as one line
         ├── InvalidArgumentError (ValueError)     a wrong argument, shape, index or hyperparameter
+        │   └── NoDirectionError                      normalised logits that have no direction to measure
         ├── DataError                             a data file or folder that is missing, empty or damaged
         ├── ExperimentError                       an experiment file that cannot be used
         ├── NonFiniteLossError (ArithmeticError)  a loss that is infinite or not a number, where one is to be measured
@@ -26,6 +27,10 @@ class FlatminError(Exception):
 
 class InvalidArgumentError(FlatminError, ValueError):
     """An argument has a value or a shape that cannot be used."""
+
+
+class NoDirectionError(InvalidArgumentError):
+    """Logits cannot be normalised: they are of fewer than three classes, or a sample's are all equal."""
 
 
 class DataError(FlatminError):

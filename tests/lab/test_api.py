@@ -1,8 +1,10 @@
 """The laboratory from Python: compare, train and resume, in this process and from scripts."""
 
 import json
+import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,28 @@ class TestTrain:
         found = lab.train(Path(experiment), method="saf", settings={"lag": 2}, seed=3, out=tmp_path / "run")
         assert (found.run.recipe.epochs, found.run.settings["lag"], found.run.seed) == (60, 2, 3)
         assert found.run.recipe.experiment == experiment
+
+    @pytest.mark.parametrize("lost", [0, 1, None])
+    def test_one_that_diverges_says_so_once(self, experiment, tmp_path, monkeypatch, lost):
+        plain, epochs = Trainer.evaluate, iter(range(3))
+
+        def evaluate(trainer):
+            loss, accuracy = plain(trainer)
+            epoch = next(epochs)
+            return (loss if lost is None or epoch < lost else math.nan), accuracy
+
+        monkeypatch.setattr(Trainer, "evaluate", evaluate)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            done = lab.train(recipe(experiment, epochs=3), method="base", out=tmp_path / "run")
+        said = [str(each.message) for each in caught if issubclass(each.category, FlatminWarning)]
+        if lost is None:
+            assert said == []
+            assert str(done).startswith("test accuracy after")
+        else:
+            assert len(said) == 1
+            assert f"diverged: the test loss is nan after epoch {lost + 1} of 3" in said[0]
+            assert "%, for it has diverged (test loss nan); the run is in" in str(done)
 
     def test_one_that_was_ended_goes_on_and_is_bit_identical(self, experiment, tmp_path):
         def end(metrics):
@@ -205,6 +229,19 @@ class TestCompare:
         with pytest.raises(RunInterrupted, match=r"not chosen yet, kept in .*selection"):
             lab.compare(recipe(experiment), methods=["base", "sam"], settings=settings, select=1, out=tmp_path / "run")
         assert (tmp_path / "run" / "selection").exists()
+
+    def test_a_diverged_network_is_not_looked_at_and_the_others_are(self, experiment, tmp_path):
+        with pytest.warns(FlatminWarning, match=r"so without a result: logit_squeezing .*\(1 of 1\)") as caught:
+            found = lab.compare(
+                recipe(experiment, epochs=6), methods=["base", "logit_squeezing"],
+                settings={"logit_squeezing": {"coefficient": 1e38}},
+                seeds=1, jobs=1, look=3, minutes=0.01, out=tmp_path / "run",
+            )  # fmt: skip
+        assert len([each for each in caught if "diverged" in str(each.message)]) == 1
+        assert [row.diverged for row in found.rows] == [0, 1]
+        looked = sorted(each.parent.name for each in (tmp_path / "run").rglob("sharpness.json"))
+        assert looked == ["base-seed0"]
+        assert "diverged" in str(found)
 
     def test_looking_writes_sharpness_and_landscape_of_the_first_seed(self, experiment, tmp_path):
         pytest.importorskip("flatmin.lab.runs.measure")

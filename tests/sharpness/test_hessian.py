@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -135,3 +136,28 @@ def test_scipy_is_asked_for_by_name(network, batches, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
     with pytest.raises(MissingDependencyError, match=r"flatmin\[cli\]"):
         hessian_eigenvalues(Objective(network, F.cross_entropy, batches))
+
+
+def fitted():
+    """A network that has every sample right beyond doubt."""
+    model = nn.Linear(1, 3)
+    nn.init.zeros_(model.bias)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-1.0], [1.0], [0.0]]))
+    return model, F.cross_entropy, [(torch.tensor([[5000.0], [-5000.0]]), torch.tensor([1, 0]))]
+
+
+def linear():
+    """A loss without curvature."""
+    return nn.Linear(3, 2), lambda output, y: output.mean(), [(torch.randn(4, 3), torch.zeros(4))]
+
+
+@pytest.mark.parametrize("make", [fitted, linear])
+@pytest.mark.parametrize("options", [{}, {"k": 3}, {"tolerance": 0.05, "vectors": 5}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_hessian_of_nothing_has_eigenvalues_of_0(make, options, dtype):
+    objective = Objective(*make(), dtype=dtype)
+    assert hessian_eigenvalues(objective, **options).eigenvalues == (0.0,) * options.get("k", 1)
+    assert hessian_trace(objective).value == 0
+    found = spectral_density(objective, probes=1, steps=3)
+    assert (found.smallest, found.largest) == (0, 0)

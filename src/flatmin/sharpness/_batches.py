@@ -25,6 +25,7 @@ class Batches:
 
     Attributes:
         samples: Number of samples in all batches, once they are placed.
+        seed: As given.
         generators: The source's own generators, which reading seeds; the caller restores them.
     """
 
@@ -35,14 +36,13 @@ class Batches:
                 f"{type(source).__name__}; list(...) makes one of a generator"
             )
         self._most = None if samples is None else check_integer("samples", samples, least=1)
-        self._source, self._seed = source, check_integer("seed", seed, least=0)
+        self._source, self.seed = source, check_integer("seed", seed, least=0)
         self.generators = _generators(source)
         self.samples = 0
         self._kept: list[Batch] | None = None
         self._place: Place | None = None
         self._images: Batch | None = None
         self._tried = False
-        self._random: dict[str, Any] = {}
 
     def images(self) -> Batch | None:
         """Up to two samples of the first batch, as the source gives them, if they have four dimensions."""
@@ -55,24 +55,21 @@ class Batches:
     def place(self, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> None:
         """Brings the batches to where they are used; they are read only if they are not there yet.
 
-        Random generators are left as they are after a pass over the source, whether or not one was made, so that a
-        model or loss that draws random numbers draws the same ones in every measure.
-
         Args:
             device: The model's.
             dtype: Of floating-point inputs.
             layout: Of inputs of four dimensions.
         """
         place = (device, dtype, layout)
-        if self._place != place:
-            self._place = self._kept = None
-            if self._most is None:
-                self._kept, self.samples = self._whole(place)
-            else:
-                self._kept = self._subset(place, self._most)
-                self.samples = sum(len(y) for _, y in self._kept)
-            self._place, self._random = place, _rng.state_dict(_rng.CPU)
-        _rng.load_state_dict(self._random, _rng.CPU)
+        if self._place == place:
+            return
+        self._place = self._kept = None
+        if self._most is None:
+            self._kept, self.samples = self._whole(place)
+        else:
+            self._kept = self._subset(place, self._most)
+            self.samples = sum(len(y) for _, y in self._kept)
+        self._place = place
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass.
@@ -96,9 +93,9 @@ class Batches:
 
     def _read(self) -> Iterator[Batch]:
         """A pass over the source, from the same random numbers."""
-        _rng.seed_all(self._seed, accelerators=False)  # what loading draws from
+        _rng.seed_all(self.seed, accelerators=False)  # what loading draws from
         for generator in self.generators:
-            generator.manual_seed(self._seed)
+            generator.manual_seed(self.seed)
         empty = True
         for batch in self._source:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
@@ -135,7 +132,7 @@ class Batches:
         """Draws samples, and cuts them into batches of the first one's size."""
         sizes = [len(y) for _, y in self._read()]
         total = sum(sizes)
-        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(self._seed))[:samples].sort().values
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:samples].sort().values
         parts, start = [], 0
         for (x, y), size in zip(self._moved(place), sizes, strict=True):
             own = chosen[(chosen >= start) & (chosen < start + size)] - start

@@ -94,16 +94,18 @@ def hessian_eigenvalues(
     check_number("tolerance", tolerance, above=0)
     linalg = require("scipy.sparse.linalg", install="flatmin[cli]")
     with objective._snapshot() as loss:
-        size, products = len(loss.weights), 0
+        size, products, largest = len(loss.weights), 0, 0.0
         if k >= size:
             raise InvalidArgumentError(f"k must be less than the number of weights, {size}, got {k}")
         loss.gradient(loss.weights)  # raises where nothing can be measured
 
         def product(vector: Any) -> Any:
-            nonlocal products
+            nonlocal products, largest
             products += 1
             v = torch.from_numpy(vector.reshape(1, -1).copy()).to(loss.device, loss.dtype)
-            return loss.hessian_product(v)[0].cpu().numpy()
+            found = loss.hessian_product(v)[0]
+            largest = max(largest, float(found.abs().max()))
+            return found.cpu().numpy()
 
         if vectors is not None and vectors <= k:
             raise InvalidArgumentError(f"vectors must be more than k, {k}, got {vectors}")
@@ -117,6 +119,13 @@ def hessian_eigenvalues(
                 f"Lanczos found {len(error.eigenvalues)} of {k} eigenvalues in {products} products; "
                 "allow a larger tolerance, or make the Objective with dtype=torch.float64"
             ) from error
+        except linalg.ArpackError as error:
+            if largest > 0:
+                raise FlatminError(
+                    f"Lanczos gave up after {products} products ({error}); make the Objective with "
+                    "dtype=torch.float64, or with another seed"
+                ) from error
+            found = [0.0] * k  # a random vector is mapped to 0, so all are; ARPACK takes no such matrix
         values = tuple(sorted(map(float, found), reverse=True))
         return HessianEigenvalues(values[0], values, products, loss.samples, objective.normalise_logits)
 

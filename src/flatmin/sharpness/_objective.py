@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .._checks import check_module
+from .._distributed import unwrapped
 from ..errors import InvalidArgumentError
 from ._batches import Batches
 from ._snapshot import Loss, Snapshot
@@ -31,19 +32,24 @@ class Objective:
     another device or dtype.
 
     Args:
-        model: The network. Its parameters with ``requires_grad`` are the weights that are perturbed.
+        model: The network; inside DistributedDataParallel, DataParallel or torch.compile the network itself is
+            measured. Its parameters with ``requires_grad`` are the weights that are perturbed.
         loss_fn: ``loss_fn(model(x), y)`` returns the mean over the batch, a tensor of no dimension. Use the plain cross
-            entropy, without label smoothing, to compare networks.
+            entropy, without label smoothing, to compare networks. torch's cross entropy and negative log likelihood are
+            asked for their ``ignore_index`` and ``weight``, so that the mean over all batches does not depend on how
+            the data are cut; of your own function that counts some targets more than others it does: give one batch.
         batches: Pairs ``(x, y)`` that can be iterated repeatedly, such as a list or a DataLoader. Every sample counts
-            once, whatever the size of its batch.
+            once, whatever the size of its batch (every target that the loss counts, see ``loss_fn``).
         normalise_logits: Centre each sample's logits and divide them by their length (Andriushchenko et al. 2023). The
             cross entropy, and with it its sharpness, changes with the scale of the logits, which label smoothing, SAF
             and MESA change and which says nothing about flatness. Report both values; `variant` makes the other one.
+            With fewer than three logits it is refused (`NoDirectionError`): nothing but their sign would be left.
         batch_statistics: Let batch- and instance-norm layers use each batch's own statistics, as in training. Dropout
             is off in any case.
         dtype: ``torch.float32`` or ``torch.float64``. None: that of the weights, at least float32.
         samples: Measure on this many samples at most, drawn by ``seed``. None: on all.
-        seed: Draws the samples, and the random vectors of the measures that need some.
+        seed: Draws the samples, the random vectors of the measures that need some, and what layers draw that are random
+            in evaluation mode: a batch's numbers are the same in every pass.
 
     Attributes:
         samples: Number of samples that are measured on.
@@ -110,6 +116,7 @@ class Objective:
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not trainable:
             raise InvalidArgumentError(f"the model, {type(self.model).__name__}, has no parameter with requires_grad")
+        _check_measurable(self.model)
         kinds = (torch.promote_types(p.dtype, torch.float32) for p in trainable)
         dtype = self.dtype or max(kinds, key=lambda kind: kind.itemsize)
         if dtype not in (torch.float32, torch.float64):
@@ -122,12 +129,38 @@ class Objective:
         device, dtype = self._where()
         with undisturbed(self.model, device, self._batches.generators, batch_statistics=self.batch_statistics):
             yield Snapshot(
-                self.model,
+                unwrapped(self.model),
                 self.loss_fn,
                 self._batches,
                 dtype=dtype,
                 normalise_logits=self.normalise_logits,
                 batch_statistics=self.batch_statistics,
+            )
+
+
+def _check_measurable(model: nn.Module) -> None:
+    """Refuses a network whose loss is no function of its weights, or not one that torch can take derivatives of.
+
+    Raises:
+        InvalidArgumentError: The message says what it is.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex() and parameter.requires_grad:
+            raise InvalidArgumentError(
+                f"the model's parameter {name} is complex, and sharpness is measured of real weights only: freeze it, "
+                "or hold its real and imaginary parts as two parameters (torch.view_as_real)"
+            )
+    for name, module in model.named_modules():
+        where = f"the model's {name}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InvalidArgumentError(
+                f"{where} is compiled by torch.jit, so other weights cannot take the place of its own: measure the "
+                "network that it was made from, with its state dict loaded"
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise InvalidArgumentError(
+                f"{where}, {type(module).__name__}(max_norm={module.max_norm:g}), overwrites its weights in each "
+                "forward pass, so they cannot be perturbed: set its max_norm to None while you measure"
             )
 
 

@@ -117,11 +117,11 @@ def sam_sharpness(
     check_integer("ascent_steps", ascent_steps, least=1)
     with objective._snapshot() as loss:
         scales = loss.scales(eta) if adaptive else None
-        sums = [0.0, 0.0, 0.0]
+        sums, total = [0.0, 0.0, 0.0], loss.total()
         for part in ([batch] for batch in loss.batches) if per_batch else (None,):
-            count = loss.samples if part is None else len(part[0][1])
-            for place, value in enumerate(_climb(loss, part, rho, scales, ascent_steps)):
-                sums[place] += value * count / loss.samples
+            if count := total if part is None else loss.count(part[0][1]):
+                for place, value in enumerate(_climb(loss, part, rho, scales, ascent_steps)):
+                    sums[place] += value * count / total
         value, at, norm = sums
         return SamSharpness(
             value, at, norm, loss.samples, rho, adaptive, ascent_steps, per_batch, objective.normalise_logits

@@ -1,7 +1,8 @@
 """The loss as a function of the weights alone, from the weights and buffers that the model has now."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import InvalidArgumentError, NonFiniteLossError
+from .. import _rng
+from ..errors import InvalidArgumentError, NoDirectionError, NonFiniteLossError
 from ._batches import Batch, Batches, cast
+from ._mean import counting
 
 Loss = Callable[[Any, Any], Tensor]
+_ONCE = ("is not implemented", "double backward", "differentiate twice", "once_differentiable")
+_PRIME = 1_000_003  # between the numbers of two seeds there is room for as many batches
 
 
 class Snapshot:
@@ -47,7 +52,7 @@ class Snapshot:
         batch_statistics: bool,
     ) -> None:
         self.batches = batches
-        self._model, self._loss_fn = model, loss_fn
+        self._model, self._loss_fn, self._count = model, loss_fn, counting(loss_fn)
         self._normalise_logits, self._batch_statistics = normalise_logits, batch_statistics
         trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in trainable.items()}
@@ -65,11 +70,11 @@ class Snapshot:
 
     def loss(self, weights: Tensor, batches: Iterable[Batch] | None = None) -> float:
         """The mean loss over all batches, or over some."""
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with torch.no_grad():
-            for x, y in self.batches if batches is None else batches:
-                total += float(self._call(weights, x, y)) * len(y)
-                count += len(y)
+            for number, x, y, size in self._each(batches):
+                total += float(self._call(weights, x, y, number)) * size
+                count += size
         return total / count
 
     def gradient(self, weights: Tensor, batches: Iterable[Batch] | None = None) -> tuple[float, Tensor]:
@@ -79,12 +84,12 @@ class Snapshot:
             NonFiniteLossError: If one of them is infinite or not a number.
         """
         leaf = weights.detach().requires_grad_()
-        total, count, gradient = 0.0, 0, torch.zeros_like(weights)
-        for x, y in self.batches if batches is None else batches:
-            loss = self._call(leaf, x, y)
-            gradient.add_(torch.autograd.grad(loss, leaf)[0], alpha=len(y))
-            total += float(loss.detach()) * len(y)
-            count += len(y)
+        total, count, gradient = 0.0, 0.0, torch.zeros_like(weights)
+        for number, x, y, size in self._each(batches):
+            loss = self._depending(self._call(leaf, x, y, number))
+            gradient.add_(torch.autograd.grad(loss, leaf)[0], alpha=size)
+            total += float(loss.detach()) * size
+            count += size
         check_finite("the loss", total / count)
         check_finite("the gradient's norm", float(gradient.norm()))
         return total / count, gradient / count
@@ -96,16 +101,16 @@ class Snapshot:
             NonFiniteLossError: If one is infinite or not a number.
         """
         leaf = self.weights.detach().requires_grad_()
-        products, count = torch.zeros_like(vectors), 0
-        for x, y in self.batches:
-            # Fused attention has no second derivative.
-            with sdpa_kernel(SDPBackend.MATH):
-                (gradient,) = torch.autograd.grad(self._call(leaf, x, y), leaf, create_graph=True)
+        products, count = torch.zeros_like(vectors), 0.0
+        for number, x, y, size in self._each():
+            with sdpa_kernel(SDPBackend.MATH), _twice_differentiable():  # fused attention is not
+                loss = self._depending(self._call(leaf, x, y, number))
+                (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
                 for vector, product in zip(vectors, products, strict=True):
                     if gradient.requires_grad:  # not where the loss is linear
                         (part,) = torch.autograd.grad(gradient, leaf, vector, retain_graph=True)
-                        product.add_(part, alpha=len(y))
-            count += len(y)
+                        product.add_(part, alpha=size)
+            count += size
         check_finite("a product with the Hessian", float(products.sum()))
         return products / count
 
@@ -123,16 +128,50 @@ class Snapshot:
         parts = self.split(self.weights)
         return self.flat({n: p.abs() + eta if p.ndim >= 2 else torch.ones_like(p) for n, p in parts.items()})
 
-    def _call(self, weights: Tensor, x: Tensor, y: Any) -> Tensor:
+    def _each(self, batches: Iterable[Batch] | None = None) -> Iterator[tuple[int, Tensor, Any, float]]:
+        """The batches of a pass, all or some, each with its number in it and how much it counts, if it does."""
+        empty = True
+        for number, (x, y) in enumerate(self.batches if batches is None else batches):
+            if count := self.count(y):
+                empty = False
+                yield number, x, y, count
+        if empty:
+            raise InvalidArgumentError(
+                "the loss ignores every target, so it has no mean: check ignore_index and weight"
+            )
+
+    def count(self, y: Any) -> float:
+        """How much a batch counts in the mean over all, by its targets: its samples, see `counting`."""
+        return len(y) if self._count is None else self._count(y)
+
+    def total(self) -> float:
+        """How much all batches count."""
+        found = self.samples if self._count is None else sum(self.count(y) for _, y in self.batches)
+        if not found:
+            raise _nothing_counts()
+        return found
+
+    def _call(self, weights: Tensor, x: Tensor, y: Any, number: int) -> Tensor:
+        """The loss of a batch; ``number`` draws what the network or the loss draws, the same in every pass."""
         # Running statistics move in training mode: in a copy, that the next pass does not see.
         buffers = self.buffers
         if self._batch_statistics:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        output = functional_call(self._model, ({**self.split(weights), **self._constants}, buffers), (x,))
-        loss = self._loss_fn(normalised(output) if self._normalise_logits else output, y)
+        with _rng.seeded(self.device, (self.batches.seed * _PRIME + number) % 2**63):
+            output = functional_call(self._model, ({**self.split(weights), **self._constants}, buffers), (x,))
+            loss = self._loss_fn(normalised(output) if self._normalise_logits else output, y)
         if not isinstance(loss, Tensor) or loss.ndim > 0:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise InvalidArgumentError(f"loss_fn must return the mean over the batch, got {found}")
+        return loss
+
+    def _depending(self, loss: Tensor) -> Tensor:
+        """Returns a loss that has a gradient."""
+        if not loss.requires_grad:
+            raise InvalidArgumentError(
+                "the loss does not depend on any parameter with requires_grad, so it has no slope: unfreeze what is to "
+                "be perturbed, and look for detach() or no_grad() in the model and the loss_fn"
+            )
         return loss
 
     def _fastest(self) -> torch.memory_format:
@@ -143,7 +182,7 @@ class Snapshot:
         x, y = images
         try:
             y = y.to(self.device) if isinstance(y, Tensor) else y
-            self._call(self.weights, cast(x, self.device, self.dtype, torch.channels_last), y)
+            self._call(self.weights, cast(x, self.device, self.dtype, torch.channels_last), y, 0)
         except RuntimeError:  # of a view that this layout does not allow
             return torch.preserve_format
         return torch.channels_last
@@ -155,11 +194,44 @@ def normalised(logits: Tensor) -> Tensor:
     As Andriushchenko et al. 2023 do, after Tsuzuku et al. 2020.
 
     Args:
-        logits: Shape (batch, classes, ...).
+        logits: Shape (batch, classes, ...), of three classes or more: one number has no direction, and the difference
+            of two has but its sign, which does not change by degrees.
+
+    Raises:
+        NoDirectionError: If there are fewer classes, or a sample's logits are all equal.
     """
+    classes = logits.shape[1] if logits.ndim > 1 else 1
+    if classes < 3:
+        raise NoDirectionError(
+            f"normalise_logits needs at least three logits a sample, got {classes}: of fewer only the sign is left, so "
+            "what would be measured is rounding; measure with normalise_logits=False"
+        )
     centred = logits - logits.mean(dim=1, keepdim=True)
     lengths: Tensor = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    if bool((lengths == 0).any()):
+        raise NoDirectionError(
+            "normalise_logits: all logits of a sample are equal, as of a head whose weights are 0, so they have no "
+            "direction; measure with normalise_logits=False"
+        )
     return centred / lengths.clamp_min(1e-10)
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Says in words of its own what torch says of a layer without a second derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _ONCE):
+            raise
+        raise InvalidArgumentError(
+            f"the model or the loss_fn has no second derivative, which the Hessian needs ({error}); sam_sharpness and "
+            "average_sharpness need none"
+        ) from error
+
+
+def _nothing_counts() -> InvalidArgumentError:
+    return InvalidArgumentError("the loss ignores every target, so it has no mean: check its ignore_index and weight")
 
 
 def check_finite(what: str, value: float) -> float:

@@ -39,6 +39,33 @@ def test_sharpness_of_a_run(flatmin, run):
     assert again.code == 0, again.err
 
 
+def test_of_two_classes_nothing_is_said_with_normalised_logits(flatmin, tmp_path):
+    (tmp_path / "two.py").write_text(
+        "import torch\nfrom torch.utils.data import TensorDataset\n"
+        "def train_set():\n"
+        "    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))\n"
+        "    return TensorDataset(x, (x[:, 0] > 0).long())\n"
+        "test_set = train_set\n"
+        "def model(): return torch.nn.Linear(4, 2)\n"
+    )
+    trained = flatmin(
+        "train", tmp_path / "two.py", "--method", "base", "--epochs", 1, "--log-sharpness", 1, "--out", "two"
+    )
+    assert trained.code == 0, trained.err
+    metrics = json.loads(Path("two/metrics.jsonl").read_text())
+    assert metrics["sharpness"] > 0
+    assert "sharpness_normalised" not in metrics
+    found = flatmin("sharpness", "two", "--trace")
+    assert found.code == 0, found.err
+    assert "fewer than three classes" in found.out
+    written = json.loads(Path("two/sharpness.json").read_text())["measures"]
+    assert len(written) == 6
+    assert {each["logits"] for each in written} == {"raw"}
+    lines = [line.split() for line in found.out.splitlines() if line.startswith("│")]
+    assert len(lines) == 6
+    assert all(line[-2] == "-" for line in lines)
+
+
 def test_landscapes_of_runs_and_the_plane_through_three(flatmin, run):
     runs = [run("base"), run("smoothing"), run("ema")]
     assert flatmin("landscape", *runs, "--points", 3).code == 0

@@ -284,7 +284,40 @@ class TestComparison:
         monkeypatch.setattr(Trainer, "evaluate", lambda self: (math.nan, 0.5))
         _, results, _ = run_comparison(seeds=1)
         assert results["metrics"]["base"]["0"]["test_loss"] is None
-        assert results["rows"][0]["accuracy"] == {"mean": 50, "half": None}
+        assert results["rows"][0]["diverged"] == 1
+        assert "accuracy" not in results["rows"][0]
+
+    def test_a_diverged_row_has_no_result_and_the_others_are_compared(self, run_comparison, monkeypatch):
+        def evaluate(trainer):
+            method, seed = trainer.run.method, trainer.run.seed
+            return math.nan if method == "sam" and seed < 2 else 1.0, 0.5 + 0.01 * seed**2 + 0.1 * (method == "saf") * (
+                1 + seed
+            )
+
+        monkeypatch.setattr(Trainer, "evaluate", evaluate)
+        found, results, folder = run_comparison(("base", "saf", "sam"), seeds=5)
+        _, saf, sam = result_rows = found.result(folder).rows
+        assert [row.diverged for row in result_rows] == [0, 0, 2]
+        assert (sam.accuracy, sam.difference, sam.p_value, sam.p_value_holm) == (None,) * 4
+        assert saf.difference.mean == pytest.approx(30)
+        assert saf.p_value_holm == saf.p_value  # Holm's correction is for one comparison
+        assert results["rows"] == json.loads(json.dumps([row.to_json() for row in result_rows]))
+        assert "Better than base beyond noise here: saf" in results["verdict"]
+        assert "Diverged, so without a result: sam (2 of 5 seeds)." in results["verdict"]
+        assert "for 1 comparison;" in results["verdict"]
+
+    def test_with_a_diverged_base_nothing_is_compared(self, run_comparison, monkeypatch):
+        monkeypatch.setattr(
+            Trainer,
+            "evaluate",
+            lambda self: (math.nan if self.run.method == "base" else 1.0, 0.5 + 0.01 * self.run.seed),
+        )
+        found, results, folder = run_comparison(("base", "saf"), seeds=5)
+        base, saf = found.result(folder).rows
+        assert (base.diverged, base.accuracy) == (5, None)
+        assert saf.accuracy.mean == pytest.approx(52)
+        assert (saf.difference, saf.p_value, saf.p_value_holm) == (None,) * 3
+        assert results["verdict"].startswith("Diverged, so without a result: base (5 of 5 seeds).")
 
     def test_steps_are_timed_for_every_row_against_the_base(self, run_comparison, monkeypatch):
         def costs(rows, build, batch, **_):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from torch.utils.data import Dataset
 
-from flatmin.errors import DataError, InvalidArgumentError
+from flatmin.errors import DataError, FlatminWarning, InvalidArgumentError
 from flatmin.lab.comparison import select as module
 from flatmin.lab.comparison.outcome import Outcome
 from flatmin.lab.comparison.rows import make_rows
@@ -114,6 +114,27 @@ def test_the_best_of_each_method_is_kept_in_order(comparisons, tmp_path):
     assert recipe.validation == found["held_out"] == 0.2
     assert "sam" not in [row.label for row in contested]
     assert (options["seeds"], options["first_seed"], options["timed"]) == (2, 1000, False)
+
+
+@pytest.mark.parametrize("lost", [{"saf coefficient=0.5"}, {"saf coefficient=0.1", "saf coefficient=0.5"}])
+def test_a_diverged_candidate_comes_after_all_others(comparisons, tmp_path, monkeypatch, lost):
+    plain = module.Comparison.run
+
+    def run(self):
+        outcome = plain(self)
+        for label in lost:
+            outcome.metrics[label][1001]["test_loss"] = float("nan")
+        return outcome
+
+    monkeypatch.setattr(module.Comparison, "run", run)
+    rows = make_rows(["base", "saf"], {"saf": {"coefficient": [0.5, 0.1]}}, epochs=10)
+    if len(lost) == 1:
+        chosen, found = select(Recipe(epochs=10), rows, tmp_path / "selection", seeds=2)
+        assert [row.label for row in chosen] == ["base", "saf coefficient=0.1"]
+    else:
+        with pytest.warns(FlatminWarning, match="saf diverged with every value"):
+            _, found = select(Recipe(epochs=10), rows, tmp_path / "selection", seeds=2)
+    assert {entry["label"] for entry in found["candidates"] if entry["diverged"]} == lost
 
 
 def test_candidates_are_really_trained_on_other_seeds(tmp_path, experiment):

@@ -82,6 +82,38 @@ def test_numbers_that_are_none_or_not_finite_are_missing(comparison):
     assert write_report([folder]).exists()
 
 
+def diverge(folder):
+    """Makes the last epoch of a run one with a test loss that is no number."""
+    path = folder / "metrics.jsonl"
+    *lines, last = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, json.dumps({**json.loads(last), "test_loss": None})]) + "\n")
+    return folder
+
+
+def test_a_run_that_diverged_is_said_to_have(single):
+    runs = [diverge(single("mesa", 0)), single("mesa", 1), diverge(single("saf", 0)), single("sam", 0)]
+    (study,) = read(*runs)
+    assert [row.diverged for row in study.rows] == [1, 1, 0]
+    assert "mesa diverged (1 of 2 seeds), saf diverged, sam 9" in study.verdict
+    text = write_report(runs).read_text(encoding="utf-8")
+    assert "<td>diverged (1 of 2 seeds)</td>" in text
+    assert "<td>diverged</td>" in text
+
+
+def test_a_row_that_diverged_is_shown_without_a_result(comparison):
+    folder = comparison()
+    written = json.loads((folder / "results.json").read_text())
+    for name in ("accuracy", "difference", "p_value_holm"):
+        del written["rows"][1][name]
+    written["rows"][1]["diverged"] = 2
+    (folder / "results.json").write_text(json.dumps({**written, "verdict": None}))
+    (study,) = read(folder)
+    assert "Diverged, so without a result: sam (2 of 5 seeds)." in study.verdict
+    text = write_report([folder]).read_text(encoding="utf-8")
+    assert "<td>diverged (2 of 5 seeds)</td>" in text
+    assert '<span class="tag worse">diverged</span>' in text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

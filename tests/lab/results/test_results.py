@@ -11,6 +11,7 @@ from flatmin.lab.results import (
     Interval,
     Row,
     judge,
+    pareto,
     parse_run_name,
     read_comparison,
     run_name,
@@ -64,6 +65,53 @@ class TestJudge:
 
     def test_without_numbers_there_is_no_claim(self):
         assert judge(Row("sam"), 9) == "few"
+
+
+class TestDiverged:
+    ROWS = (BASE, row("sam", 2.0, 0.001), row("saf", 1.0, 0.001))
+
+    def test_a_row_that_diverged_is_neither_better_nor_worse_nor_on_the_line(self):
+        lost = self.ROWS[1].with_diverged(1)
+        assert judge(lost, 5) == judge(lost, 2) == "diverged"
+        assert lost not in pareto([BASE, lost])
+        assert self.ROWS[1].with_diverged(0) == self.ROWS[1]
+
+    @pytest.mark.parametrize(("seeds", "cell"), [(1, "diverged (1 of 2 seeds)"), (2, "diverged")])
+    def test_its_cell_says_so(self, seeds, cell):
+        assert self.ROWS[1].with_diverged(seeds).cells()[:3] == ["sam", cell, ""]
+
+    @pytest.mark.parametrize("most", [None, 1])
+    def test_the_verdict_names_it_and_counts_the_others(self, most):
+        text = verdict([BASE, self.ROWS[1].with_diverged(2), self.ROWS[2]], 5, most=most)
+        assert "saf (+1.00 points" in text
+        assert "Diverged, so without a result: sam (2 of 2 seeds)." in text
+        assert "Holm-corrected for 1 comparison;" in text
+
+    def test_with_few_seeds_it_is_named_too(self):
+        assert verdict([BASE, self.ROWS[1].with_diverged(1)], 2).endswith(
+            "Diverged, so without a result: sam (1 of 2 seeds)."
+        )
+
+    def test_a_diverged_base_leaves_nothing_to_compare_with(self):
+        assert "It is the base, so there is nothing to compare with." in verdict(
+            [BASE.with_diverged(1), self.ROWS[2]], 5
+        )
+
+    @pytest.mark.parametrize("label", ["sam", "base"])
+    def test_files_from_before_it_was_noticed_are_read_without_what_it_makes_void(self, label):
+        metrics = {each.label: {str(seed): {"test_loss": 0.5} for seed in range(2)} for each in self.ROWS}
+        metrics[label]["1"]["test_loss"] = None
+        rows = [{k: v for k, v in each.to_json().items() if k != "diverged"} for each in self.ROWS]
+        written = {"rows": rows, "recipe": {}, "seeds": list(range(5)), "metrics": metrics, "verdict": "old"}
+        found = ComparisonResult.from_json(written, "file")
+        by_label = {each.label: each for each in found.rows}
+        assert (by_label[label].diverged, by_label[label].accuracy) == (1, None)
+        assert f"Diverged, so without a result: {label} (1 of 2 seeds)." in found.verdict
+        compared = [each.label for each in found.rows[1:] if each.difference is not None]
+        assert compared == (["saf"] if label == "sam" else [])
+        assert by_label["saf"].accuracy == self.ROWS[2].accuracy
+        again = ComparisonResult.from_json(json.loads(json.dumps(found.to_json())), "file")
+        assert (again.rows, again.verdict) == (found.rows, found.verdict)
 
 
 class TestVerdict:

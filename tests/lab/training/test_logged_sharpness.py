@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from flatmin.errors import FlatminError, FlatminWarning
 from flatmin.lab.training.logged_sharpness import epoch_sharpness, fixed_batches
 from flatmin.sharpness import Objective, hessian_eigenvalues
 
@@ -36,6 +37,20 @@ def test_weights_that_are_not_finite_end_no_training(make_trainer):
     found = epoch_sharpness(trainer, 0.1)
     assert found.keys() == KEYS
     assert all(math.isnan(value) for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [("sam_sharpness", CHEAP), ("hessian_eigenvalues", {"top_eigenvalue", "lr_times_top_eigenvalue"})],
+)
+def test_a_measure_that_fails_ends_no_training(make_trainer, monkeypatch, name, lost):
+    def fail(*_, **__):
+        raise FlatminError("no convergence")
+
+    monkeypatch.setattr(f"flatmin.lab.training.logged_sharpness.{name}", fail)
+    with pytest.warns(FlatminWarning, match="sharpness could not be logged: no convergence"):
+        metrics = make_trainer("base", log_sharpness=1, log_curvature=1).train_epoch()
+    assert {key for key in KEYS if math.isnan(metrics[key])} == lost
 
 
 def test_the_top_eigenvalue_is_the_hessians(make_trainer):

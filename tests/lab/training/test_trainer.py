@@ -47,6 +47,52 @@ def equal_batches(left, right):
     )
 
 
+class Logits(torch.nn.Module):
+    """Gives the true class of every test sample the largest logit, and then some samples' logits other values."""
+
+    def __init__(self, spoil):
+        super().__init__()
+        self.spoil = spoil
+
+    def forward(self, x):
+        logits = torch.nn.functional.one_hot(x[:, 0, 0, :3].argmax(dim=1), 3).float()
+        return self.spoil(logits, logits.argmax(dim=1))
+
+
+def filled(value, where):
+    """Gives logits a value, of all classes, of the true one or of one that is wrong, in every second sample."""
+
+    def spoil(logits, y):
+        chosen = {
+            "all": torch.ones_like(logits, dtype=torch.bool),
+            "true": F.one_hot(y, 3).bool(),
+            "wrong": F.one_hot((y + 1) % 3, 3).bool(),
+        }[where]
+        chosen[1::2] = False
+        return logits.masked_fill(chosen, value)
+
+    return spoil
+
+
+class TestOutputsThatAreNotFinite:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("where", ["all", "true", "wrong"])
+    def test_they_are_not_right(self, make_trainer, where, value):
+        trainer = make_trainer("base")
+        trainer.model = Logits(filled(value, where))
+        loss, accuracy = trainer.evaluate()
+        masked = where == "wrong" and value == -math.inf  # a class that is masked is no fault
+        assert accuracy == (1.0 if masked else 0.5)
+        assert math.isfinite(loss) == masked
+
+    def test_finite_ones_are_as_they_were(self, make_trainer):
+        trainer = make_trainer("base")
+        trainer.model = Logits(lambda logits, y: logits)
+        assert trainer.evaluate()[1] == 1.0
+        trainer.model = Logits(lambda logits, y: -logits)
+        assert trainer.evaluate()[1] == 0.0
+
+
 class TestTheSameForEveryMethod:
     @pytest.mark.parametrize("method", [name for name in METHODS if name != "base"])
     def test_initial_weights_and_batches_of_a_seed(self, make_trainer, method):

@@ -54,11 +54,15 @@ def sharpness(
     table.add_column("measure", no_wrap=True)
     for heading in ("rho", "raw logits", "normalised logits"):
         table.add_column(heading, justify="right", no_wrap=True)
-    half = len(found.measures) // 2
-    for raw, same in zip(found.measures[:half], found.measures[half:], strict=True):
-        length = "" if raw.rho is None else f"{raw.rho:g}"
-        table.add_row(raw.name.replace("_", " "), length, _say(raw), _say(same))
+    normalised = {each.name: each for each in found.measures if each.logits == "normalised"}
+    for raw in found.measures:
+        if raw.logits == "raw":
+            length = "" if raw.rho is None else f"{raw.rho:g}"
+            same = normalised.get(raw.name)
+            table.add_row(raw.name.replace("_", " "), length, _say(raw), "-" if same is None else _say(same))
     out_console.print(table, soft_wrap=False)
+    if not normalised:
+        out_console.print("Logits of fewer than three classes, or all equal, cannot be normalised.", markup=False)
     out_console.print(NOTE, markup=False)
     out_console.print(f"written to {found.path}", markup=False)
 

@@ -15,6 +15,7 @@ from ..methods import COMPARED
 from ..problems.load import import_experiment
 from ..recipe import Recipe, as_recipe
 from ..results import METRICS, SELECTION, ComparisonResult
+from ..results.values import is_diverged
 from ..runs.folder import run_folder
 from ..runs.measure import write_landscape, write_sharpness
 from ..runs.saved import open_saved
@@ -130,9 +131,24 @@ def compare(
         result = comparison.run().result(folder)
         if result.interrupted and not any(folder.rglob(METRICS)):
             raise RunInterrupted("no epoch was done")
+        _warn_of_diverged(result)
         if look and not result.interrupted:
-            _look_at([comparison.run_folder(row, result.seeds[0]) for row in rows], look, tell)
+            first = result.seeds[0]
+            sound = [row for row in rows if not is_diverged(result.metrics[row.label][first])]
+            _look_at([comparison.run_folder(row, first) for row in sound], look, tell)
         return dataclasses.replace(result, page=write_page(folder)) if result.seeds else result
+
+
+def _warn_of_diverged(result: ComparisonResult) -> None:
+    """Warns once of all rows that have diverged."""
+    lost = [f"{row.label} ({row.diverged} of {len(row.test_accuracy)})" for row in result.rows if row.diverged]
+    if lost:
+        warnings.warn(
+            f"diverged with some or all seeds, so without a result: {', '.join(lost)}; lower the learning rate, or the "
+            "method's rho or coefficient",
+            FlatminWarning,
+            stacklevel=3,
+        )
 
 
 def _check_numbers(*, seeds: int | None, select: int | None, look: int, minutes: float, jobs: int | None) -> None:

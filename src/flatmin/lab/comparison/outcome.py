@@ -9,6 +9,7 @@ from typing import Any
 from ..methods import get_method
 from ..recipe import Recipe
 from ..results import ComparisonResult, Row, verdict
+from ..results.values import is_diverged
 from .stats import holm, interval, paired_p_value
 
 
@@ -59,13 +60,21 @@ class Outcome:
         return share * full + (1 - share) * plain
 
     def filled_rows(self) -> list[Row]:
-        """The rows with accuracies, intervals, paired differences to the base, p-values and costs."""
+        """The rows with accuracies, intervals, paired differences to the base, p-values and costs.
+
+        A row of which a seed diverged has no accuracy, no difference and no p-value; if it is the base, no row has a
+        difference. Holm's correction counts the rows that are compared.
+        """
         base = self.accuracies(self.rows[0].label)
         filled = [self._filled(row, base) for row in self.rows]
-        if not base:
-            return filled
-        adjusted = holm([row.p_value for row in filled[1:] if row.p_value is not None])
-        return [filled[0], *(replace(row, p_value_holm=p) for row, p in zip(filled[1:], adjusted, strict=True))]
+        compared = [row for row in filled[1:] if row.p_value is not None]
+        adjusted = holm([row.p_value for row in compared if row.p_value is not None])
+        corrected = {row.label: p for row, p in zip(compared, adjusted, strict=True)}
+        return [replace(row, p_value_holm=corrected.get(row.label)) for row in filled]
+
+    def diverged(self, label: str) -> int:
+        """How many of `seeds` ended with a test loss that is infinite or not a number."""
+        return sum(is_diverged(self.metrics[label][seed]) for seed in self.seeds)
 
     def _filled(self, row: Row, base: Sequence[float]) -> Row:
         accuracies = self.accuracies(row.label)
@@ -78,6 +87,10 @@ class Outcome:
         )
         if not accuracies:
             return row
+        if diverged := self.diverged(row.label):
+            return row.with_diverged(diverged)
+        if self.diverged(self.rows[0].label):
+            return replace(row, accuracy=interval(accuracies))
         differences = [ours - theirs for ours, theirs in zip(accuracies, base, strict=True)]
         return replace(
             row,

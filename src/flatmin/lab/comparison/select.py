@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ...errors import FlatminWarning
 from ..recipe import Recipe
 from ..results import Row
 from .run import Comparison
@@ -26,8 +28,9 @@ def select(
 ) -> tuple[list[Row], dict[str, Any]]:
     """Trains every candidate on four fifths of the training set and keeps the best of each method.
 
-    The best has the highest mean accuracy on the last fifth after the last epoch; of equals, the lowest mean loss. The
-    test set is not used. Held-out labels are wrong as often as the others, as a user's would be.
+    The best has the highest mean accuracy on the last fifth after the last epoch; of equals, the lowest mean loss. A
+    candidate of which a seed diverged comes after all others; where each did, a warning says so. The test set is not
+    used. Held-out labels are wrong as often as the others, as a user's would be.
 
     Args:
         recipe: What the methods share.
@@ -60,11 +63,21 @@ def select(
     if outcome.interrupted:
         raise KeyboardInterrupt
 
-    def merit(row: Row) -> tuple[float, float]:
-        losses = [outcome.metrics[row.label][seed]["test_loss"] for seed in outcome.seeds]
-        return fmean(outcome.accuracies(row.label)), -fmean(losses)
+    def merit(row: Row) -> tuple[float, ...]:
+        accuracy = fmean(outcome.accuracies(row.label))
+        if diverged := outcome.diverged(row.label):  # its losses are no numbers, which have no order
+            return -diverged, accuracy
+        return 0, accuracy, -fmean(outcome.metrics[row.label][seed]["test_loss"] for seed in outcome.seeds)
 
     chosen = [max(group, key=merit) if len(group) > 1 else group[0] for group in groups]
+    for group, best in zip(groups, chosen, strict=True):
+        if len(group) > 1 and outcome.diverged(best.label):
+            warnings.warn(
+                f"{best.method} diverged with every value that it was given, so {best.label} is no choice: give "
+                "smaller values, or lower the learning rate",
+                FlatminWarning,
+                stacklevel=2,
+            )
     found = {
         "held_out": SHARE,
         "seeds": outcome.seeds,
@@ -73,6 +86,7 @@ def select(
                 "label": row.label,
                 "method": row.method,
                 "validation_accuracy": outcome.accuracies(row.label),
+                "diverged": outcome.diverged(row.label),
                 "chosen": row in chosen,
             }
             for row in contested

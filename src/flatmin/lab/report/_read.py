@@ -27,7 +27,7 @@ from ..results import (
 )
 from ..results.comparison import title
 from ..results.files import parse_json, read_json, read_text
-from ..results.values import number
+from ..results.values import is_diverged, number
 from ._study import Json, Run, Study
 from ._verdict import MANY, run_verdict
 
@@ -95,7 +95,8 @@ def _from_runs(row: Row, runs: Sequence[Run]) -> Row:
     """A row with the accuracies of its runs' last epochs, which have no interval."""
     last = [number(run.metrics[-1].get("test_accuracy")) for run in runs if run.metrics]
     found = [100 * value for value in last if value is not None]
-    return replace(row, test_accuracy=found, accuracy=Interval(sum(found) / len(found), None) if found else None)
+    row = replace(row, test_accuracy=found, accuracy=Interval(sum(found) / len(found), None) if found else None)
+    return row.with_diverged(sum(is_diverged(run.metrics[-1]) for run in runs if run.metrics))
 
 
 def _find_runs(folder: Path, labels: Sequence[str]) -> list[Run]:

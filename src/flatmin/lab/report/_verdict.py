@@ -18,6 +18,8 @@ def run_verdict(study: Study) -> str:
 
 
 def _ending(row: Row) -> str:
+    if row.diverged:
+        return row.say_diverged()
     if row.accuracy is None:
         return "unknown"
     over = f" (mean of {len(row.test_accuracy)} seeds)" if len(row.test_accuracy) > 1 else ""

@@ -9,7 +9,7 @@ from ...errors import DataError
 from .files import RESULTS, read_json
 from .judgement import verdict
 from .rows import HEADINGS, Json, Row
-from .values import count_of, number, numbers
+from .values import count_of, is_diverged, number, numbers
 
 ByLabel = Mapping[str, Mapping[int, Mapping[str, float]]]
 
@@ -83,18 +83,20 @@ class ComparisonResult:
             raise DataError(f"{where}: not a comparison of flatmin (rows and recipe are missing)")
         if not all(isinstance(row, dict) and isinstance(row.get("label"), str) for row in rows):
             raise DataError(f"{where}: is damaged: a row has no label")
-        made = [Row.from_json(row) for row in rows]
-        if len({row.label for row in made}) != len(made):
+        metrics = _by_label(values.get("metrics"))
+        read = [Row.from_json(row) for row in rows]
+        if len({row.label for row in read}) != len(read):
             raise DataError(f"{where}: is damaged: two rows have the same label")
+        made = _settled(read, metrics)
         seeds = [int(seed) for seed in numbers(values.get("seeds")) if seed is not None]
         written = values.get("verdict")
         return cls(
             made,
             seeds,
-            written if isinstance(written, str) else verdict(made, len(seeds)),
+            written if isinstance(written, str) and made == read else verdict(made, len(seeds)),
             recipe,
             bool(values.get("interrupted")),
-            _by_label(values.get("metrics")),
+            metrics,
             _by_label(values.get("partial")),
             {name: ratio for name, ratio in _mapping(values.get("plain_step_ratio")).items() if number(ratio)},
             _mapping(values.get("selection")) or None,
@@ -133,6 +135,13 @@ def read_comparison(path: "str | Path") -> ComparisonResult:
 def title(recipe: Json) -> str:
     """What is trained on what, for a heading."""
     return str(recipe.get("experiment") or f"{recipe.get('data', '?')}, {recipe.get('model', '?')}")
+
+
+def _settled(rows: Sequence[Row], metrics: ByLabel) -> list[Row]:
+    """The rows without what a diverged seed makes void: before flatmin noticed divergence, files had that too."""
+    found = [max(row.diverged, sum(map(is_diverged, metrics.get(row.label, {}).values()))) for row in rows]
+    settled = [row.with_diverged(count) for row, count in zip(rows, found, strict=True)]
+    return [settled[0], *(row.without_difference() for row in settled[1:])] if found[0] else settled
 
 
 def _mapping(value: Any) -> dict[str, Any]:

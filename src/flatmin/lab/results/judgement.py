@@ -9,11 +9,13 @@ from .values import count_of, join
 LEAST_SEEDS = 5  # for a claim
 LEVEL = 0.05  # of significance, two-sided
 
-Finding = Literal["better", "worse", "open", "few"]
+Finding = Literal["better", "worse", "open", "few", "diverged"]
 
 
 def judge(row: Row, seeds: int) -> Finding:
     """Whether a row is ``better`` or ``worse`` than the base beyond noise, ``open``, or has too ``few`` seeds.
+
+    A row of which any seed diverged is ``diverged``.
 
     It is better or worse if its paired difference is significant at 5 %, two-sided, after Holm's correction for the
     number of rows. Fewer than 5 seeds support no claim: accuracies are counts of samples, so a few differences are
@@ -23,6 +25,8 @@ def judge(row: Row, seeds: int) -> Finding:
         row: A row other than the base.
         seeds: How many seeds every row has finished.
     """
+    if row.diverged:
+        return "diverged"
     if seeds < LEAST_SEEDS or row.p_value_holm is None or row.difference is None:
         return "few"
     return "open" if row.p_value_holm >= LEVEL else "better" if row.difference.mean > 0 else "worse"
@@ -39,25 +43,33 @@ def verdict(rows: Sequence[Row], seeds: int, *, most: int | None = None) -> str:
     base, others = rows[0], rows[1:]
     if not seeds:
         return "No seed was finished by every method, so there is nothing to compare."
+    if base.diverged:
+        return f"{_diverged([base])} It is the base, so there is nothing to compare with."
     if not others:
         return f"{base.label} alone: there is nothing to compare it with."
     if seeds < LEAST_SEEDS:
-        return f"{count_of(seeds, 'finished seed')}: too few for a claim, which takes {LEAST_SEEDS}."
-    found: dict[str, list[Row]] = {"better": [], "worse": [], "open": [], "few": []}
+        few = f"{count_of(seeds, 'finished seed')}: too few for a claim, which takes {LEAST_SEEDS}."
+        lost = [row for row in others if row.diverged]
+        return f"{few} {_diverged(lost)}" if lost else few
+    found: dict[str, list[Row]] = {"better": [], "worse": [], "open": [], "few": [], "diverged": []}
     for row in others:
         found[judge(row, seeds)].append(row)
+    lost = found["diverged"]
     better, worse, rest = found["better"], found["worse"], found["open"] + found["few"]
     fine = (
         f"(Paired over {seeds} seeds, two-sided t-test at {100 * LEVEL:g} %, Holm-corrected for "
-        f"{count_of(len(others), 'comparison')}; this data, network and recipe only.)"
+        f"{count_of(len(others) - len(lost), 'comparison')}; this data, network and recipe only.)"
     )
     if most is not None and len(others) > most:
-        return " ".join([*_brief(rows, better, len(worse), len(rest)), fine])
+        brief = _brief(rows, better, len(worse), len(rest))
+        return " ".join([*brief, *([_diverged(lost)] if lost else []), fine])
     sentences = [f"Better than {base.label} beyond noise here: {_gains(better) or 'none'}."]
     if worse:
         sentences.append(f"Worse: {_gains(worse)}.")
     if rest:
         sentences.append(f"Not told apart from it: {_gains(rest)}.")
+    if lost:
+        sentences.append(_diverged(lost))
     return " ".join([*sentences, fine])
 
 
@@ -80,6 +92,12 @@ def _brief(rows: Sequence[Row], better: Sequence[Row], worse: int, rest: int) ->
     if front:
         sentences.append(f"By their means, no other is at once as cheap and as accurate as {join(front)}.")
     return sentences
+
+
+def _diverged(rows: Sequence[Row]) -> str:
+    """Which rows have diverged, and with how many seeds, as a sentence."""
+    each = (f"{row.label} ({row.diverged} of {count_of(len(row.test_accuracy), 'seed')})" for row in rows)
+    return f"Diverged, so without a result: {', '.join(each)}."
 
 
 def _gains(rows: Sequence[Row]) -> str:

@@ -1,12 +1,13 @@
 """The rows of a comparison."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .values import number, numbers, say_bytes
+from .values import count_of, number, numbers, say_bytes
 
 Json = Mapping[str, Any]
+_NUMBERS = ("p_value", "p_value_holm", "step_ratio", "step_seconds", "extra_bytes")
 HEADINGS = ("method", "test accuracy %", "paired difference", "time/step", "extra memory")
 
 
@@ -45,6 +46,8 @@ class Row:
         step_ratio: Time per step as a multiple of the base's, mean over all steps of the run.
         step_seconds: Time of a step in seconds; where only some steps have a second pass, of one that has.
         extra_bytes: Memory that the method needs beyond the base optimizer, in bytes.
+        diverged: How many of these seeds ended with a test loss that is infinite or not a number. A row with any has no
+            accuracy and no difference: a mean over the seeds that are left would be of the lucky ones.
     """
 
     label: str
@@ -58,10 +61,12 @@ class Row:
     step_ratio: float | None = None
     step_seconds: float | None = None
     extra_bytes: float | None = None
+    diverged: int = 0
 
     @classmethod
     def from_json(cls, values: Json) -> "Row":
         """Takes what `to_json` returned; what is missing or no number becomes None."""
+        found = {name: number(values.get(name)) for name in _NUMBERS}
         return cls(
             values["label"],
             str(values.get("method", "")),
@@ -69,9 +74,22 @@ class Row:
             [value for value in numbers(values.get("test_accuracy")) if value is not None],
             Interval.from_json(values.get("accuracy")),
             Interval.from_json(values.get("difference")),
-            *(number(values.get(name)) for name in ("p_value", "p_value_holm")),
-            *(number(values.get(name)) for name in ("step_ratio", "step_seconds", "extra_bytes")),
+            found["p_value"],
+            found["p_value_holm"],
+            found["step_ratio"],
+            found["step_seconds"],
+            found["extra_bytes"],
+            int(number(values.get("diverged")) or 0),
         )
+
+    def with_diverged(self, seeds: int) -> "Row":
+        """Returns this row with so many of its seeds diverged, and if that is any without what they make void."""
+        row = replace(self, diverged=seeds)
+        return row.without_difference(accuracy=None) if seeds else row
+
+    def without_difference(self, **changes: Any) -> "Row":
+        """Returns this row with nothing said on its difference to the base, and other changes."""
+        return replace(self, difference=None, p_value=None, p_value_holm=None, **changes)
 
     def setting_json(self) -> dict[str, Any]:
         """What is trained, without what was found."""
@@ -84,6 +102,7 @@ class Row:
             "step_ratio": self.step_ratio,
             "step_seconds": self.step_seconds,
             "extra_bytes": self.extra_bytes,
+            "diverged": self.diverged,
         }
         for name, interval in (("accuracy", self.accuracy), ("difference", self.difference)):
             values |= {} if interval is None else {name: asdict(interval)}
@@ -91,12 +110,17 @@ class Row:
             values |= {} if p is None else {name: p}
         return values
 
+    def say_diverged(self) -> str:
+        """How many of the seeds diverged, such as ``"diverged"`` for all, or ``"diverged (2 of 5 seeds)"``."""
+        seeds = len(self.test_accuracy)
+        return "diverged" if self.diverged >= seeds else f"diverged ({self.diverged} of {count_of(seeds, 'seed')})"
+
     def cells(self) -> list[str]:
         """The row as text, a cell for each of `HEADINGS`."""
         is_base = self.p_value_holm is None
         return [
             self.label,
-            "" if self.accuracy is None else self.accuracy.say(),
+            self.say_diverged() if self.diverged else "" if self.accuracy is None else self.accuracy.say(),
             "" if self.difference is None or is_base else self.difference.say(signed=True),
             "-" if self.step_ratio is None else f"{self.step_ratio:.2f}x",
             "-" if self.extra_bytes is None else say_bytes(self.extra_bytes),

@@ -1,7 +1,7 @@
 """Numbers as they come from JSON, and as people say them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -19,6 +19,20 @@ def number(value: Any) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def is_diverged(metrics: Mapping[str, Any]) -> bool:
+    """Whether a run had diverged at the end of an epoch: its test loss is infinite or not a number, None in JSON.
+
+    Args:
+        metrics: Of that epoch; without a test loss nothing is known.
+
+    Example:
+        >>> from flatmin.lab.results.values import is_diverged
+        >>> is_diverged({"test_loss": 0.3}), is_diverged({"test_loss": None}), is_diverged({})
+        (False, True, False)
+    """
+    return "test_loss" in metrics and number(metrics["test_loss"]) is None
 
 
 def numbers(values: Any) -> list[float | None]:

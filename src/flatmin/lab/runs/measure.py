@@ -11,7 +11,7 @@ import torch
 
 from ..._checks import check_integer
 from ..._files import write_json
-from ...errors import InvalidArgumentError
+from ...errors import InvalidArgumentError, NoDirectionError
 from ...sharpness import (
     Landscape,
     Objective,
@@ -65,7 +65,7 @@ class Measures:
 
     Attributes:
         loss: Of raw logits, at the network's weights.
-        measures: All of raw logits, then the same of normalised ones.
+        measures: All of raw logits, then the same of normalised ones, if these can be measured.
         eigenvalues: The largest of the Hessian, of raw logits.
     """
 
@@ -80,7 +80,7 @@ class RunSharpness(Measures):
 
     Attributes:
         loss: Of raw logits, at the network's weights.
-        measures: All of raw logits, then the same of normalised ones.
+        measures: All of raw logits, then the same of normalised ones, if these can be measured.
         eigenvalues: The largest of the Hessian, of raw logits.
         density: The density of its eigenvalues, of raw logits, if it was asked for.
         samples: Number of training samples measured on.
@@ -134,7 +134,7 @@ def measure_sharpness(
     """Measures how sharp the minimum of a saved run is, and writes ``sharpness.json`` into its folder.
 
     Every measure is taken on raw and on normalised logits, since softer or harder predictions change the first
-    whatever the minimum is like.
+    whatever the minimum is like. Logits of fewer than three classes cannot be normalised, so those measures are absent.
 
     Args:
         run: The folder of a run, for its newest checkpoint, or a checkpoint, or what `open_saved` returned.
@@ -270,6 +270,8 @@ def measures(
 ) -> Measures:
     """Measures a network in all ways that can be compared, each on raw and on normalised logits.
 
+    Where logits cannot be normalised, as those of two classes, the measures of raw ones are all there are.
+
     Args:
         objective: What to measure; whether it normalises logits does not matter.
         rho: SAM's; the adaptive measure takes ten times as much, as ASAM does.
@@ -284,7 +286,10 @@ def measures(
     for logits in ("raw", "normalised"):
         now = objective.variant(normalise_logits=logits == "normalised")
         tell(f"sharpness, {logits} logits")
-        plain = sam_sharpness(now, rho=rho)
+        try:
+            plain = sam_sharpness(now, rho=rho)
+        except NoDirectionError:
+            break
         found.append(Measure("sam_sharpness", logits, rho, plain.value))
         adaptive = sam_sharpness(now, rho=10 * rho, adaptive=True)
         found.append(Measure("sam_sharpness_adaptive", logits, 10 * rho, adaptive.value))

@@ -17,6 +17,7 @@ from ..methods import get_method, resolve_settings
 from ..problems.load import import_experiment
 from ..recipe import Recipe, Run, as_recipe
 from ..results import LAST, METRICS
+from ..results.values import is_diverged
 from ..training import torchrun
 from .folder import run_folder
 from .resume import find_run, read_run
@@ -42,6 +43,8 @@ class TrainedRun:
 
     def __str__(self) -> str:
         accuracy = f"{100 * self.metrics['test_accuracy']:.2f} %"
+        if is_diverged(self.metrics):
+            accuracy = f"{accuracy}, for it has diverged (test loss {self.metrics['test_loss']})"
         return f"test accuracy after the last epoch {accuracy}; the run is in {self.folder}"
 
 
@@ -103,7 +106,8 @@ def train(
             folder = Path(_distributed.from_first(str(made)))
             warn_if_idle(method, run.settings, recipe.epochs)
             with _interruptible(run, folder):
-                last = train_run(run, folder, on_epoch=on_epoch, checkpoint_minutes=checkpoint_minutes)
+                said = _saying_divergence(run, on_epoch)
+                last = train_run(run, folder, on_epoch=said, checkpoint_minutes=checkpoint_minutes)
     return TrainedRun(folder, last, run)
 
 
@@ -145,7 +149,8 @@ def resume(
     )
     found = dataclasses.replace(found, recipe=recipe)
     with torchrun.joined(found.recipe.device), _interruptible(found, folder):
-        last = resume_run(found, folder, checkpoint, on_epoch=on_epoch, checkpoint_minutes=checkpoint_minutes)
+        said = _saying_divergence(found, on_epoch)
+        last = resume_run(found, folder, checkpoint, on_epoch=said, checkpoint_minutes=checkpoint_minutes)
     return TrainedRun(folder, last, found)
 
 
@@ -159,6 +164,27 @@ def warn_if_idle(label: str, settings: Mapping[str, Any], epochs: int) -> None:
             FlatminWarning,
             stacklevel=3,
         )
+
+
+def _saying_divergence(run: Run, on_epoch: OnEpoch | None) -> OnEpoch:
+    """Warns after the first epoch whose test loss is not finite, then calls ``on_epoch``."""
+    told = False
+
+    def epoch_done(metrics: dict[str, float]) -> None:
+        nonlocal told
+        if is_diverged(metrics) and not told and _distributed.rank() == 0:
+            told = True
+            warnings.warn(
+                f"the training has diverged: the test loss is {metrics['test_loss']} after epoch "
+                f"{int(metrics['epoch']) + 1} of {run.recipe.epochs}, and a sample whose outputs are not finite "
+                "does not count as right; lower the learning rate, or the method's rho or coefficient",
+                FlatminWarning,
+                stacklevel=2,
+            )
+        if on_epoch is not None:
+            on_epoch(metrics)
+
+    return epoch_done
 
 
 @contextmanager

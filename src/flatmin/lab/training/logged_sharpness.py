@@ -2,7 +2,9 @@
 
 import copy
 import math
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._rng import preserved
-from ...errors import NonFiniteLossError
+from ...errors import FlatminError, FlatminWarning, NoDirectionError, NonFiniteLossError
 from ...sharpness import Objective, hessian_eigenvalues, sam_sharpness
 from ..problems.batches import drawn_batches
 from ..problems.problem import Problem, class_numbers
@@ -43,8 +45,9 @@ def epoch_sharpness(trainer: "Trainer", lr: float) -> dict[str, float]:
 
     Returns:
         ``sharpness`` (SAM's measure, rho 0.05, plain cross entropy, evaluation mode, on at most 512 training samples),
-        ``sharpness_normalised`` (the same of normalised logits) and ``gradient_norm``; ``top_eigenvalue`` of the
-        Hessian, to about 1 %, and ``lr_times_top_eigenvalue``. NaN if a loss is not finite.
+        ``sharpness_normalised`` (the same of normalised logits; not for fewer than three) and ``gradient_norm``;
+        ``top_eigenvalue`` of the Hessian, to about 1 %, and ``lr_times_top_eigenvalue``. NaN where nothing
+        can be measured.
     """
     recipe, done = trainer.run.recipe, trainer.epoch + 1
 
@@ -58,18 +61,28 @@ def epoch_sharpness(trainer: "Trainer", lr: float) -> dict[str, float]:
     found: dict[str, float] = {}
     if due(recipe.log_sharpness):
         found |= dict.fromkeys(("sharpness", "sharpness_normalised", "gradient_norm"), math.nan)
-        with suppress(NonFiniteLossError):
+        with _ending_no_training():
             raw = sam_sharpness(objective)
-            normalised = sam_sharpness(objective.variant(normalise_logits=True))
-            found |= {
-                "sharpness": raw.value,
-                "sharpness_normalised": normalised.value,
-                "gradient_norm": raw.gradient_norm,
-            }
+            found |= {"sharpness": raw.value, "gradient_norm": raw.gradient_norm}
+            try:
+                found["sharpness_normalised"] = sam_sharpness(objective.variant(normalise_logits=True)).value
+            except NoDirectionError:
+                del found["sharpness_normalised"]
     if due(recipe.log_curvature):
         top = math.nan
-        with suppress(NonFiniteLossError):
+        with _ending_no_training():
             # Eight vectors find the top one to far less than the tolerance, in nine products of twenty-one.
             top = hessian_eigenvalues(objective, tolerance=0.05, vectors=8).value
         found |= {"top_eigenvalue": top, "lr_times_top_eigenvalue": lr * top}
     return found
+
+
+@contextmanager
+def _ending_no_training() -> Iterator[None]:
+    """Lets no measure end the training: a loss that is not finite has none, and what else is wrong is warned of."""
+    try:
+        yield
+    except NonFiniteLossError:
+        pass
+    except FlatminError as error:
+        warnings.warn(f"sharpness could not be logged: {error}", FlatminWarning, stacklevel=4)

@@ -227,7 +227,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Returns the plain cross entropy and the accuracy, a share of 1, on the test set."""
+        """Returns the plain cross entropy and the accuracy, a share of 1, on the test set.
+
+        Where a sample's logits are not numbers, or the largest is not finite, nothing is predicted, so it is not right.
+        """
         model = self.evaluated.eval()
         totals = torch.zeros(2, device=self.device)
         recipe = self.run.recipe
@@ -237,7 +240,8 @@ class Trainer:
             with self._autocast():
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), y, reduction="sum")
-            totals += torch.stack([loss, (logits.argmax(dim=1) == y).sum()])
+            right = (logits.argmax(dim=1) == y) & logits.amax(dim=1).isfinite()  # argmax gives NaN a class too
+            totals += torch.stack([loss, right.sum()])
         loss_mean, accuracy = (_distributed.total(totals) / size_of(self.problem.test)).tolist()
         return loss_mean, accuracy
 
