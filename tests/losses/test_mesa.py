@@ -354,3 +354,15 @@ def test_averaged_model_that_returns_no_tensor_is_explained():
     mesa.average.module.register_forward_hook(lambda *_: {"out": torch.zeros(2, C)})
     with pytest.raises(InvalidArgumentError, match="returned dict"):
         mesa(torch.zeros(2, C), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_an_average_that_is_never_updated_is_warned_of_once(given, recwarn):
+    model = nn.Linear(4, 3)
+    average = {"average": flatmin.EMA(model)} if given else {}
+    mesa = flatmin.MESA(model, start_epoch=0, **average)
+    for epoch in range(3):
+        mesa.set_epoch(epoch)
+        mesa(model(torch.ones(2, 4)), torch.ones(2, 4))
+    (warning,) = recwarn.list
+    assert f"call {'average' if given else 'mesa'}.update()" in str(warning.message)

@@ -245,3 +245,24 @@ def test_a_loss_that_is_no_tensor_is_refused(network, batches):
     objective = Objective(network, lambda z, y: 1.0, batches)
     with pytest.raises(InvalidArgumentError, match="mean over the batch, got float"):
         loss_landscape(objective)
+
+
+def test_what_is_kept_is_a_copy(network, batches):
+    """A caller may change a batch in place, and a loader fill the same memory again."""
+    x, y = batches[0]
+    wanted = sam_sharpness(Objective(network, F.cross_entropy, [(x.clone(), y.clone())])).loss
+    objective = Objective(network, F.cross_entropy, [(x, y)])
+    x.zero_()
+    y.zero_()
+    assert sam_sharpness(objective).loss == wanted
+
+    class Reusing:
+        def __iter__(self):
+            for inputs, targets in batches[1:3]:
+                x[: len(inputs)] = inputs
+                y[: len(targets)] = targets
+                yield x[: len(inputs)], y[: len(targets)]
+
+    known = [(inputs.clone(), targets.clone()) for inputs, targets in batches[1:3]]
+    found = Objective(network, F.cross_entropy, Reusing())
+    assert sam_sharpness(found).loss == sam_sharpness(Objective(network, F.cross_entropy, known)).loss

@@ -235,10 +235,8 @@ class MESA(nn.Module):
         return torch.tensor([self._epoch, self._calls, self._seed])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Reads them from a ``state_dict``; an older one has only the epoch."""
-        self._epoch, *rest = (int(number) for number in state)
-        if rest:
-            self._calls, self._seed = rest
+        """Reads them from a ``state_dict``."""
+        self._epoch, self._calls, self._seed = (int(number) for number in state)
 
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""
@@ -266,13 +264,14 @@ class MESA(nn.Module):
         """Warns once when an epoch has gone by without an update: the target is still the untrained network."""
         if self._first_epoch is None:
             self._first_epoch = self._epoch
-        if self._own is None or self._checked or self._epoch <= self._first_epoch:
+        if self._checked or self._epoch <= self._first_epoch or not isinstance(self.average, EMA):
             return
         self._checked = True
-        if int(self._own.n_averaged) == 1:
+        if int(self.average.n_averaged) == 1:
+            owner = "mesa" if self._own is not None else "average"
             warnings.warn(
                 "MESA's average has never been updated, so it is still the network it was made with: call "
-                "mesa.update() after optimizer.step(), or mesa.attach(optimizer) once",
+                f"{owner}.update() after optimizer.step(), or {owner}.attach(optimizer) once",
                 FlatminWarning,
                 stacklevel=5,  # _check_updates, forward, nn.Module.__call__ (two frames), the caller
             )

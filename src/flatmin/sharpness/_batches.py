@@ -1,5 +1,6 @@
 """The batches that are measured on: the same in every pass, and kept where the model is if they are small."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -124,8 +125,8 @@ class Batches:
             size, count = size + x.nbytes, count + len(y)
             if size > KEPT:
                 kept = None
-            if kept is not None:
-                kept.append((x, y))
+            if kept is not None:  # copies: a loader may use its memory again, and a caller change a batch in place
+                kept.append((x.clone(), y.clone() if isinstance(y, Tensor) else copy.deepcopy(y)))
         return kept, count
 
     def _subset(self, place: Place, samples: int) -> list[Batch]:

@@ -18,7 +18,7 @@ from ..._rng import preserved
 from ...errors import DataError, InvalidArgumentError
 from ...indices import with_indices
 from ...optim import SharpnessAware
-from ..methods import Ingredients, get_method
+from ..methods import Assembled, Ingredients, get_method
 from ..problems.batches import drawn_batches, make_loader, rank_batches, size_of
 from ..problems.problem import Problem, augmented, class_numbers, make_criterion
 from ..recipe import Run
@@ -87,6 +87,10 @@ class Trainer:
             ),
             run.settings,
         )
+        if not isinstance(method, Assembled):
+            raise InvalidArgumentError(
+                f"assemble of the method {run.method} must return flatmin.lab.methods.Assembled, got {method!r:.80}"
+            )
         self.optimizer, self.trajectory, self.average = method.optimizer, method.trajectory, method.average
         self._penalty, self._chooses, self._at_epoch_end = method.penalty, method.chooses, method.at_epoch_end
         self._refresh = method.refresh or (None if self.average is None else self.average.refresh)
