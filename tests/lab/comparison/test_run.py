@@ -130,7 +130,7 @@ class TestRows:
         [
             (["saf"], {}, "must include base"),
             ([], {}, "must include base"),
-            (["base", "saf", "saf"], {}, "has a name twice.*--set"),
+            (["base", "saf", "saf"], {}, "has a name twice.*several values"),
             (["base", "sff"], {}, "unknown method 'sff', did you mean"),
             (["base"], {"saf": {"lag": [1]}}, "setting is given for saf, which is not among"),
             (["base"], {"suf": {"lag": [1]}}, "unknown method 'suf'"),
