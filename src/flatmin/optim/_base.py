@@ -28,7 +28,7 @@ class SharpnessAware(Wrapper):
     """A torch optimizer around another one that takes its gradient at perturbed weights: the base of all methods here.
 
     ``param_groups``, ``state`` and ``defaults`` *are* the base optimizer's, so that schedulers, ``zero_grad``,
-    ``add_param_group`` and checkpoints work on either. What a method remembers beside is kept apart.
+    ``add_param_group`` and checkpoints work on either. A method's own memory is kept apart.
 
     A two-pass step calls the closure at the weights and at the perturbed weights, restores the weights (bit-identical),
     and lets the base optimizer step with what the method makes of the second gradient. Where ``when`` returns False, or

@@ -24,7 +24,7 @@ class SAM(SharpnessAware):
     *Sharpness-Aware Minimization for Efficiently Improving Generalization*, Foret et al., ICLR 2021, arXiv 2010.01412.
 
     Memory: one copy of the perturbed weights. What holds for all methods (batch-norm statistics, gradients that are not
-    finite, several processes) is said in `SharpnessAware`.
+    finite, several processes) is described in `SharpnessAware`.
 
     Args:
         base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.

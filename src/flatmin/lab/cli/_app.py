@@ -23,7 +23,7 @@ from ._terminal import err_console, out_console, speaking
 @app.callback(invoke_without_command=True)
 def version(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Train networks into flat minima at the price of the plain optimizer, and measure what it gains."""
     if version:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from ..comparison.compare import compare as run_comparison
-from ..methods import COMPARED
+from ..methods import COMPARED, METHODS
 from ..recipe import Recipe
 from ..results.values import count_of
 from ._options import parse_settings, with_options
@@ -20,7 +20,10 @@ _COMPARED = ",".join(COMPARED)
 def compare(
     recipe: Recipe,
     methods: Annotated[
-        str | None, typer.Option(help=f"Methods to compare, with commas; base must be one.  [default: {_COMPARED}]")
+        str | None,
+        typer.Option(
+            help=f"Methods to compare, with commas; base must be one: {', '.join(METHODS)}.  [default: {_COMPARED}]"
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,

@@ -86,5 +86,5 @@ def check_resumed(run: Run, folder: Path, given: dict[str, Any]) -> None:
     if differ:
         raise InvalidArgumentError(
             f"{folder} continues with its own options, from which these differ: {', '.join(differ)}; leave them out, "
-            "or start a new run; only --device, --workers and --checkpoint-minutes may be others beside --resume"
+            "or start a new run; only --device, --workers and --checkpoint-minutes may change with --resume"
         )

@@ -21,6 +21,6 @@ CARDS = (
         stands_for=nn.CrossEntropyLoss,
         use="CrossEntropyLoss(label_smoothing=0.1)",
         paper="Szegedy et al. 2016, arXiv 1512.00567",
-        choose="always as a rival: it costs nothing",
+        choose="always compare with it: it costs nothing",
     ),
 )

@@ -191,7 +191,7 @@ CARDS = (
     ),
     _card(
         "ae_sam",
-        "SAM in the steps whose gradient is large beside its past",
+        "SAM in the steps whose gradient is large compared with past ones",
         SAM,
         ("rho",),
         when="adaptive",
@@ -227,7 +227,7 @@ CARDS = (
     ),
     _card(
         "gsam",
-        "SAM, and the gap to the loss at the weights closed",
+        "SAM that also closes the gap to the loss at the weights",
         GSAM,
         ("rho", "alpha"),
         make=_gsam,
@@ -241,7 +241,7 @@ CARDS = (
     ),
     _card(
         "look_sam",
-        "SAM in every `k`-th step, what it brought reused in the others",
+        "SAM in every `k`-th step; the others reuse its last correction",
         LookSAM,
         ("rho", "k", "alpha"),
         whole=2,
@@ -254,7 +254,7 @@ CARDS = (
     ),
     _card(
         "friendly_sam",
-        "SAM along what is peculiar to the batch",
+        "SAM along the part of the gradient that is peculiar to the batch",
         FriendlySAM,
         ("rho", "sigma", "lam"),
         moved=3,
