@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .._checks import check_choice, check_integer, check_module, check_number
+from .._passes import Pass, current_pass
 from ..averages import EMA
 from ..averages._average import check_alike, evaluating
 from ..averages._copy import refuse_lazy, without_hooks_of
@@ -53,8 +54,8 @@ class MESA(nn.Module):
         fraction: Share of each batch, in (0, 1], on which the average runs and over which the mean is taken. The loss
             is the same on average, and noisier. A generator of MESA's own draws the samples.
         interval: Compute the loss in every ``interval``-th call and return 0 in the others; its mean weight is then
-            ``coefficient / interval``. Calls are counted, not steps. If a step makes several calls (a closure called
-            twice, micro-batches), choose an interval that has no divisor in common with their number.
+            ``coefficient / interval``. Calls are counted, not steps; the second pass of flatmin's optimizers counts as
+            the first. With micro-batches choose an interval that has no divisor in common with their number.
         autocast: Run the average under autocast to ``torch.bfloat16`` or ``torch.float16``. None: inherit the caller's
             autocast state.
         statistics: How the average's batch norm (and instance norm that tracks) normalises. ``"averaged"``: with its
@@ -131,6 +132,8 @@ class MESA(nn.Module):
             self.__dict__["average"] = average  # past nn.Module: a submodule would be moved and saved with MESA
         self._networks = (target, model)  # in a tuple, so that they are no submodules
         self._epoch = 0
+        self._pass: Pass | None = None  # that the last call was in
+        self._step_began = 0  # the call with which its step began
         self._calls = 0  # of those in which the loss was not switched off
         self._seed = torch.initial_seed() % 2**32  # each call draws its share with _seed + _calls
         self._first_epoch: int | None = None
@@ -166,8 +169,7 @@ class MESA(nn.Module):
             )
         if not self.training or self._epoch < self.start_epoch or self.coefficient == 0:
             return self._nothing(logits)
-        call, self._calls = self._calls, self._calls + 1
-        if call % self.interval:
+        if (call := self._next_call()) % self.interval:
             return self._nothing(logits)
         self._check_updates()
         batch_alone = self.statistics == "batch"
@@ -235,8 +237,10 @@ class MESA(nn.Module):
         return torch.tensor([self._epoch, self._calls, self._seed])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Reads them from a ``state_dict``."""
-        self._epoch, self._calls, self._seed = (int(number) for number in state)
+        """Reads them from a ``state_dict``; one with the epoch alone continues with its own calls and seed."""
+        self._epoch, *rest = (int(number) for number in state)
+        if rest:
+            self._calls, self._seed = rest
 
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""
@@ -259,6 +263,18 @@ class MESA(nn.Module):
                 "mesa.attach and mesa.refresh, or let MESA make its own average"
             )
         return self._own
+
+    def _next_call(self) -> int:
+        """The index of this call. The second pass of a step has those of the first, and so the same loss."""
+        now, before, self._pass = current_pass(), self._pass, current_pass()
+        if now is not None and (before is None or before.step is not now.step):
+            # A loop with first_step makes the first pass before the optimizer knows; it is taken for one call.
+            self._calls -= now.second and self._calls > 0
+            self._step_began = self._calls
+        elif now is not None and before is not None and now.second and not before.second:
+            self._calls = self._step_began
+        call, self._calls = self._calls, self._calls + 1
+        return call
 
     def _check_updates(self) -> None:
         """Warns once when an epoch has gone by without an update: the target is still the untrained network."""

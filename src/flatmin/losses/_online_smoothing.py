@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import check_integer, check_number
 from .._distributed import total
+from .._passes import current_pass
 from ..errors import InvalidArgumentError
 from ._masked import filling, masked_classes
 
@@ -105,7 +106,9 @@ class OnlineLabelSmoothing(nn.Module):
         self._check(logits, y)
         if not self.training:
             return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
-        self._count(logits.detach(), y)
+        now = current_pass()
+        if now is None or not now.second:  # counted once a step, at the weights
+            self._count(logits.detach(), y)
         hard = nn.functional.one_hot(y, self.num_classes)
         masked = masked_classes(logits)
         soft = self.soft_labels[y].masked_fill(masked, 0)

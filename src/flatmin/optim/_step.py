@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from .._passes import within
 from .._rng import CPU, Everywhere, replayed
 from ..errors import InvalidArgumentError
 from ._foreach import global_norm, length, scale_, scaled_norm
@@ -124,6 +125,7 @@ class Step:
     failed: str = field(init=False, default="")
     _ranks: list[ProcessGroup] = field(init=False, default_factory=list)
     _random: Everywhere | None = field(init=False, default=None)
+    _token: object = field(init=False, default_factory=object)  # of the step, for losses that count their calls
 
     def __post_init__(self) -> None:
         answer = self.when.before(self.index) if self.rho > 0 else False
@@ -139,7 +141,10 @@ class Step:
         try:
             # Where the gradient decides, it has to be that of the whole batch, or ranks would decide differently.
             wanted = self.local and self.second_runs is True
-            with local_gradients(self.surroundings.model, wanted=wanted) as self._ranks:
+            with (
+                within(self._token, second=False),
+                local_gradients(self.surroundings.model, wanted=wanted) as self._ranks,
+            ):
                 yield
             self._collect("first")
         except NotFiniteError:
@@ -182,6 +187,7 @@ class Step:
             moved(parameters, directions, self.scaling, rho=rho, eps=eps, norm=norm, check=self.check),
             frozen_buffers(self.surroundings, self._every()),
             replayed(self._random),
+            within(self._token, second=True),
         ):
             self.gradients.clear()
             for parameter in self._every():
