@@ -73,7 +73,7 @@ def with_indices(loader: "DataLoader[Any]") -> "Indexed":
 
 
 class Indexed:
-    """What `with_indices` returns: an iterable of ``(index, batch)`` that can be gone through again."""
+    """What `with_indices` returns: an iterable of ``(index, batch)`` that can be iterated again."""
 
     def __init__(self, loader: "DataLoader[Any]") -> None:
         # batch_size=None turns batching off: then the sampler, and not the batch sampler, feeds the workers.

@@ -211,8 +211,8 @@ def test_a_result_becomes_json(measure, network, batches):
     [
         ({"batches": []}, "batches are empty"),
         ({"batches": [(torch.zeros(0, 3), torch.zeros(0))]}, "batches are empty"),
-        ({"batches": iter([])}, "gone through again"),
-        ({"batches": 3}, "gone through again"),
+        ({"batches": iter([])}, "iterated again"),
+        ({"batches": 3}, "iterated again"),
         ({"batches": [torch.zeros(2, 3)]}, "pairs"),
         ({"model": nn.Flatten()}, "no parameter with requires_grad"),
         ({"loss_fn": nn.CrossEntropyLoss(reduction="none")}, "mean over the batch"),

@@ -33,7 +33,7 @@ class Batches:
     def __init__(self, source: Iterable[Any], *, samples: int | None, seed: int) -> None:
         if not isinstance(source, Iterable) or isinstance(source, Iterator):
             raise InvalidArgumentError(
-                f"batches must be something that can be gone through again, such as a list or a DataLoader, got "
+                f"batches must be something that can be iterated again, such as a list or a DataLoader, got "
                 f"{type(source).__name__}; list(...) makes one of a generator"
             )
         self._most = None if samples is None else check_integer("samples", samples, least=1)
