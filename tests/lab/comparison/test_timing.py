@@ -37,6 +37,7 @@ def stub(name, seconds, clock, order):
         model=torch.nn.Linear(1, 1),
         set_epoch=lambda epoch: None,
         step=step,
+        make_statistics=lambda: None,
     )
 
 
@@ -136,3 +137,10 @@ def test_rows_of_which_not_all_steps_pay_are_timed_in_both_kinds(monkeypatch):
     costs, trainers = measure_rows(rows, lambda row: row, (None, None, None))
     assert [(c.full.median(), c.plain and c.plain.median()) for c in costs] == [(0, None), (1, None), (2, 3), (4, 5)]
     assert [row.settings.get("when") for row in trainers] == [None, "always", "always", "always"]
+
+
+def test_a_target_with_fresh_statistics_has_them_before_it_is_timed(make_trainer, recwarn):
+    trainer = make_trainer("mesa", settings={"statistics": "fresh", "start_epoch": 0}, epochs=8)
+    trainer.step(*first_batch(trainer))  # after which statistics are wanted
+    measure_steps([trainer], first_batch(trainer), seconds=0)
+    assert not recwarn.list

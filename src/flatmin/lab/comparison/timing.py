@@ -106,6 +106,8 @@ def measure_steps(
     """
     times: list[list[float]] = [[] for _ in trainers]
     starts = [_first_active_epoch(trainer) for trainer in trainers]
+    for trainer in trainers:
+        trainer.make_statistics()  # in training a target has them before it acts
     order = random.Random(0)
     end, done = time.perf_counter() + seconds, -warm_up
     while done < least_rounds or time.perf_counter() < end:

@@ -136,7 +136,7 @@ class Trainer:
         self.scheduler.step()
         _distributed.broadcast_buffers([self.model])
         self._at_epoch_end()
-        self._make_statistics()
+        self.make_statistics()
         test_loss, test_accuracy = self.evaluate()
         measured = epoch_sharpness(self, lr)
         self.epoch += 1
@@ -161,7 +161,7 @@ class Trainer:
         if self.progress.steps == 0:
             self.set_epoch(self.epoch)
             if self.epoch == 0 and self.trajectory is not None:
-                self._make_statistics()  # for a target that runs in this epoch
+                self.make_statistics()  # for a target that runs in this epoch
         else:
             # Drawn again and dropped, so that data sets and workers that draw random numbers come as far as before.
             deque(islice(batches, self.progress.steps), maxlen=0)
@@ -213,7 +213,7 @@ class Trainer:
         self._scaler.update()
         return StepResult(*losses[0], calls=len(losses))
 
-    def _make_statistics(self) -> None:
+    def make_statistics(self) -> None:
         """Gives the method's average batch-norm statistics of its own; random states and training are not touched.
 
         They come from training samples as they are, neither cropped nor flipped, as test samples are.
