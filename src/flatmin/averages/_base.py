@@ -27,8 +27,8 @@ class WeightAverage(nn.Module, ABC):
     run needs.
 
     **Batch norm**: call `refresh` before you evaluate or deploy the average of a network with batch norm. The mean of
-    the statistics of many networks belongs to none of them, and costs the average points of accuracy, at times most of
-    it.
+    the statistics of many networks belongs to none of them, and can cost the average points of accuracy while the
+    learning rate is high.
 
     Tensors are paired by name. Other floating buffers are averaged where that gives a finite number, and copied where
     it does not (a mask of -inf); integers, masks of pruning and buffers of parametrizations are copied; a buffer that
