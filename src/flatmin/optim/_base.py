@@ -2,10 +2,8 @@
 
 import copy
 import itertools
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
 from inspect import signature
 from typing import Any, ClassVar, Literal
 
@@ -15,16 +13,18 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .._checks import check_choice, check_integer, check_module, check_number
-from .._distributed import size
-from ..errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
+from ..errors import InvalidArgumentError
+from ._first_pass import Beginning
 from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of, rounded_away
-from ._step import LossScale, NotFiniteError, Passes, Step
-from ._surroundings import Buffers, Surroundings
+from ._scale import LossScale
+from ._step import Passes, Step
+from ._stepping import Stepping
+from ._surroundings import Surroundings
 from ._wrapper import Memory, Wrapper
 from .schedules import Every, Schedule, as_schedule
 
 
-class SharpnessAware(Wrapper):
+class SharpnessAware(Stepping, Wrapper):
     """A torch optimizer around another one that takes its gradient at perturbed weights: the base of all methods here.
 
     ``param_groups``, ``state`` and ``defaults`` *are* the base optimizer's, so that schedulers, ``zero_grad``,
@@ -90,7 +90,8 @@ class SharpnessAware(Wrapper):
     per_sample_closure: ClassVar[bool] = False
     _closure = "def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); return loss"
     _without_closure = (
-        "; or make the passes in a loop: for _ in optimizer.passes(): ..., or use first_step, second_step"
+        "; or make the passes in a loop: for _ in optimizer.passes(): ..., or use perturb, restore and step, or "
+        "first_step, second_step"
     )
 
     def __init__(
@@ -122,13 +123,10 @@ class SharpnessAware(Wrapper):
         self._replay = bool(same_randomness)
         self._steps = 0  # that were made
         self._memory = Memory()
-        self._under_way = False
         self._checked = False  # whether weights were moved before
         self._coarse: torch.dtype | None = None  # of weights that are too coarse for it, to be warned of
-        self._before: Buffers | None = None  # for the step that first_step is about to begin
-        self._ready: Step | None = None  # whose passes are all made, without a closure
-        self._suspended: Generator[int, None, None] | None = None  # the step that first_step has begun
         self._over = False  # whether first_step has made a whole step
+        self._set_up()
 
     @abstractmethod
     def _gradient(self, step: Step) -> Passes:
@@ -136,48 +134,6 @@ class SharpnessAware(Wrapper):
 
         Writes to memory after the last pass only, since any pass may fail.
         """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[..., Any] | None = None) -> Any:
-        """Makes one step.
-
-        Args:
-            closure: Clears the gradients, computes the loss, calls ``backward()`` and returns the loss, as torch's
-                own optimizers expect it. Called twice; once by one-pass methods, in steps without a second pass, and
-                where the first gradient is not finite.
-
-        Returns:
-            The loss of the first call; of two-pass methods at the unperturbed weights.
-
-        Raises:
-            InvalidArgumentError: If there is no closure, or it leaves no gradient.
-            Exception: Whatever the closure raises; the weights are then as they were.
-        """
-        step = self._take_ready() if closure is None else self._make_passes(closure)
-        self.step_dropped = bool(step.failed)
-        if self._coarse is not None:
-            warnings.warn(
-                f"the weights are {self._coarse}, in which most of {type(self).__name__}'s perturbation is rounded "
-                "away: keep them in float32 and compute in lower precision with torch.autocast (warned once)",
-                FlatminWarning,
-                stacklevel=4,  # step, torch's two wrappers
-            )
-            self._coarse = None
-        if step.failed:
-            if self.skipped_steps == 0 and not step.scale.enabled:
-                warnings.warn(
-                    f"the {step.failed} gradient of a {type(self).__name__} step is not finite: the step was dropped "
-                    "and the weights are as they were (warned once; skipped_steps counts them)",
-                    NonFiniteGradientWarning,
-                    stacklevel=4,  # step, torch's two wrappers
-                )
-            self.skipped_steps += 1
-        else:
-            self.base_optimizer.step()
-            torch.clear_autocast_cache()  # of an autocast around several steps
-            self._when.observe(self._steps, step.first_norm)
-            self._steps += 1
-        return step.loss
 
     def passes(self) -> Generator[int, None, None]:
         """Makes one step in a loop over its passes, where no closure can be given.
@@ -201,26 +157,20 @@ class SharpnessAware(Wrapper):
             ...     weight.square().sum().backward()
         """
         step = self._begin(None)
-        step.before, self._before = self._before, None
-        with closing(self._run(step)) as passes:
+        with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
                 with torch.no_grad():
-                    if next(passes, step) is step:
+                    if not self._progress.advance(step):
                         break
                 yield index
-        self._ready = step
-        try:
+            self._after_passes(step)
             self.step()
-        finally:
-            self._ready = None
 
     def first_step(self, zero_grad: bool = False) -> bool:
         """Moves the weights, after the first backward pass; in one-pass methods before the only one.
 
-        For loops written for optimizers with two steps, such as davda54/sam and pytorch-optimizer. Prefer `passes`:
-        here the first pass is over before the optimizer knows of it, so that dropout takes other masks in the second,
-        and no rank can have kept its gradient to itself. A step that is dropped puts buffers back to where they were
-        after the step before; the first of all cannot. Gradients of other optimizers are yours to clear.
+        For loops written for optimizers with two steps, such as davda54/sam and pytorch-optimizer. It is `perturb`,
+        and where no second pass is wanted, `step`; `perturb` says what is known of the first pass.
 
         Args:
             zero_grad: Whether to clear the gradients afterwards. Where a second pass is wanted they are in any case.
@@ -242,18 +192,10 @@ class SharpnessAware(Wrapper):
             ...     weight.square().sum().backward()
             ...     optimizer.second_step(zero_grad=True)
         """
-        if self.norm == "rank" and size() > 1:
-            raise InvalidArgumentError(
-                "first_step comes after the gradients are averaged, and norm='rank' is for those of one rank; "
-                f"make it {type(self).__name__}(..., norm='global'), or use passes()"
-            )
-        suspended, early = self.passes(), self.max_passes == 2
-        self._before = self._surroundings.between if early else None
-        for _ in range(self.max_passes):
-            wanted = next(suspended, None) is not None
-        self._suspended, self._over = (suspended, False) if wanted else (None, True)
+        wanted = self.perturb()
         if not wanted:
-            self._note_buffers()
+            self.step()
+        self._over = not wanted
         if zero_grad:
             self.zero_grad()
         return wanted
@@ -267,26 +209,14 @@ class SharpnessAware(Wrapper):
         Raises:
             InvalidArgumentError: If there was no `first_step`, or there is no gradient.
         """
-        suspended, over, self._suspended, self._over = self._suspended, self._over, None, False
-        if suspended is not None:
-            next(suspended, None)
-            self._note_buffers()
+        over, self._over = self._over, False
+        if self._progress.under_way is not None:
+            self.restore()
+            self.step()
         elif not over:
             raise InvalidArgumentError("second_step comes after first_step, which has not been called")
         if zero_grad:
             self.zero_grad()
-
-    def abandon(self) -> None:
-        """Gives up the step that `first_step` has begun: all is as before, the weights bit-identical."""
-        suspended, self._suspended, self._over = self._suspended, None, False
-        if suspended is not None:
-            suspended.close()
-
-    def _note_buffers(self) -> None:
-        """Copies the buffers after a step whose successor's first pass may be over before the optimizer knows."""
-        if self.max_passes == 2:
-            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-            self._surroundings.between = Buffers(self._surroundings.modules(parameters))
 
     def __repr__(self) -> str:
         """The method with its numbers and its ``when``, around the base optimizer with its groups."""
@@ -300,11 +230,16 @@ class SharpnessAware(Wrapper):
         return f"{type(self).__name__}({', '.join(shown)}) around {self.base_optimizer!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_idle("a copy")
-        return super().__getstate__()
+        self._progress.check_idle("a copy")
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in ("_progress", "_beginnings")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._set_up()
 
     def _own_state(self) -> dict[str, Any]:
-        self._check_idle("state_dict")
+        self._progress.check_idle("state_dict")
         return {
             "step": self._steps,
             "state": self._memory.state_dict(self.param_groups),
@@ -312,16 +247,17 @@ class SharpnessAware(Wrapper):
         }
 
     def _load(self, base: dict[str, Any], own: dict[str, Any]) -> None:
-        self._check_idle("load_state_dict")
+        self._progress.check_idle("load_state_dict")
         steps = check_integer("state_dict['flatmin']['step']", own.get("step", 0), least=0)
         memory = Memory.from_state(own.get("state", {}), self.param_groups)
         self.base_optimizer.load_state_dict(base)
         self._when.load_state_dict(own.get("when") or copy.deepcopy(self._when_new))
         self._steps, self._memory = steps, memory
-        self._surroundings.between = None
+        self._progress.close()
+        self._beginnings.note(None)
 
-    def _begin(self, closure: Callable[..., Any] | None) -> Step:
-        """A new step, of which nothing is done."""
+    def _begin(self, closure: Callable[..., Any] | None, begun: Beginning | None = None) -> Step:
+        """A new step, of which nothing is done, or with ``begun`` the first pass."""
         return Step(
             name=type(self).__name__,
             closure=closure,
@@ -332,59 +268,21 @@ class SharpnessAware(Wrapper):
             scaling=self._scaling,
             when=self._when,
             surroundings=self._surroundings,
-            local=self.norm == "rank",
+            beginnings=self._beginnings,
+            begun=begun,
+            local=self.norm == "rank" and begun is None,
             replay=self._replay,
             max_norm=self.max_norm,
-            scale=LossScale(self.scaler, self.base_optimizer),
+            scale=LossScale(self.scaler, self, outside=begun is not None),
             check=None if self._checked else self._check_rounding,
         )
 
-    def _make_passes(self, closure: Callable[..., Any]) -> Step:
-        """A step whose passes the closure has made."""
-        step = self._begin(closure)
-        with closing(self._run(step)) as passes:
-            for index, _ in enumerate(passes):
-                assert step.closure is not None
-                with torch.enable_grad():
-                    loss = step.closure()
-                step.loss = loss if index == 0 else step.loss
-        return step
-
-    def _take_ready(self) -> Step:
-        """The step whose passes were made without a closure."""
-        step, self._ready = self._ready, None
-        if step is None:
-            raise InvalidArgumentError(
-                f"{type(self).__name__}.step needs a closure, to take the gradient where it chooses: "
-                f"{self._closure}{self._without_closure}"
-            )
-        return step
-
-    def _run(self, step: Step) -> Passes:
-        """The passes of a step: a generator that yields where one is due. To close it undoes all that it has moved."""
-        self._check_idle("another step")
-        self._under_way, self._ready = True, None
-        try:
-            yield from self._gradient(step)
-            step.clip()
-        except NotFiniteError as error:
-            step.failed = str(error)
-            step.scale.overflowed(step.gradients)
-            if step.before is not None:
-                step.before.restore()
-        finally:
-            self._under_way = False
+    def _scaler_of_loop(self) -> GradScaler | None:
+        return None if self.scaler.is_enabled() else self._surroundings.scaler_of(self)
 
     def _check_rounding(self, moved: list[Tensor], weights: list[Tensor], offsets: list[Tensor]) -> None:
         """Notes, in the first step that moves weights, whether these are too coarse for it."""
         self._checked, self._coarse = True, rounded_away(moved, weights, offsets)
-
-    def _check_idle(self, what: str) -> None:
-        if self._under_way:
-            raise InvalidArgumentError(
-                f"{what} while a step is under way, at perturbed weights perhaps: let its last pass be made, as "
-                "second_step() does, or give it up with abandon()"
-            )
 
 
 def check_scaler(scaler: GradScaler | None) -> GradScaler:

@@ -78,6 +78,8 @@ class FriendlySAM(SharpnessAware):
         >>> optimizer = flatmin.FriendlySAM(base, rho=0.2, sigma=1.0, lam=0.9)
     """
 
+    _mixes_steps = True
+
     def __init__(
         self,
         base_optimizer: Optimizer,

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 from torch.distributed import ProcessGroup
-from torch.optim import Optimizer
 
 from .._passes import within
 from .._rng import CPU, Everywhere, replayed
 from ..errors import InvalidArgumentError
+from ._first_pass import Beginning, Beginnings
 from ._foreach import global_norm, length, scale_, scaled_norm
 from ._perturbation import Scaling, moved
+from ._scale import LossScale
 from ._second_pass import agreed, frozen_buffers, local_gradients
 from ._surroundings import Buffers, OtherGradients, Surroundings
 from .schedules import Schedule, decided
@@ -27,46 +27,6 @@ Passes = Generator[None, None, None]  # yields wherever a pass is due; whoever g
 
 class NotFiniteError(Exception):
     """A gradient of a step is infinite or not a number; the message says which. Never reaches the user."""
-
-
-class LossScale:
-    """The loss scale of one step in float16, by the public functions of torch's ``GradScaler`` alone.
-
-    The scaler is told of one pass a step, which is all that it allows.
-
-    Args:
-        scaler: The scaler; one that is not enabled scales by 1.
-        optimizer: Whose step it is.
-    """
-
-    def __init__(self, scaler: GradScaler, optimizer: Optimizer) -> None:
-        self._scaler, self._optimizer = scaler, optimizer
-        self._factor = 0.0  # not known before the first backward pass, which may choose it
-
-    @property
-    def enabled(self) -> bool:
-        """Whether there is anything to do."""
-        return self._scaler.is_enabled()
-
-    def factor(self) -> float:
-        """What the losses of this step are multiplied with. Waits for the device, once a step."""
-        if not self._factor:
-            self._factor = self._scaler.get_scale()
-        return self._factor
-
-    def remove(self, gradients: list[Tensor], *, last: bool) -> None:
-        """Divides by the scale: of the last pass's gradients the scaler does it, and notes that they are finite."""
-        if last:
-            self._scaler.unscale_(self._optimizer)
-        elif self.enabled:
-            scale_(gradients, 1 / self.factor())
-
-    def overflowed(self, gradients: list[Tensor]) -> None:
-        """Has the scaler note that a pass was not finite, on this rank too where it was so on another alone."""
-        if self.enabled:
-            for gradient in gradients:
-                gradient.fill_(float("inf"))
-            self._scaler.unscale_(self._optimizer)
 
 
 @dataclass
@@ -86,6 +46,8 @@ class Step:
         scaling: What makes a perturbation of a direction.
         when: In which steps the second pass runs.
         surroundings: The network and other optimizers.
+        beginnings: Knows how the next step begins, where its first pass is in the user's loop.
+        begun: How this one began, if its first pass was over before the optimizer knew; None if it knows the passes.
         local: Whether to perturb along the gradient of this rank's batch.
         replay: Whether the second pass draws the random numbers of the first.
         max_norm: Norm that the gradient to step with has at most; None for any.
@@ -110,6 +72,8 @@ class Step:
     scaling: Scaling
     when: Schedule
     surroundings: Surroundings
+    beginnings: Beginnings
+    begun: Beginning | None
     local: bool
     replay: bool
     max_norm: float | None
@@ -123,6 +87,7 @@ class Step:
     loss: Any = field(init=False, default=None)
     before: Buffers | None = field(init=False, default=None)
     failed: str = field(init=False, default="")
+    _others: OtherGradients | None = field(init=False, default=None)  # those set aside until the second pass is over
     _ranks: list[ProcessGroup] = field(init=False, default_factory=list)
     _random: Everywhere | None = field(init=False, default=None)
     _token: object = field(init=False, default_factory=object)  # of the step, for losses that count their calls
@@ -130,14 +95,17 @@ class Step:
     def __post_init__(self) -> None:
         answer = self.when.before(self.index) if self.rho > 0 else False
         self.second_runs = None if answer is None else bool(answer)
+        if self.begun is not None:
+            self.before = self.begun.buffers
 
     def first_pass(self) -> Passes:
         """Takes the gradient at the weights, and decides whether the second pass runs."""
         possible = self.second_runs is not False
         if possible and self.replay:
-            self._random = Everywhere.on({CPU, *(parameter.device for parameter in self._every())})
+            known = self.begun.random[:1] if self.begun is not None else []
+            self._random = next(iter(known), None) or self._random_now()
         self._remember()
-        others = self.surroundings.other_gradients(self._every()) if possible else OtherGradients(())
+        others = self.surroundings.other_gradients(self.every()) if possible else OtherGradients(())
         try:
             # Where the gradient decides, it has to be that of the whole batch, or ranks would decide differently.
             wanted = self.local and self.second_runs is True
@@ -156,7 +124,12 @@ class Step:
         self.first_norm = self.norm
         if self.second_runs is None:
             self.second_runs = decided(self.when.after(self.index, self.norm), self.index)
-        (others.drop if self.second_runs else others.keep)()
+        if not self.second_runs:
+            others.keep()
+        elif self.begun is None:
+            others.drop()
+        else:  # what was set aside has the first gradient in it
+            self._others = others
         self.scale.remove(self.gradients, last=not self.second_runs)
 
     def second_pass(
@@ -183,14 +156,17 @@ class Step:
             parameters, directions = self.to_perturb()
             norm = self.norm if directions is self.gradients else None
         rho = self.rho if rho is None else rho
+        self.scale.begin_second()
         with (
+            self._others or nullcontext(),
             moved(parameters, directions, self.scaling, rho=rho, eps=eps, norm=norm, check=self.check),
-            frozen_buffers(self.surroundings, self._every()),
+            frozen_buffers(self.surroundings, self.every()),
             replayed(self._random),
+            nullcontext() if self.begun is None else self.beginnings.replayed(self.begun),
             within(self._token, second=True),
         ):
             self.gradients.clear()
-            for parameter in self._every():
+            for parameter in self.every():
                 parameter.grad = None
             yield
         self._collect("second")
@@ -208,7 +184,7 @@ class Step:
 
     def candidates(self) -> list[Tensor]:
         """All parameters that may be perturbed, with a gradient or without; not those that are frozen now."""
-        trained = [parameter for parameter in self._every() if parameter.requires_grad]
+        trained = [parameter for parameter in self.every() if parameter.requires_grad]
         return [parameter for parameter in trained if self.subset is None or parameter in self.subset]
 
     def to_perturb(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -228,29 +204,57 @@ class Step:
         found = aligned(self.parameters, parameters, first)
         return found, self.first_norm if found is first else length(found)
 
-    def clip(self) -> None:
-        """Shortens the gradient to step with to ``max_norm``, as ``clip_grad_norm_`` does."""
-        if self.max_norm is not None:
-            factor = self.max_norm / (length(self.gradients) + 1e-6)
+    def fail(self, which: str) -> None:
+        """The gradient of a pass is not finite: the buffers are as they were, and the scaler is told."""
+        self.failed = which
+        self.scale.overflowed(self.gradients)
+        if self.before is not None:
+            self.before.restore()
+
+    def finish(self) -> None:
+        """All passes are made: the gradient to step with is as the loop expects it."""
+        self.scale.put_back(self.gradients)
+
+    def settle(self) -> None:
+        """Unscales the gradient to step with, if that is not done, and shortens it to ``max_norm`` at most."""
+        gradients = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
+        if gradients:
+            self.scale.settle()
+        elif not self.failed:
+            raise InvalidArgumentError(
+                f"the gradient that {self.name} is to step with was cleared: call zero_grad() after step(), or before "
+                "a backward pass"
+            )
+        if self.max_norm is not None and not self.failed:
+            factor = self.max_norm / (length(gradients) + 1e-6)  # as clip_grad_norm_ does
             if factor < 1:
-                scale_(self.gradients, factor)
+                scale_(gradients, factor)
 
     def _remember(self) -> None:
         """Copies the buffers, if it is not done."""
         if self.before is None:
-            self.before = Buffers(self.surroundings.modules(self._every()))
+            self.before = Buffers(self.surroundings.modules(self.every()))
 
-    def _every(self) -> list[Tensor]:
+    def _random_now(self) -> Everywhere:
+        return Everywhere.on({CPU, *(parameter.device for parameter in self.every())})
+
+    def every(self) -> list[Tensor]:
+        """All parameters."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
     def _collect(self, which: str) -> None:
         """Finds the gradients that a pass has left, and their norm, on which all ranks agree if it is not finite."""
-        found = [(parameter, gradient) for parameter in self._every() if (gradient := parameter.grad) is not None]
+        found = [(parameter, gradient) for parameter in self.every() if (gradient := parameter.grad) is not None]
         self.parameters, self.gradients = [pair[0] for pair in found], [pair[1] for pair in found]
         if not self.gradients:
-            raise InvalidArgumentError("the closure left no gradient: it must call loss.backward()")
+            raise InvalidArgumentError(
+                "the closure left no gradient: it must call loss.backward()"
+                if self.begun is None
+                else f"the {which} pass left no gradient: call backward() before perturb() and again before restore()"
+            )
         if {gradient.layout for gradient in self.gradients} != {torch.strided}:
             raise InvalidArgumentError(f"{self.name} needs dense gradients; create the embedding with sparse=False")
+        self.scale.look()
         norm = agreed(global_norm(self.gradients), self._ranks)
         if not norm < float("inf"):  # the squares alone, perhaps, on one rank, perhaps
             norm = agreed(scaled_norm(self.gradients), self._ranks)

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
+
+from ._scale import has_unscaled
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _WHOLE = (torch.jit.ScriptModule, fx.GraphModule)  # whose parts have lost their classes
@@ -86,6 +89,17 @@ class OtherGradients:
             parameter.grad = gradient
         self._aside.clear()
 
+    # Where the first pass was over before, its gradients are among those set aside. Inside, the second pass is made.
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for parameter, gradient in self._aside:
+            if kind is not None or parameter.grad is None:  # that the second pass has not reached
+                parameter.grad = gradient
+        self._aside.clear()
+
 
 class Surroundings:
     """Finds the modules that hold an optimizer's parameters, and other optimizers.
@@ -95,16 +109,13 @@ class Surroundings:
 
     Args:
         model: The network, if it is given. None: its normalisation layers are looked for.
-
-    Attributes:
-        between: The buffers after the last step, where the next one's first pass is over before the optimizer knows.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
-        self.between: Buffers | None = None
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._others: list[weakref.ref[Optimizer]] | None = None  # None: not looked for yet
+        self._scalers: list[weakref.ref[GradScaler]] | None = None  # the same
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return type(self), (self.model,)  # a copy looks for itself
@@ -134,6 +145,15 @@ class Surroundings:
             if optimizer is not None:
                 others.update((p, None) for group in optimizer.param_groups for p in group["params"] if p not in own)
         return OtherGradients(others)
+
+    def scaler_of(self, optimizer: Optimizer) -> GradScaler | None:
+        """The scaler by which a loop has just unscaled the optimizer's gradients, if there is one."""
+        if self._scalers is None:
+            self._scalers = [weakref.ref(scaler) for scaler in _alive((GradScaler,))]
+        for scaler in (reference() for reference in self._scalers):
+            if scaler is not None and scaler.is_enabled() and has_unscaled(scaler, optimizer):
+                return scaler
+        return None
 
     def _look(self, parameters: list[Tensor]) -> None:
         if self._others is not None:

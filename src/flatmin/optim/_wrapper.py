@@ -116,6 +116,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._tensors: dict[str, dict[Tensor, Tensor]] = {}
+        self._staged: list[tuple[str, bool, dict[Tensor, Tensor]]] = []
 
     def get(self, name: str, parameters: list[Tensor]) -> list[Tensor | None]:
         """What is remembered of each under ``name``; None where there is nothing."""
@@ -129,12 +130,22 @@ class Memory:
         return some, [known[parameter] for parameter in some]
 
     def put(self, name: str, parameters: list[Tensor], tensors: list[Tensor]) -> None:
-        """Remembers ``tensors`` themselves, not copies of them, beside those of other parameters."""
-        self._tensors.setdefault(name, {}).update(zip(parameters, tensors, strict=True))
+        """Remembers ``tensors`` themselves, not copies, beside those of other parameters, once the step is made."""
+        self._staged.append((name, False, dict(zip(parameters, tensors, strict=True))))
 
     def replace(self, name: str, parameters: list[Tensor], tensors: list[Tensor]) -> None:
-        """Remembers ``tensors`` in place of all that there was under ``name``."""
-        self._tensors[name] = dict(zip(parameters, tensors, strict=True))
+        """Remembers ``tensors`` in place of all that there was under ``name``, once the step is made."""
+        self._staged.append((name, True, dict(zip(parameters, tensors, strict=True))))
+
+    def commit(self) -> None:
+        """The step is made."""
+        for name, alone, tensors in self._staged:
+            self._tensors[name] = tensors if alone else {**self._tensors.get(name, {}), **tensors}
+        self._staged.clear()
+
+    def forget(self) -> None:
+        """The step is not made."""
+        self._staged.clear()
 
     def state_dict(self, groups: list[dict[str, Any]]) -> dict[int, dict[str, Tensor]]:
         """Returns it by the index of the parameter in ``groups``, as torch's optimizers do."""
@@ -168,6 +179,7 @@ class Memory:
                     )
                 own = tensor.detach().to(device=parameter.device, dtype=parameter.dtype)
                 memory.put(name, [parameter], [own])
+        memory.commit()
         return memory
 
 

@@ -1,0 +1,249 @@
+"""The ways to make a step: with a closure, in a loop over the passes, or by calls between a loop's own passes."""
+
+import itertools
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from .._distributed import size
+from ..errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
+from ._first_pass import Beginning, Beginnings
+from ._progress import ORDER, Progress
+from ._step import Passes, Step
+from ._surroundings import Buffers, Surroundings
+from ._wrapper import Memory
+from .schedules import Schedule
+
+
+class Stepping(ABC):
+    """How a step is made: `Progress` goes over the passes that a method's ``_gradient`` yields, whoever makes them.
+
+    A part of `SharpnessAware`, which makes what is declared here.
+    """
+
+    max_passes: ClassVar[int]
+    base_optimizer: Optimizer
+    scaler: GradScaler
+    norm: str
+    skipped_steps: int
+    step_dropped: bool
+    _mixes_steps: ClassVar[bool] = False  # whether the gradients of different steps are added up
+    _closure: ClassVar[str]  # for errors
+    _without_closure: ClassVar[str]
+    _steps: int  # that were made
+    _memory: Memory
+    _when: Schedule
+    _replay: bool
+    _surroundings: Surroundings
+    _coarse: torch.dtype | None  # of weights that are too coarse for the perturbation, to be warned of
+    _drop_warned = False
+    _unmade_warned = False
+
+    @abstractmethod
+    def _gradient(self, step: Step) -> Passes:
+        """Yields where a pass is due, and leaves the gradient that the base optimizer is to step with."""
+
+    @abstractmethod
+    def _begin(self, closure: Callable[..., Any] | None, begun: Beginning | None = None) -> Step:
+        """A new step, of which nothing is done, or with ``begun`` the first pass."""
+
+    @abstractmethod
+    def _scaler_of_loop(self) -> GradScaler | None:
+        """A scaler by which the loop has just unscaled the gradients, which the optimizer was not given."""
+
+    def _set_up(self) -> None:
+        """Makes what belongs to this object, and not to a copy of it."""
+        self._progress = Progress()
+        known = self._surroundings.model if self.max_passes == 2 else None
+        self._beginnings = Beginnings(known, replay=self._replay)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[..., Any] | None = None) -> Any:
+        """Makes one step.
+
+        Args:
+            closure: Clears the gradients, computes the loss, calls ``backward()`` and returns the loss, as torch's
+                own optimizers expect it. Called twice; once by one-pass methods, in steps without a second pass, and
+                where the first gradient is not finite. None: the step that `perturb` and `restore` have prepared is
+                made.
+
+        Returns:
+            The loss of the first call; of two-pass methods at the unperturbed weights. None without a closure.
+
+        Raises:
+            InvalidArgumentError: If there is no closure and nothing was prepared, or it leaves no gradient.
+            Exception: Whatever the closure raises; the weights are then as they were.
+        """
+        step = self._step_without_closure() if closure is None else self._make_passes(closure)
+        step.settle()
+        if self._coarse is not None:
+            warnings.warn(
+                f"the weights are {self._coarse}, in which most of {type(self).__name__}'s perturbation is rounded "
+                "away: keep them in float32 and compute in lower precision with torch.autocast (warned once)",
+                FlatminWarning,
+                stacklevel=4,  # step, torch's two wrappers
+            )
+            self._coarse = None
+        if step.failed:
+            if not self._drop_warned and not step.scale.enabled:
+                self._drop_warned = True
+                warnings.warn(
+                    f"the {step.failed} gradient of a {type(self).__name__} step is not finite: the step was dropped "
+                    "and the weights are as they were (warned once; skipped_steps counts them)",
+                    NonFiniteGradientWarning,
+                    stacklevel=4,  # step, torch's two wrappers
+                )
+        else:
+            self.base_optimizer.step()
+            torch.clear_autocast_cache()  # of an autocast around several steps
+            self._memory.commit()
+            self._when.observe(self._steps, step.first_norm)
+            self._steps += 1
+        return step.loss
+
+    @torch.no_grad()
+    def perturb(self) -> bool:
+        """Moves the weights to where the second gradient is to be taken, after the first backward pass.
+
+        For loops that somebody else owns: whoever does may make several micro-batches a pass, unscale, clip, and call
+        ``scaler.step(optimizer)``. The order is ``backward(); perturb(); backward(); restore(); step()``, and where
+        this returns False, ``backward(); perturb(); step()``. `passes` and `step` with a closure do the same, and see
+        the first pass too; here it is over before the optimizer knows of it. With ``model=`` it is seen nevertheless:
+        dropout takes the same masks in both passes, of several micro-batches too, and a step that is dropped puts all
+        buffers back. Without, the second pass draws other numbers, and the very first step cannot put buffers back.
+
+        Gradients are cleared for the second pass, also those of what other optimizers train. Under
+        ``DistributedDataParallel`` the first gradient is averaged by now, so that ``norm="global"`` is needed.
+
+        With a ``GradScaler`` of the loop's, give it as ``scaler=``, and scale the loss in both passes. The loop
+        unscales, by ``scaler.unscale_(optimizer)`` after `restore`, or ``scaler.step(optimizer)``; to unscale before
+        `perturb` or `restore` is right too.
+
+        Returns:
+            Whether a second backward pass is wanted, and `restore` after it. Where not, because of ``when``, or since
+            a gradient is not finite, ``.grad`` is what the base optimizer is to step with.
+
+        Raises:
+            InvalidArgumentError: If there is no gradient, or a step is under way already.
+
+        Example:
+            >>> import torch, flatmin
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = flatmin.SAM(torch.optim.SGD([weight], lr=0.1), rho=0.5)
+            >>> weight.square().sum().backward()
+            >>> if optimizer.perturb():
+            ...     weight.square().sum().backward()
+            ...     optimizer.restore()
+            >>> optimizer.step()
+            >>> optimizer.zero_grad()
+        """
+        if self.norm == "rank" and size() > 1:
+            raise InvalidArgumentError(
+                "perturb and first_step come after the gradients are averaged, and norm='rank' is for those of one "
+                f"rank; make it {type(self).__name__}(..., norm='global'), or use passes() or a closure"
+            )
+        self._progress.check_idle("perturb()")
+        self._give_up_ready()
+        self.scaler = self._scaler_of_loop() or self.scaler
+        step = self._begin(None, begun=self._beginnings.take())
+        self._progress.begin(step, self._gradient(step))
+        for _ in range(self.max_passes):  # the first of two is over
+            wanted = self._progress.advance(step)
+            if not wanted:
+                break
+        if not wanted:
+            self._after_passes(step)
+        return wanted
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the weights back, bit-identical, after the second backward pass; ``.grad`` is what to step with.
+
+        Raises:
+            InvalidArgumentError: If there was no `perturb`, or there is no gradient: the weights are as they were then
+                too, and the step is given up. `abandon` does that without a word.
+        """
+        step = self._progress.under_way
+        if step is None or step.begun is None:
+            why = "which has not been called"
+            if self._progress.ready is not None:
+                why = "and only where it returns True: if optimizer.perturb(): ..."
+            raise InvalidArgumentError(f"restore comes after perturb, {why}; the order is {ORDER}")
+        if self._scaler_of_loop() is not None:
+            self._progress.close()
+            raise InvalidArgumentError(self._needs_scaler("its first gradient was scaled, and its second is not"))
+        self._progress.advance(step)
+        self._after_passes(step)
+
+    def abandon(self) -> None:
+        """Gives up the step that `perturb` or `first_step` has begun: all is as before, the weights bit-identical."""
+        self._memory.forget()
+        self._progress.close()
+
+    def _make_passes(self, closure: Callable[..., Any]) -> Step:
+        """A step whose passes the closure has made."""
+        step = self._begin(closure)
+        with self._progress.begun(step, self._gradient(step)):
+            for index in itertools.count():
+                if not self._progress.advance(step):
+                    break
+                assert step.closure is not None
+                with torch.enable_grad():
+                    loss = step.closure()
+                step.loss = loss if index == 0 else step.loss
+        self._after_passes(step)
+        return step
+
+    def _step_without_closure(self) -> Step:
+        """The step whose passes were made without a closure."""
+        self._progress.check_idle("step()")
+        step = self._progress.take()
+        if step is None:
+            raise InvalidArgumentError(
+                f"{type(self).__name__}.step needs a closure, to take the gradient where it chooses: "
+                f"{self._closure}{self._without_closure}"
+            )
+        if step.begun is not None:
+            self._adopt_scaler(step)
+        return step
+
+    def _adopt_scaler(self, step: Step) -> None:
+        """Takes a scaler of the loop's that the optimizer was not given; what was computed has to allow it."""
+        scaler = self._scaler_of_loop()
+        if scaler is None:
+            return
+        if self._mixes_steps or self._when.before(step.index) is None:
+            self._memory.forget()
+            raise InvalidArgumentError(self._needs_scaler("it compares the gradients of different steps"))
+        self.scaler = scaler
+
+    def _needs_scaler(self, why: str) -> str:
+        name = type(self).__name__
+        return f"{name} has to know the GradScaler of the loop, since {why}: {name}(..., scaler=scaler)"
+
+    def _after_passes(self, step: Step) -> None:
+        """The passes are made, and the step is not: it is known whether it is dropped, and how the next one begins."""
+        self.step_dropped = bool(step.failed)
+        if step.failed:
+            self._memory.forget()
+            self.skipped_steps += 1
+        unseen = step.begun is not None and not step.begun.seen and self.max_passes == 2
+        self._beginnings.note(Buffers(self._surroundings.modules(step.every())) if unseen else None)
+
+    def _give_up_ready(self) -> None:
+        """Says that a step was prepared and never made, unless a scaler has left it out as it was not finite."""
+        step = self._progress.take()
+        self._memory.forget()
+        if step is not None and not step.failed and not self._unmade_warned:
+            self._unmade_warned = True
+            warnings.warn(
+                f"a step of {type(self).__name__} was prepared by perturb() and was not made: call step() before the "
+                f"next perturb(), the order is {ORDER}; or abandon() to leave it out on purpose (warned once)",
+                FlatminWarning,
+                stacklevel=4,  # _give_up_ready, perturb, torch's wrapper
+            )
