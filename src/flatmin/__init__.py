@@ -3,6 +3,7 @@
 from . import averages as averages
 from . import errors as errors
 from . import history as history
+from . import indices as indices
 from . import losses as losses
 from . import optim as optim
 from . import sharpness as sharpness
@@ -10,6 +11,7 @@ from .averages import EMA as EMA
 from .averages import LAWA as LAWA
 from .averages import SwitchEMA as SwitchEMA
 from .averages import ema_decay as ema_decay
+from .indices import indexed as indexed
 from .indices import with_indices as with_indices
 from .losses import MESA as MESA
 from .losses import SAF as SAF
@@ -45,6 +47,8 @@ __all__ = [
     "ema_decay",
     "errors",
     "history",
+    "indexed",
+    "indices",
     "logit_squeezing",
     "losses",
     "optim",

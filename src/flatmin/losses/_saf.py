@@ -16,6 +16,7 @@ from ..errors import FlatminWarning, InvalidArgumentError
 from ..history import Codec, make_history
 from ._masked import filling, masked_classes
 from ._trajectory import trajectory_loss
+from ._watch import Watch
 
 
 class SAF(nn.Module):
@@ -113,6 +114,7 @@ class SAF(nn.Module):
         self._epoch = 0
         self._seen = 0  # samples so far in this epoch, counted on the host
         self._warned = False
+        self._watch = Watch(self.num_samples, self.num_classes, self.history.lag)
 
     def set_epoch(self, epoch: int) -> None:
         """Tells SAF which epoch begins, from 0. Call it before each epoch, as ``DistributedSampler.set_epoch``.
@@ -147,6 +149,7 @@ class SAF(nn.Module):
         # The host knows when nothing can contribute; then nothing is computed.
         compare = self._epoch >= max(self.start_epoch, self.history.lag) and self.coefficient > 0
         compared = self.history.exchange(index, logits, self._epoch, compare=compare)
+        self._watch(self._epoch, index, None if compared is None else compared[2])
         if compared is None:
             return zero
         now, past, mask = compared

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import pickle
+import time
 import warnings
 
 import pytest
@@ -36,6 +38,14 @@ class Squares(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         return self.items[index], os.getpid()
+
+
+class Slow(Squares):
+    """Takes its time for the first sample."""
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        time.sleep(0.3 if index == 0 else 0)
+        return super().__getitem__(index)
 
 
 class Batched(Squares):
@@ -182,10 +192,9 @@ def test_interleaved_iterations_keep_their_own_indices(kind, share):
 def test_interleaved_iterations_over_persistent_workers_never_give_a_wrong_index():
     loader = persistent()
     older = iter(flatmin.with_indices(loader))
-    next(older)
-    next(iter(flatmin.with_indices(loader)))
-    with pytest.raises(InvalidArgumentError, match="one iteration at a time"):
-        next(older)
+    pairs = [next(older)]
+    pairs += [*flatmin.with_indices(loader), *older]
+    assert all(of(loader, index) == content(batch) for index, batch in pairs)
 
 
 def test_plain_iteration_in_between_disturbs_nothing():
@@ -249,7 +258,6 @@ class Endless(IterableDataset):
         (DataLoader(Endless()), "Endless, is iterable .*MESA"),
         ([(1, 2)], "must be a torch.utils.data.DataLoader, got list"),
         (Squares(), "must be a torch.utils.data.DataLoader, got Squares"),
-        (DataLoader(Squares(), num_workers=1, in_order=False), "in_order=True"),
     ],
 )
 def test_unfit_loader_is_explained(loader, message):
@@ -257,11 +265,16 @@ def test_unfit_loader_is_explained(loader, message):
         flatmin.with_indices(loader)
 
 
-def test_in_order_false_without_workers_is_fine():
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_come_in_another_order_have_their_own_indices(workers):
+    more = {"num_workers": workers, "multiprocessing_context": "fork"} if workers else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loader = DataLoader(Squares(), 4, in_order=False)
-    assert all(of(loader, index) == content(batch) for index, batch in flatmin.with_indices(loader))
+        loader = DataLoader(Slow(), 2, in_order=False, **more)
+    pairs = list(flatmin.with_indices(loader))
+    assert all(of(loader, index) == content(batch) for index, batch in pairs)
+    order = torch.cat([index for index, _ in pairs]).tolist()
+    assert (order == list(range(N))) == (workers == 0)
 
 
 @pytest.mark.parametrize("keys", [["a", "b"], [0.0, 1.0], [True, False], [None]])
@@ -333,7 +346,6 @@ UNTRUE = {
     "skips": lambda **more: Skipping(Squares(), 4, **more),
     "resumes": lambda **more: Stateful(Squares(), 4, **more),
     "one iterator": lambda **more: OneIterator(Squares(), 4, **more),
-    "another sampler": lambda **more: OtherSampler(Squares(), 4, **more),
     "adapter": lambda **more: Adapter(DataLoader(Squares(), 4, **more)),
 }
 
@@ -341,7 +353,7 @@ UNTRUE = {
 @pytest.mark.parametrize("kind", UNTRUE)
 @pytest.mark.parametrize("options", [{}, {"shuffle": True}])
 def test_a_loader_that_iterates_in_its_own_way_is_refused_with_the_way_out(kind, options):
-    with pytest.raises(InvalidArgumentError, match=r"of its own.* let the data set yield each sample's own index"):
+    with pytest.raises(InvalidArgumentError, match=r"of its own.* make it of flatmin.indexed\(dataset\)"):
         flatmin.with_indices(UNTRUE[kind](**options))
 
 
@@ -355,12 +367,37 @@ def test_a_subclass_that_iterates_as_a_dataloader_does_is_fine():
     assert all(of(loader, index) == content(batch) for index, batch in flatmin.with_indices(loader))
 
 
-def test_an_iterator_that_is_not_the_samplers_own_is_explained():
+def test_a_loader_that_draws_by_another_sampler_gives_what_that_one_draws():
+    loader = OtherSampler(Squares(), 4)
+    assert [index.tolist() for index, _ in flatmin.with_indices(loader)] == list(loader._index_sampler)
+    assert all(of(loader, index) == content(batch) for index, batch in flatmin.with_indices(loader))
+
+
+def test_an_iterator_that_is_not_the_loaders_own_is_explained():
     loader = DataLoader(Squares(), 4)
     other = DataLoader(Squares(), 4)
     loader._get_iterator = lambda: iter(other)
-    with pytest.raises(InvalidArgumentError, match=r"sampler, a BatchSampler, did not draw.* let the data set yield"):
-        list(flatmin.with_indices(loader))
+    with pytest.raises(InvalidArgumentError, match=r"DataLoader has a _get_iterator of its own"):
+        flatmin.with_indices(loader)
+
+
+def test_what_a_loader_is_asked_for_it_still_has():
+    loader = KINDS["distributed"]()
+    wrapped = flatmin.with_indices(loader)
+    assert isinstance(wrapped, DataLoader)
+    for name in ("sampler", "batch_sampler", "batch_size", "num_workers", "drop_last", "generator"):
+        assert getattr(wrapped, name) is getattr(loader, name)
+    wrapped.sampler.set_epoch(7)
+    assert loader.sampler.epoch == 7
+    assert len(wrapped.dataset) == len(loader.dataset)
+
+
+@pytest.mark.parametrize("kind", ["distributed", "weighted", "no batching"])
+def test_twice_is_once_and_a_pickle_is_the_same(kind):
+    loader = KINDS[kind]()
+    for wrapped in (flatmin.with_indices(loader), flatmin.with_indices(flatmin.with_indices(loader))):
+        for pairs in (wrapped, pickle.loads(pickle.dumps(wrapped))):
+            assert all(of(loader, index) == content(batch) for index, batch in pairs)
 
 
 def sorted_in_place(samples):
@@ -381,13 +418,23 @@ def dropped_in_place(samples):
     return default_collate(samples)
 
 
-@pytest.mark.parametrize("collate", [sorted_in_place, sorted_anew, sorted_in_a_mapping, dropped_in_place])
+@pytest.mark.parametrize("collate", [sorted_anew, sorted_in_a_mapping])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_collate_fn_that_changes_the_order_is_refused(collate, workers):
     more = {"num_workers": workers, "multiprocessing_context": "fork"} if workers else {}
     loader = DataLoader(Squares(), 4, collate_fn=collate, **more)
     with pytest.raises(InvalidArgumentError, match=r"sorts, drops or moves samples(.|\n)*enforce_sorted=False"):
         list(flatmin.with_indices(loader))
+
+
+@pytest.mark.parametrize("collate", [sorted_in_place, dropped_in_place])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_collate_fn_that_changes_its_list_is_followed(collate, workers):
+    more = {"num_workers": workers, "multiprocessing_context": "fork"} if workers else {}
+    loader = DataLoader(Squares(), 4, shuffle=True, collate_fn=collate, **more)
+    pairs = list(flatmin.with_indices(loader))
+    assert all(of(loader, index) == content(batch) for index, batch in pairs)
+    assert sum(len(index) for index, _ in pairs) == N - (3 if collate is dropped_in_place else 0)
 
 
 def mixed(samples):
