@@ -6,7 +6,6 @@ import signal
 import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -36,18 +35,22 @@ def killed_at(number: int, action: Callable[[], object]) -> bool:
 def _watch(number: int) -> None:
     count = itertools.count(1)
 
-    def watched(function, target=None):
+    def watched(function, part=None):
         def call(*arguments, **options):
             if next(count) == number:
-                if target is not None:  # killed in the middle of writing
-                    os.close(os.open(target(arguments), os.O_CREAT | os.O_WRONLY))
-                    os.truncate(target(arguments), 20)
+                if part is not None:  # killed in the middle of writing
+                    part(arguments)
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
 
         return call
 
+    def cut_short(path):
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+        os.truncate(path, 20)
+
     for name in OPERATIONS:
         setattr(os, name, watched(getattr(os, name)))
-    safetensors.torch.save_file = watched(safetensors.torch.save_file, lambda arguments: arguments[1])
-    Path.write_bytes = watched(Path.write_bytes, lambda arguments: arguments[0])
+    safetensors.torch.save_file = watched(safetensors.torch.save_file, lambda arguments: cut_short(arguments[1]))
+    write = os.write
+    os.write = watched(write, part=lambda arguments: write(arguments[0], arguments[1][:20]))

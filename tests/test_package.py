@@ -23,7 +23,7 @@ PUBLIC = [
 # Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory the second.
 SHARED = {"errors", "_checks", "_distributed", "_files", "_interrupts", "_passes", "_rng"}
 LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
-RESULTS = {"errors", "lab/results"}
+RESULTS = {"errors", "_files", "lab/results"}
 PROBLEMS = {*SHARED, *LIBRARY, "lab/recipe", "lab/problems"}
 METHODS = {*SHARED, *LIBRARY, "lab/methods"}
 TRAINING = {*PROBLEMS, *METHODS, "lab/training"}

@@ -100,6 +100,13 @@ class Recipe:
                 raise InvalidArgumentError(
                     f"{name} and an experiment file exclude each other: the file defines its own"
                 )
+        for name in ("experiment", "data", "model", "device"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "experiment" and value is None):
+                raise InvalidArgumentError(f"{name} must be a string, got {value!r:.80}")
+        for name in ("crop", "flip"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgumentError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
         check_integer("epochs", self.epochs, least=1)
         check_integer("batch_size", self.batch_size, least=2, hint="; batch norm needs two samples")
         check_integer("train_samples", self.train_samples, least=0)

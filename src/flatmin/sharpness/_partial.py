@@ -3,11 +3,12 @@
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 from torch import Tensor
 
-from .._files import write_whole
+from .._files import read_text, write_whole
 from ..errors import DataError
 
 
@@ -26,13 +27,13 @@ class Partial:
     def __init__(self, path: Path | None, key: str, origin: float) -> None:
         self._path, self._key, self._origin = path, key, origin
         self.losses: list[float] = []
-        if path is None or not path.exists():
+        if path is None or not os.path.lexists(path):
             return
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(read_text(path))
             losses = [float(loss) for loss in found["losses"]]
             same = found["key"] == key and math.isclose(found["origin"], origin, rel_tol=1e-3)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DataError(f"{path}: not the beginning of a landscape; move it away to begin anew") from error
         if not same:
             raise DataError(

@@ -8,7 +8,7 @@ import typer
 from ...errors import InvalidArgumentError
 from ..runs.measure import PARTIAL, measure_landscape
 from ..runs.saved import open_saved
-from ._shared import Interrupted, app
+from ._shared import Interrupted, TrustExperiment, app
 from ._terminal import Display, out_console
 
 
@@ -27,13 +27,14 @@ def landscape(
         bool, typer.Option("--train-mode", help="Normalise with each batch's own statistics, as in training.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="Where to measure.  [default: where the run was]")] = None,
+    trust_experiment: TrustExperiment = False,
 ) -> None:
     """Look at the loss around the minimum of each run, and write landscape.json into its folder.
 
     The directions are random and filter-normalised (Li et al. 2018). After Ctrl-C, the same command goes on where it
     was. With --plane, one landscape of the three goes into the first one's folder.
     """
-    opened = [open_saved(run, device) for run in runs]
+    opened = [open_saved(run, device, trust_experiment=trust_experiment) for run in runs]
     if plane and len(opened) != 3:
         raise InvalidArgumentError(f"--plane goes through three runs or checkpoints, got {len(opened)}")
     for saved in opened[:1] if plane else opened:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import typer
 
@@ -14,6 +15,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+
+TrustExperiment = Annotated[
+    bool,
+    typer.Option(
+        "--trust-experiment",
+        help="Run the experiment file in the run's folder, code of whoever made it, if the one named is gone.",
+    ),
+]
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from ..runs.measure import NOTE, Measure, measure_sharpness
-from ._shared import app
+from ._shared import TrustExperiment, app
 from ._terminal import Display, out_console
 
 
@@ -25,6 +25,7 @@ def sharpness(
         bool, typer.Option("--train-mode", help="Normalise with each batch's own statistics, as in training.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="Where to measure.  [default: where the run was]")] = None,
+    trust_experiment: TrustExperiment = False,
 ) -> None:
     """Measure how sharp the minimum of a run is, and write sharpness.json into its folder.
 
@@ -43,6 +44,7 @@ def sharpness(
             float64=float64,
             train_mode=train_mode,
             device=device,
+            trust_experiment=trust_experiment,
             on_progress=lambda word: display.tell(0, 0, word),
         )
     out_console.print(

@@ -13,7 +13,7 @@ from ..runs.resume import find_run, read_run
 from ..runs.train import resume as resume_one
 from ..runs.train import train as train_one
 from ._options import check_resumed, given_options, with_options
-from ._shared import app, interruptible
+from ._shared import TrustExperiment, app, interruptible
 from ._terminal import out_console
 
 _METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
@@ -45,6 +45,7 @@ def train(
     checkpoint_minutes: Annotated[
         float, typer.Option(help="How long an epoch goes on without a checkpoint; 0 for one after every step.", min=0)
     ] = 10.0,
+    trust_experiment: TrustExperiment = False,
 ) -> None:
     """Train one network with one method and keep the run in a folder.
 
@@ -54,8 +55,10 @@ def train(
     flatmin train ...; the batch size is that of all together.
     """
     if resume is not None:
-        _resume(Path(resume), given_options(context), checkpoint_minutes)
+        _resume(Path(resume), given_options(context), checkpoint_minutes, trust_experiment)
         return
+    if trust_experiment:
+        raise InvalidArgumentError("--trust-experiment is for --resume; EXPERIMENT is run without it")
     own = parse_own_settings(get_method(method), set_ or [])
     for name in own.keys() & settings.keys():
         raise InvalidArgumentError(f"{name} is given twice, by --set and by --{name.replace('_', '-')}: give it once")
@@ -72,13 +75,14 @@ def train(
     out_console.print(str(done), markup=False)
 
 
-def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float) -> None:
+def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float, trust_experiment: bool) -> None:
     """Continues a run with its own options but for where it is done."""
     folder, _ = find_run(path)
-    run = read_run(folder)
+    run = read_run(folder, trust_experiment=trust_experiment)
     place = {name: given.pop(name) for name in ("device", "workers") if name in given}
     own = parse_own_settings(get_method(run.method), given.pop("set_", None) or [])
-    given = {name: value for name, value in given.items() if name not in ("resume", "checkpoint_minutes")}
+    for name in ("resume", "checkpoint_minutes", "trust_experiment"):
+        given.pop(name, None)
     check_resumed(run, folder, {**given, **own})
     shown: list[dict[str, float]] = []
     show = _show(run.recipe.epochs)
@@ -88,7 +92,9 @@ def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float) -> Non
         show(metrics)
 
     with interruptible():
-        done = resume_one(path, checkpoint_minutes=checkpoint_minutes, on_epoch=note, **place)
+        done = resume_one(
+            path, checkpoint_minutes=checkpoint_minutes, trust_experiment=trust_experiment, on_epoch=note, **place
+        )
     if not shown:
         out_console.print(f"the run is finished: all {run.recipe.epochs} epochs were done before", markup=False)
     out_console.print(str(done), markup=False)

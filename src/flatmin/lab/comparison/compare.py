@@ -187,7 +187,7 @@ def _look_at(folders: Sequence[Path], points: int, tell: OnProgress) -> None:
     try:
         for folder in folders:
             tell(0, 0, f"sharpness of {folder.name}")
-            saved = open_saved(folder)
+            saved = open_saved(folder, trust_experiment=True)  # its own
             batches = fixed_batches(saved.problem, LOOKED_AT, 0, saved.device)
             write_sharpness(saved, batches, density=density)
             write_landscape(saved, batches, points=points, on_progress=tell)

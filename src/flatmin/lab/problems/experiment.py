@@ -1,10 +1,13 @@
 """Experiment files: Python files that define a network and its data sets."""
 
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from importlib.machinery import SOURCE_SUFFIXES, SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -12,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..._files import LARGEST_SETUP, read_bytes
 from ..._rng import seed_all
-from ...errors import ExperimentError
+from ...errors import DataError, ExperimentError
 from ..recipe import Recipe
 from .problem import Problem, base_optimizer, check_size, class_numbers, with_noise
 
@@ -77,17 +81,32 @@ def import_experiment(recipe: Recipe) -> Any:
     return None if recipe.experiment is None else _import(Path(recipe.experiment))
 
 
+class _Loader(SourceFileLoader):
+    """Runs a file as it was read, never a compiled form that lies beside it, which may be of other code."""
+
+    def __init__(self, path: Path, source: bytes) -> None:
+        super().__init__(path.stem, str(path))
+        self._source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self._source, self.path)
+
+
 _experiments: set[str] = set()  # modules that are experiment files, and may be loaded again
 
 
 def _import(path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ExperimentError(f"{path}: no such experiment file")
+    try:
+        source = read_bytes(path, most=LARGEST_SETUP, follow=True)
+    except DataError as error:
+        raise ExperimentError(str(error)) from error
     if path.stem in sys.stdlib_module_names or path.stem in sys.modules.keys() - _experiments:
         raise ExperimentError(f"{path}: there is a module {path.stem} already; give the file another name")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    loader = None if spec is None else spec.loader
-    if spec is None or loader is None:
+    loader = _Loader(path, source)
+    spec = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
+    if spec is None or path.suffix not in SOURCE_SUFFIXES:
         raise ExperimentError(f"{path}: an experiment file is a Python file, ending in .py")
     module = importlib.util.module_from_spec(spec)
     # Registered, and its folder on the path, as when it is run: its classes can be pickled and its neighbours imported.

@@ -6,11 +6,13 @@ read.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..._files import LARGEST_SETUP, check_folder, parse_json, read_json, read_text
 from ...errors import DataError
 from ..results import (
     CONFIG,
@@ -26,7 +28,6 @@ from ..results import (
     verdict,
 )
 from ..results.comparison import title
-from ..results.files import parse_json, read_json, read_text
 from ..results.values import is_diverged, number
 from ._study import Json, Run, Study
 from ._verdict import MANY, run_verdict
@@ -41,22 +42,24 @@ def read_studies(sources: Sequence[Path]) -> list[Study]:
     studies: list[Study] = []
     single: dict[str, list[tuple[Path, Json]]] = {}
     for source in sources:
-        if source.is_file() and not (source.name == RESULTS and (source.parent / CONFIG).exists()):
-            studies.append(_comparison(source, read_json(source), None))
-            continue
-        folder = source.parent if source.is_file() else source
-        if not folder.is_dir():
+        is_file = not source.is_dir()
+        if not os.path.lexists(source):
             raise DataError(f"{source}: there is no such file or folder")
+        if is_file and not (source.name == RESULTS and os.path.lexists(source.parent / CONFIG)):
+            studies.append(_comparison(source, read_json(source, follow=True), None))
+            continue
+        folder = source.parent if is_file else source
         results, config = folder / RESULTS, folder / CONFIG
-        if not results.exists() and not config.exists():
+        has_results, has_config = os.path.lexists(results), os.path.lexists(config)
+        if not has_results and not has_config:
             raise DataError(
                 f"{source}: is no run of flatmin: it has neither {RESULTS} nor {CONFIG}; give the folder that "
                 "`flatmin compare` or `flatmin train` wrote"
             )
-        settings = read_json(config) if config.exists() else {}
-        if results.exists() or "rows" in settings:
-            found = read_json(results) if results.exists() else settings
-            studies.append(_comparison(results if results.exists() else config, found, folder))
+        settings = read_json(config, most=LARGEST_SETUP) if has_config else {}
+        if has_results or "rows" in settings:
+            found = read_json(results) if has_results else settings
+            studies.append(_comparison(results if has_results else config, found, folder))
         elif isinstance(settings.get("recipe"), dict) and isinstance(settings.get("method"), str):
             single.setdefault(title(settings["recipe"]), []).append((folder, settings))
         else:
@@ -101,11 +104,26 @@ def _from_runs(row: Row, runs: Sequence[Run]) -> Row:
 
 def _find_runs(folder: Path, labels: Sequence[str]) -> list[Run]:
     found = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in sorted(folder.iterdir()) if _is_own_folder(folder) else []:
         named = parse_run_name(path.name, labels)
-        if named is not None:
+        if named is not None and _is_own_folder(path):
             found.append(_run(path, *named))
     return found
+
+
+def _is_own_folder(path: Path) -> bool:
+    """Whether there is such a folder.
+
+    Raises:
+        DataError: If it is a link, or no folder.
+    """
+    try:
+        check_folder(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return True
 
 
 def _runs(heading: str, found: Sequence[tuple[Path, Json]]) -> Study:
@@ -138,7 +156,7 @@ def _runs(heading: str, found: Sequence[tuple[Path, Json]]) -> Study:
 def _run(folder: Path, label: str, seed: int) -> Run:
     metrics = []
     path = folder / METRICS
-    if path.exists():
+    if os.path.lexists(path):
         lines = read_text(path).split("\n")
         for place, line in enumerate(lines[:-1]):  # what follows the last newline is still being written
             metrics.append(parse_json(line, f"{path}, line {place + 1}"))
@@ -147,7 +165,7 @@ def _run(folder: Path, label: str, seed: int) -> Run:
         label,
         seed,
         metrics,
-        read_json(sharpness) if sharpness.exists() else None,
+        read_json(sharpness) if os.path.lexists(sharpness) else None,
         [read_json(each) for each in sorted(folder.glob(f"{Path(LANDSCAPE).stem}*.json"))],
     )
 

@@ -1,11 +1,12 @@
 """Reads what there is and writes the page, and if asked the figures and TensorBoard's files."""
 
+import os
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 
+from ..._files import read_bytes, write_whole
 from ...errors import DataError, InvalidArgumentError, OutputError
 from ._page import MARK, make_page, make_section
 from ._read import read_studies
@@ -99,9 +100,9 @@ def check_ours(path: Path) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file in it")
     try:
-        foreign = path.exists() and MARK.encode() not in path.read_bytes()
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be read ({error.strerror})") from error
+        foreign = os.path.lexists(path) and MARK.encode() not in read_bytes(path)
+    except DataError as error:
+        raise OutputError(f"{error}; give another name") from error
     if foreign:
         raise OutputError(f"{path}: is there already and was not written by flatmin report; give another name")
 
@@ -113,12 +114,8 @@ def write_ours(path: Path, content: bytes) -> None:
         OutputError: If it cannot be written; what was there before stays.
     """
     check_ours(path)
-    fresh = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_bytes(content)
-        fresh.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            fresh.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+    write_whole(path, content)

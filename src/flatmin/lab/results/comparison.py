@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..._files import read_json
 from ...errors import DataError
-from .files import RESULTS, read_json
+from .files import RESULTS
 from .judgement import verdict
 from .rows import HEADINGS, Json, Row
 from .values import count_of, is_diverged, number, numbers
@@ -129,7 +130,7 @@ def read_comparison(path: "str | Path") -> ComparisonResult:
     path = Path(path)
     folder = path if path.is_dir() else None
     file = path / RESULTS if folder else path
-    return ComparisonResult.from_json(read_json(file), str(file), folder=folder)
+    return ComparisonResult.from_json(read_json(file, follow=folder is None), str(file), folder=folder)
 
 
 def title(recipe: Json) -> str:

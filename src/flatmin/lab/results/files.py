@@ -1,11 +1,6 @@
-"""The names of the files that flatmin leaves, and reading them."""
+"""The names of the files that flatmin leaves."""
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
-
-from ...errors import DataError
 
 CONFIG, METRICS, EXPERIMENT = "config.json", "metrics.jsonl", "experiment.py"
 SHARPNESS, LANDSCAPE = "sharpness.json", "landscape.json"
@@ -35,45 +30,3 @@ def parse_run_name(name: str, labels: Iterable[str]) -> tuple[str, int] | None:
     start, _, seed = name.rpartition("-seed")
     found = [label for label in labels if label.replace(" ", "-") == start]
     return (found[0], int(seed)) if found and seed.isdecimal() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file that holds a JSON object.
-
-    Raises:
-        DataError: If it cannot be read, or holds something else.
-    """
-    return parse_json(read_text(path), str(path))
-
-
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """Reads a JSON object; numbers that are not finite become None.
-
-    Args:
-        text: The JSON.
-        where: The file, for the error.
-
-    Raises:
-        DataError: If it is something else.
-    """
-    try:
-        value = json.loads(text, parse_constant=lambda _: None)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is damaged, it cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: not a file of flatmin: it holds no JSON object")
-    return value
-
-
-def read_text(path: Path) -> str:
-    """Reads a text file.
-
-    Raises:
-        DataError: If it cannot be read, or holds something else.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a file of flatmin: it is no text") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error

@@ -11,8 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import stat
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._files import sync
+from ..._files import WrongKindError, check_folder, copy_file, open_file, remove, sync, write_new
 from ...errors import DataError, OutputError, require
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -55,7 +53,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, previous: Path | Non
     skeleton = _strip(state, "", tensors, set())
     fresh = _beside(folder, "new")
     try:
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove(fresh)
         fresh.mkdir(parents=True)
         body = json.dumps(skeleton).encode()
         safetensors.save_file(tensors, fresh / TENSORS)
@@ -64,7 +62,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, previous: Path | Non
             f'{{"format": "flatmin checkpoint", "version": {VERSION}, "tensors": "{digest}", "bytes": {size}, '
             f'"digest": "{hashlib.sha256(body).hexdigest()}", "state": '
         )
-        (fresh / STATE).write_bytes(head.encode() + body + b"}\n")
+        write_new(fresh / STATE, head.encode() + body + b"}\n")
         if durable:
             for path in (fresh / TENSORS, fresh / STATE, fresh):
                 sync(path)
@@ -91,13 +89,13 @@ def copy_checkpoint(source: Path, folder: Path, *, durable: bool = True) -> None
     """
     fresh = _beside(folder, "new")
     try:
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove(fresh)
         fresh.mkdir(parents=True)
         for name in (TENSORS, STATE):
             try:
                 os.link(source / name, fresh / name)
             except OSError:
-                shutil.copyfile(source / name, fresh / name)
+                copy_file(source / name, fresh / name)
                 if durable:
                     sync(fresh / name)
         if durable:
@@ -122,17 +120,18 @@ def settle(folder: Path) -> None:
         DataError: If what may be the only checkpoint cannot be read although it is complete; it stays where it is.
     """
     fresh, stale = _beside(folder, "new"), _beside(folder, "old")
-    if fresh.exists() and not folder.exists():
+    if os.path.lexists(fresh) and not os.path.lexists(folder):
         try:
             load_checkpoint(fresh)
             fresh.rename(folder)
         except DataError as error:
             if not isinstance(error.__cause__, (FileNotFoundError, _IncompleteError)):
                 raise DataError(f"{error}; it may be the newest: move it away to go on without it") from error
-    if stale.exists() and not folder.exists():  # it was whole when it was renamed
+    if os.path.lexists(stale) and not os.path.lexists(folder):  # it was whole when it was renamed
+        check_folder(stale)
         stale.rename(folder)
     for path in (fresh, stale):
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
 
 
 def load_checkpoint(folder: Path, only: Collection[str] | None = None) -> Any:
@@ -148,6 +147,7 @@ def load_checkpoint(folder: Path, only: Collection[str] | None = None) -> Any:
     safe_open = require("safetensors", install="flatmin[cli]").safe_open
     name = STATE
     try:
+        check_folder(folder)
         content = _read(folder / STATE)
         name = TENSORS
         _check_tensors(folder / TENSORS, content)
@@ -165,6 +165,10 @@ def load_checkpoint(folder: Path, only: Collection[str] | None = None) -> Any:
         return state
     except FileNotFoundError as error:
         raise DataError(f"{folder}: no checkpoint there; {name} is missing") from error
+    except NotADirectoryError as error:
+        raise DataError(f"{folder}: the checkpoint cannot be read: {error.strerror}") from error
+    except WrongKindError as error:
+        raise DataError(f"{folder}: the checkpoint is damaged: {name}: {error.strerror}") from error
     except OSError as error:
         raise DataError(f"{folder}: the checkpoint cannot be read: {name}: {error.strerror}") from error
     except Exception as error:  # safetensors, JSON, recursion and memory have errors of their own
@@ -179,10 +183,10 @@ def _beside(folder: Path, suffix: str) -> Path:
 def _put(fresh: Path, folder: Path, previous: Path | None, *, durable: bool) -> None:
     """Renames ``fresh`` to ``folder``; what was there goes to ``previous``, or goes."""
     stale = _beside(previous or folder, "old")
-    first = not folder.exists()
+    first = not os.path.lexists(folder)
     if not first:
-        shutil.rmtree(stale, ignore_errors=True)
-        if previous is not None and previous.exists():
+        remove(stale)
+        if previous is not None and os.path.lexists(previous):
             previous.rename(stale)
         folder.rename(previous or stale)
     fresh.rename(folder)
@@ -190,29 +194,23 @@ def _put(fresh: Path, folder: Path, previous: Path | None, *, durable: bool) -> 
         sync(folder.parent)
         if first:  # its parent may be as new
             sync(folder.parent.parent)
-    shutil.rmtree(stale, ignore_errors=True)
+    remove(stale)
 
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def _size(path: Path) -> int:
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # a folder, or a pipe that would never end
-        raise ValueError("it is not a file")
-    return found.st_size
-
-
 def _read(path: Path) -> dict[str, bytes]:
-    size = _size(path)
-    if size > LARGEST_STATE:
-        raise ValueError(f"it has {size} bytes, and no checkpoint has more than {LARGEST_STATE}")
-    written = path.read_bytes()
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_STATE:
+            raise ValueError(f"it has {size} bytes, and no checkpoint has more than {LARGEST_STATE}")
+        written = file.read(size)
     version = _VERSION.match(written)
     if version is not None and int(version[1]) != VERSION:
         raise ValueError(f"it has version {int(version[1])}, and this flatmin reads version {VERSION}")
@@ -225,7 +223,8 @@ def _read(path: Path) -> dict[str, bytes]:
 
 
 def _check_tensors(path: Path, content: dict[str, bytes]) -> None:
-    size, written = _size(path), int(content["bytes"])
+    with open_file(path) as file:
+        size, written = os.fstat(file.fileno()).st_size, int(content["bytes"])
     if size != written:
         raise _IncompleteError(f"it has {size} bytes, and {written} were written")
     if _digest(path) != content["tensors"].decode():

@@ -129,6 +129,7 @@ def measure_sharpness(
     float64: bool = False,
     train_mode: bool = False,
     device: str | None = None,
+    trust_experiment: bool = False,
     on_progress: OnWord | None = None,
 ) -> RunSharpness:
     """Measures how sharp the minimum of a saved run is, and writes ``sharpness.json`` into its folder.
@@ -147,6 +148,7 @@ def measure_sharpness(
         float64: Compute in double precision.
         train_mode: Normalise with each batch's own statistics, as in training.
         device: Where to measure. None: where the run was.
+        trust_experiment: Whether an experiment file that lies in the run's folder may be run.
         on_progress: Called with a word on what is going on.
 
     Returns:
@@ -154,7 +156,8 @@ def measure_sharpness(
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
-        DataError: If there is no run, or its checkpoint is not of its network.
+        DataError: If there is no run, or its checkpoint is of another.
+        ExperimentError: If the run's experiment file cannot be used, or is not to be trusted.
         NonFiniteLossError: If a loss or a derivative is infinite or not a number.
         OutputError: If the file cannot be written.
 
@@ -168,7 +171,7 @@ def measure_sharpness(
     check_integer("samples", samples, least=1)
     check_integer("eigenvalues", eigenvalues, least=0)
     check_integer("seed", seed, least=0)
-    saved = _opened(run, device)
+    saved = _opened(run, device, trust_experiment)
     return write_sharpness(
         saved,
         fixed_batches(saved.problem, samples, seed, saved.device),
@@ -196,6 +199,7 @@ def measure_landscape(
     float64: bool = False,
     train_mode: bool = False,
     device: str | None = None,
+    trust_experiment: bool = False,
     on_progress: OnPoint | None = None,
 ) -> RunLandscape:
     """Finds the loss around the minimum of a saved run, and writes ``landscape.json`` into its folder.
@@ -216,6 +220,7 @@ def measure_landscape(
         float64: Compute in double precision.
         train_mode: Normalise with each batch's own statistics, as in training; all samples are then one batch.
         device: Where to measure. None: where the run was.
+        trust_experiment: Whether an experiment file that lies in the run's folder may be run.
         on_progress: Called with the number of points done, of all, and the run's name.
 
     Returns:
@@ -223,8 +228,9 @@ def measure_landscape(
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
-        DataError: If there is no run, its checkpoint is not of its network, or ``landscape.partial`` in its folder is
-            of another landscape.
+        DataError: If there is no run, its checkpoint is of another, or ``landscape.partial`` in its folder is not of
+            this landscape.
+        ExperimentError: If the run's experiment file cannot be used, or is not to be trusted.
         NonFiniteLossError: If the loss at the origin is infinite or not a number.
         OutputError: If the file cannot be written.
 
@@ -241,8 +247,8 @@ def measure_landscape(
         raise InvalidArgumentError(
             f"through must be two more runs or checkpoints for a plane of three, got {through!r}"
         )
-    saved = _opened(run, device)
-    plane = [saved, *(_opened(other, device) for other in others)] if others else []
+    saved = _opened(run, device, trust_experiment)
+    plane = [saved, *(_opened(other, device, trust_experiment) for other in others)] if others else []
     # With their own statistics, the batches are as large as can be.
     size = samples if train_mode or plane else 1024
     return write_landscape(
@@ -418,10 +424,10 @@ def write_landscape(
     return RunLandscape(found, path, saved.name, saved.run.method, saved.epoch)
 
 
-def _opened(run: Location, device: str | None) -> Saved:
+def _opened(run: Location, device: str | None, trust_experiment: bool) -> Saved:
     """What a run's location stands for."""
     if not isinstance(run, Saved):
-        return open_saved(Path(os.fspath(run)), device)
+        return open_saved(Path(os.fspath(run)), device, trust_experiment=trust_experiment)
     if device is not None:
         raise InvalidArgumentError(f"device={device!r} is for a path; give it to open_saved, since the run is open")
     return run

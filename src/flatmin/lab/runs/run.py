@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ... import _distributed
-from ..._files import locked, write_json, write_whole
-from ...errors import ExperimentError
+from ..._files import LARGEST_SETUP, locked, read_bytes, write_json, write_whole
+from ...errors import DataError, ExperimentError
 from ..problems.load import load_problem
 from ..recipe import Recipe, Run
 from ..results import CONFIG, EXPERIMENT
 from ..training import torchrun
 from ..training.trainer import Trainer
 from .record import command_line, environment
-from .resume import open_start
+from .resume import DIGEST, digest_of, open_start
 from .writer import RunWriter, restore_files
 
 OnEpoch = Callable[[dict[str, float]], None]
@@ -133,18 +133,20 @@ def read_experiment(recipe: Recipe) -> bytes | None:
     """Returns the content of the recipe's experiment file, if it has one.
 
     Raises:
-        ExperimentError: If there is no such file.
+        ExperimentError: If there is no such file, or it is none.
     """
     if recipe.experiment is None:
         return None
     try:
-        return Path(recipe.experiment).read_bytes()
-    except OSError as error:
-        raise ExperimentError(f"{recipe.experiment}: no such experiment file ({error.strerror})") from error
+        return read_bytes(Path(recipe.experiment), most=LARGEST_SETUP, follow=True)
+    except DataError as error:
+        raise ExperimentError(str(error)) from error
 
 
 def write_config(folder: Path, values: dict[str, Any], experiment: bytes | None) -> None:
     """Writes ``config.json``: ``values``, the command, versions and hardware; the experiment file beside it."""
+    digest = {}
     if experiment is not None:
         write_whole(folder / EXPERIMENT, experiment)
-    write_json(folder / CONFIG, {"command": command_line(), **values, **environment()})
+        digest = {DIGEST: digest_of(experiment)}
+    write_json(folder / CONFIG, {"command": command_line(), **values, **digest, **environment()})

@@ -13,12 +13,11 @@ from ...errors import DataError, FlatminError
 from ..problems.load import load_problem
 from ..problems.problem import Problem
 from ..recipe import Run
-from ..results import BEST, LAST, PREVIOUS
 from ..training.logged_sharpness import evaluated_network
 from ..training.state_check import check_fit
 from ..training.trainer import Trainer
 from .checkpoint import load_checkpoint
-from .resume import find_run, read_run
+from .resume import CHECKED, check_state, find_run, newest, read_run
 
 
 @dataclass(frozen=True)
@@ -52,24 +51,26 @@ class Saved:
         return next(self.model.parameters()).device
 
 
-def open_saved(path: Path, device: str | None = None) -> Saved:
+def open_saved(path: Path, device: str | None = None, *, trust_experiment: bool = False) -> Saved:
     """Builds the network of a run, or of one of its checkpoints.
 
     Args:
         path: A run's folder, for its newest checkpoint, or a checkpoint.
         device: Where to; None for the run's own.
+        trust_experiment: Whether an experiment file that lies in the run's folder may be run.
 
     Raises:
-        FlatminError: If there is none, or it is not the checkpoint of this run's network.
+        FlatminError: If there is none, it is not a checkpoint of this run, or its experiment file cannot be used.
     """
     folder, checkpoint = find_run(path)
-    run = read_run(folder)
+    run = read_run(folder, trust_experiment=trust_experiment)
     if device is not None:
         run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, device=device))
-    found = checkpoint or next((folder / n for n in (LAST, PREVIOUS, BEST) if (folder / n).exists()), None)
+    found = newest(folder) if checkpoint is None else checkpoint
     if found is None:
         raise DataError(f"{folder}: the run has no checkpoint yet, so there is no network to measure")
-    state = load_checkpoint(found, only=("model", "average", "epoch"))
+    state = load_checkpoint(found, only=("model", "average", *CHECKED))
+    check_state(found, state, run)
     problem = load_problem(run.recipe, run.seed)
     trainer = Trainer(run, problem)
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ... import _distributed
 from ..._checks import check_integer, check_number
+from ..._files import read_text
 from ...errors import FlatminWarning
 from ..methods import get_method, resolve_settings
 from ..problems.load import import_experiment
@@ -117,6 +118,7 @@ def resume(
     device: str | None = None,
     workers: int | None = None,
     checkpoint_minutes: float = 10.0,
+    trust_experiment: bool = False,
     on_epoch: OnEpoch | None = None,
 ) -> TrainedRun:
     """Continues a run that was ended early, with its own recipe, method and seed.
@@ -129,6 +131,7 @@ def resume(
         device: Where to go on; None: where it was.
         workers: Processes that load data; None: as before.
         checkpoint_minutes: As for `train`.
+        trust_experiment: Whether an experiment file that lies in the run's folder may be run.
         on_epoch: Called with the metrics of each epoch that was still to do.
 
     Returns:
@@ -141,7 +144,7 @@ def resume(
     """
     check_number("checkpoint_minutes", checkpoint_minutes, least=0)
     folder, checkpoint = find_run(Path(run))
-    found = read_run(folder)
+    found = read_run(folder, trust_experiment=trust_experiment)
     recipe = dataclasses.replace(
         found.recipe,
         device=found.recipe.device if device is None else device,
@@ -196,7 +199,7 @@ def _interruptible(run: Run, folder: Path) -> Iterator[None]:
         if not (folder / LAST).exists():
             raise RunInterrupted("no epoch was done") from None
         metrics = folder / METRICS
-        done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        done = len(read_text(metrics).splitlines()) if metrics.exists() else 0
         raise RunInterrupted(
             f"{done} of {run.recipe.epochs} epochs are kept in {folder}; "
             f"to go on: flatmin train --resume {shlex.quote(str(folder))}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import _distributed
-from ..._files import append_line, write_lines
+from ..._files import append_line, read_bytes, write_lines
 from ...errors import DataError, FlatminError, FlatminWarning, OutputError
 from ..recipe import Run
 from ..results import BEST, LAST, METRICS, PREVIOUS
@@ -140,7 +140,10 @@ def restore_files(folder: Path, start: Start) -> None:
     if metrics:
         write_lines(folder / METRICS, metrics)
     else:
-        (folder / METRICS).unlink(missing_ok=True)
+        try:
+            (folder / METRICS).unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder / METRICS}: cannot be removed: {error.strerror}") from error
     if start.state["progress"]["steps"] == 0:
         _keep_best(folder, start.checkpoint, metrics)
 
@@ -151,5 +154,9 @@ def _keep_best(folder: Path, checkpoint: Path, metrics: Sequence[dict[str, float
     if not accuracies or accuracies.index(max(accuracies)) != len(accuracies) - 1:
         return
     best = folder / BEST
-    if not best.exists() or (best / STATE).read_bytes() != (checkpoint / STATE).read_bytes():
+    try:
+        same = read_bytes(best / STATE) == read_bytes(checkpoint / STATE)
+    except DataError:  # there is none yet, or it is damaged
+        same = False
+    if not same:
         copy_checkpoint(checkpoint, best, durable=durable)

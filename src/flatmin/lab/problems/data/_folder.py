@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...._checks import check_integer
+from ...._files import open_file
 from ....errors import DataError, InvalidArgumentError, require
 from ._split import Split, stratified_halves
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_MOST_PIXELS = 1 << 26  # of an image: 64 Mi, which decoded take 256 MB
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red, green and blue in [0, 1]
 
 _Classes: TypeAlias = tuple[str, ...]
@@ -34,7 +36,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     Raises:
         InvalidArgumentError: If ``targets`` do not fit ``paths`` or ``image_size`` is not at least 1.
         MissingDependencyError: On access, if Pillow is not installed.
-        DataError: On access, if a file is no image, is damaged, or has more than 8 bits per channel.
+        DataError: On access, if a file is no image, is damaged, has more than 8 bits per channel or more than 2**26
+            pixels (8192 x 8192).
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]], targets: Tensor, *, image_size: int = 32) -> None:
@@ -158,7 +161,9 @@ def _flatten(images: dict[str, list[Path]], classes: _Classes) -> _Images:
 def _read_image(path: Path, size: int) -> Tensor:
     pillow = require("PIL.Image", install="flatmin[cli]")
     try:
-        with pillow.open(path) as image:
+        with open_file(path, follow=True) as file, pillow.open(file) as image:  # which reads the header alone
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {_MOST_PIXELS}; scale it down")
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"pixels of mode {image.mode} do not fit into 8 bits per channel")
             side = min(image.size)

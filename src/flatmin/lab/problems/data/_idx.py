@@ -11,16 +11,20 @@ import struct
 import zlib
 from io import BufferedIOBase
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from ...._files import open_file
 from ....errors import DataError
 from ._split import Split, tensor_split
 
 _UBYTE = 0x08
 _GZIP = b"\x1f\x8b"
 _CHUNK = 1 << 20  # bytes; read() allocates all it is asked for, so it is never asked for what a header says
+# What a gzipped file may unfold to, in bytes, and in multiples of its own size: MNIST's images unfold to five times it.
+_UNFOLDED, _RATIO = 1 << 28, 100
 
 
 def read_idx(path: str | os.PathLike[str]) -> Tensor:
@@ -33,7 +37,8 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
         A uint8 tensor of the shape in the file's header.
 
     Raises:
-        DataError: If the file is missing, empty, cut short, too long or corrupt, or holds another type.
+        DataError: If the file is missing, empty, cut short, too long or corrupt, or holds another type, or is gzipped
+            and unfolds to more than 256 MiB and a hundred times its size.
 
     Example:
         >>> import tempfile
@@ -47,8 +52,12 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            return _parse(gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == _GZIP else file)
+        with open_file(path, follow=True) as file:
+            packed, size = file.read(2) == _GZIP, os.fstat(file.fileno()).st_size
+            file.seek(0)
+            if packed:
+                return _parse(gzip.GzipFile(fileobj=file), max(_UNFOLDED, _RATIO * size))
+            return _parse(file, size)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(
             f"cannot read {path}: {error}; it must be a whole IDX file of unsigned bytes, gzipped or not"
@@ -123,7 +132,8 @@ def _find(folder: Path, stem: str, dimensions: int) -> Path:
     raise DataError(f"{folder} has none of {', '.join(names)}; put the file there or give another folder")
 
 
-def _parse(stream: BufferedIOBase) -> Tensor:
+def _parse(stream: BufferedIOBase | BinaryIO, most: int) -> Tensor:
+    """Reads what the header says there is, but never more than ``most`` bytes and one."""
     magic = _read(stream, 4)
     if not magic:
         raise ValueError("the file is empty")
@@ -140,7 +150,9 @@ def _parse(stream: BufferedIOBase) -> Tensor:
     if size == 0:
         raise ValueError(f"it holds no samples: its header says {_times(shape)} bytes")
 
-    content = _read(stream, size)
+    content = _read(stream, min(size, most + 1))
+    if len(content) > most:
+        raise ValueError(f"it unfolds to more than {most} bytes; if that is right, unpack it with gunzip")
     if len(content) < size:
         raise ValueError(f"it is cut short: its header says {_times(shape)} bytes, it has {len(content)}")
     if stream.read(1):
@@ -148,7 +160,7 @@ def _parse(stream: BufferedIOBase) -> Tensor:
     return torch.frombuffer(content, dtype=torch.uint8).view(shape)
 
 
-def _read(stream: BufferedIOBase, size: int) -> bytearray:
+def _read(stream: BufferedIOBase | BinaryIO, size: int) -> bytearray:
     """Returns the next ``size`` bytes or, if the stream ends before, those that are left."""
     content = bytearray()
     while len(content) < size and (chunk := stream.read(min(size - len(content), _CHUNK))):
