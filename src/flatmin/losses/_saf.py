@@ -120,10 +120,10 @@ class SAF(nn.Module):
             location=location,
             sharing=sharing,
         )
+        self._watch = Watch(self.num_samples, self.num_classes, self.history.lag)
         self._epoch = 0
         self._seen = 0  # samples so far in this epoch, counted on the host
         self._warned = False
-        self._watch = Watch(self.num_samples, self.num_classes, self.history.lag)
         self._warned_of_share = False
 
     def set_epoch(self, epoch: int) -> None:
