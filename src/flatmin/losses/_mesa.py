@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .._attached import Attachment, attach
 from .._checks import check_choice, check_integer, check_module, check_number
-from .._passes import Pass, current_pass
+from .._passes import Pass, current_pass, steps
 from ..averages import EMA
 from ..averages._average import check_alike, evaluating
 from ..averages._base import warn_if_left_behind
@@ -153,6 +153,7 @@ class MESA(nn.Module):
         self._epoch = 0
         self._pass: Pass | None = None  # that the last call was in
         self._step_began = 0  # the call with which its step began
+        self._ended: int | None = None  # how many steps had ended at the last call
         self._calls = 0  # of those in which the loss was not switched off
         self._seed = torch.initial_seed() % 2**32  # each call draws its share with _seed + _calls
         self._first_epoch: int | None = None
@@ -294,11 +295,10 @@ class MESA(nn.Module):
     def _next_call(self) -> int:
         """The index of this call. The second pass of a step has those of the first, and so the same loss."""
         now, before, self._pass = current_pass(), self._pass, current_pass()
-        if now is not None and (before is None or before.step is not now.step):
-            # A loop with first_step makes the first pass before the optimizer knows; it is taken for one call.
-            self._calls -= now.second and self._calls > 0
+        ended, self._ended = self._ended, steps()
+        if self._ended != ended:  # a loop may make the first pass before the optimizer knows of it
             self._step_began = self._calls
-        elif now is not None and before is not None and now.second and not before.second:
+        if now is not None and now.second and not (before is not None and before.second and before.step is now.step):
             self._calls = self._step_began
         call, self._calls = self._calls, self._calls + 1
         return call
