@@ -158,6 +158,8 @@ class SharpnessAware(Stepping, Wrapper):
             ...     optimizer.zero_grad()
             ...     weight.square().sum().backward()
         """
+        self._progress.check_idle("another step")
+        self._give_up_ready()
         step = self._begin(None)
         with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():

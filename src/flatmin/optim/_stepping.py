@@ -118,26 +118,26 @@ class Stepping(ABC):
     def perturb(self) -> bool:
         """Moves the weights to where the second gradient is to be taken, after the first backward pass.
 
-        For loops that somebody else owns: whoever does may make several micro-batches a pass, unscale, clip, and call
-        ``scaler.step(optimizer)``. The order is ``backward(); perturb(); backward(); restore(); step()``, and where
-        this returns False, ``backward(); perturb(); step()``. `passes` and `step` with a closure do the same, and see
-        the first pass too; here it is over before the optimizer knows of it. With ``model=`` it is seen nevertheless:
-        dropout takes the same masks in both passes, of several micro-batches too, and a step that is dropped puts all
-        buffers back. Without, the second pass draws other numbers, and the very first step cannot put buffers back.
+        For loops that somebody else owns, of several micro-batches a pass perhaps, who may unscale, clip and call
+        ``scaler.step(optimizer)`` in between. The order is ``backward(); perturb(); backward(); restore(); step()``,
+        and where this returns False, ``backward(); perturb(); step()``. Own loops should prefer `passes`, and `step`
+        with a closure, which see the first pass; here it is over before the optimizer knows of it. With ``model=`` it
+        is seen nevertheless. Without, dropout takes other masks in the second, and a step that is dropped puts
+        buffers back to where they were after the step before, which the first of all cannot.
 
-        Gradients are cleared for the second pass, also those of what other optimizers train. Under
-        ``DistributedDataParallel`` the first gradient is averaged by now, so that ``norm="global"`` is needed.
+        Gradients are cleared for the second pass, also those of what other optimizers train, and what the second pass
+        does not reach of these is put back.
 
-        With a ``GradScaler`` of the loop's, give it as ``scaler=``, and scale the loss in both passes. The loop
-        unscales, by ``scaler.unscale_(optimizer)`` after `restore`, or ``scaler.step(optimizer)``; to unscale before
-        `perturb` or `restore` is right too.
+        With a ``GradScaler`` of the loop's, give it as ``scaler=``, and scale the loss in both passes. The loop may
+        unscale before `perturb`, before `restore`, and before `step`, or leave it to ``scaler.step(optimizer)``.
 
         Returns:
             Whether a second backward pass is wanted, and `restore` after it. Where not, because of ``when``, or since
             a gradient is not finite, ``.grad`` is what the base optimizer is to step with.
 
         Raises:
-            InvalidArgumentError: If there is no gradient, or a step is under way already.
+            InvalidArgumentError: If there is no gradient, a step is under way already, or, on several processes, if
+                ``norm`` is ``"rank"``, since the first gradient is averaged by then.
 
         Example:
             >>> import torch, flatmin
@@ -218,6 +218,7 @@ class Stepping(ABC):
             for handle in handles:
                 handle.remove()
         if reached:
+            self._progress.close()
             raise InvalidArgumentError(
                 "the closure made a backward pass, and perturb() had prepared the step, which it has spoilt: call "
                 "step() without a closure after perturb() and restore(), or abandon() before step(closure)"
