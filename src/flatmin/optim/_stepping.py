@@ -209,7 +209,8 @@ class Stepping(ABC):
     def _run_beside(self, closure: Callable[..., Any]) -> None:
         """Calls a closure that loops give to every step, and that has nothing to compute where one is prepared."""
         handles, reached = [], list[Tensor]()
-        for parameter in self._progress.ready.parameters if self._progress.ready is not None else ():
+        parameters: list[Any] = [] if self._progress.ready is None else self._progress.ready.parameters
+        for parameter in parameters:
             handles.append(parameter.register_post_accumulate_grad_hook(reached.append))
         try:
             with torch.enable_grad():
