@@ -114,7 +114,6 @@ class Stepping(ABC):
         self._seen = None if step.begun is not None or step.failed else Seen(step.parameters)
         return step.loss
 
-    @torch.no_grad()
     def perturb(self) -> bool:
         """Moves the weights to where the second gradient is to be taken, after the first backward pass.
 
@@ -150,12 +149,29 @@ class Stepping(ABC):
             >>> optimizer.step()
             >>> optimizer.zero_grad()
         """
+        return self._perturb()
+
+    def restore(self) -> None:
+        """Puts the weights back, bit-identical, after the second backward pass; ``.grad`` is what to step with.
+
+        Raises:
+            InvalidArgumentError: If there was no `perturb`, or there is no gradient: the weights are as they were then
+                too, and the step is given up. `abandon` does that without a word.
+        """
+        self._restore()
+
+    def abandon(self) -> None:
+        """Gives up the step that `perturb` or `first_step` has begun: all is as before, the weights bit-identical."""
+        self._progress.close()
+
+    @torch.no_grad()
+    def _perturb(self) -> bool:
         if self.norm == "rank" and size() > 1:
             raise InvalidArgumentError(
                 "perturb and first_step come after the gradients are averaged, and norm='rank' is for those of one "
                 f"rank; make it {type(self).__name__}(..., norm='global'), or use passes() or a closure"
             )
-        self._progress.check_idle("perturb()")
+        self._check_idle("perturb()")
         self._give_up_ready()
         self.scaler = self._scaler_of_loop() or self.scaler
         step = self._begin(None, begun=self._beginnings.take())
@@ -169,13 +185,7 @@ class Stepping(ABC):
         return wanted
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Puts the weights back, bit-identical, after the second backward pass; ``.grad`` is what to step with.
-
-        Raises:
-            InvalidArgumentError: If there was no `perturb`, or there is no gradient: the weights are as they were then
-                too, and the step is given up. `abandon` does that without a word.
-        """
+    def _restore(self) -> None:
         step = self._progress.under_way
         if step is None or step.begun is None:
             why = "which has not been called"
@@ -187,10 +197,6 @@ class Stepping(ABC):
             raise InvalidArgumentError(self._needs_scaler("its first gradient was scaled, and its second is not"))
         self._progress.advance(step)
         self._after_passes(step)
-
-    def abandon(self) -> None:
-        """Gives up the step that `perturb` or `first_step` has begun: all is as before, the weights bit-identical."""
-        self._progress.close()
 
     def _make_passes(self, closure: Callable[..., Any]) -> Step:
         """A step whose passes the closure has made."""
@@ -227,7 +233,7 @@ class Stepping(ABC):
 
     def _step_without_closure(self) -> Step:
         """The step whose passes were made without a closure."""
-        self._progress.check_idle("step()")
+        self._check_idle("step()")
         step = self._progress.take()
         if step is None:
             raise InvalidArgumentError(
@@ -251,6 +257,9 @@ class Stepping(ABC):
         name = type(self).__name__
         return f"{name} has to know the GradScaler of the loop, since {why}: {name}(..., scaler=scaler)"
 
+    def _check_idle(self, what: str) -> None:
+        self._progress.check_idle(what)
+
     def _after_passes(self, step: Step) -> None:
         """The passes are made, and the step is not: it is known whether it is dropped, and how the next one begins."""
         self.step_dropped = bool(step.failed)
@@ -268,5 +277,5 @@ class Stepping(ABC):
                 f"a step of {type(self).__name__} was prepared by perturb() and was not made: call step() before the "
                 f"next perturb(), the order is {ORDER}; or abandon() to leave it out on purpose (warned once)",
                 FlatminWarning,
-                stacklevel=4,  # _give_up_ready, perturb, torch's wrapper
+                stacklevel=5,  # _give_up_ready, _perturb, torch's wrapper, perturb
             )
