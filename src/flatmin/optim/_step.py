@@ -113,7 +113,7 @@ class Step:
         if possible and self.replay:
             known = self.begun.random[:1] if self.begun is not None else []
             self._random = next(iter(known), None) or self._random_now()
-        self._remember()
+        self.remember()
         others = self.surroundings.other_gradients(self.every()) if possible else OtherGradients(())
         mark = Mark(self.every() if self.begun is None else (), self.seen)
         try:
@@ -189,13 +189,18 @@ class Step:
 
     def only_pass(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> Passes:
         """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
-        self._remember()
+        self.remember()
         perturbed = self.rho > 0 and len(parameters) > 0
         move = partial(moved, rho=sign * self.rho, eps=1e-12, check=self.check)
         with move(parameters, directions, self.scaling) if perturbed else nullcontext():
             yield
         self._collect("only")
         self.scale.remove(self.gradients, last=True)
+
+    def remember(self) -> None:
+        """Copies the buffers, if it is not done."""
+        if self.before is None:
+            self.before = Buffers(self.surroundings.modules(self.every()))
 
     def candidates(self) -> list[Tensor]:
         """All parameters that may be perturbed, with a gradient or without; not those that are frozen now."""
@@ -244,11 +249,6 @@ class Step:
             factor = self.max_norm / (length(gradients) + 1e-6)  # as clip_grad_norm_ does
             if factor < 1:
                 scale_(gradients, factor)
-
-    def _remember(self) -> None:
-        """Copies the buffers, if it is not done."""
-        if self.before is None:
-            self.before = Buffers(self.surroundings.modules(self.every()))
 
     def _random_now(self) -> Everywhere:
         return Everywhere.on({CPU, *(parameter.device for parameter in self.every())})
