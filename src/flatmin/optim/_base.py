@@ -153,7 +153,7 @@ class SharpnessAware(Wrapper):
             InvalidArgumentError: If there is no closure, or it leaves no gradient.
             Exception: Whatever the closure raises; the weights are then as they were.
         """
-        step = self._take_ready() if closure is None else self._make_passes(closure)
+        step = self._step_without_closure() if closure is None else self._make_passes(closure)
         self.step_dropped = bool(step.failed)
         if self._coarse is not None:
             warnings.warn(
@@ -350,7 +350,7 @@ class SharpnessAware(Wrapper):
                 step.loss = loss if index == 0 else step.loss
         return step
 
-    def _take_ready(self) -> Step:
+    def _step_without_closure(self) -> Step:
         """The step whose passes were made without a closure."""
         step, self._ready = self._ready, None
         if step is None:

@@ -8,9 +8,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..errors import InvalidArgumentError
-from ._base import SharpnessAware
+from ._one_pass import OnePass
 from ._perturbation import Rho, Scaling
-from ._step import Passes, Step
+from ._step import Step
 
 NAMES = ("momentum_buffer", "exp_avg")  # what torch's optimizers, and those that follow them, call their momentum
 
@@ -27,7 +27,7 @@ def momenta(parameters: list[Tensor], state: Mapping[Tensor, Mapping[str, Any]])
     return known, found
 
 
-class MSAM(SharpnessAware):
+class MSAM(OnePass):
     """MSAM: steps with the gradient taken ``rho`` ahead along the momentum; one forward-backward pass a step.
 
     ::
@@ -70,8 +70,6 @@ class MSAM(SharpnessAware):
         >>> optimizer = flatmin.MSAM(base, rho=3.0)
     """
 
-    max_passes = 1
-
     def __init__(
         self,
         base_optimizer: Optimizer,
@@ -93,7 +91,7 @@ class MSAM(SharpnessAware):
             model=model,
         )
 
-    def _gradient(self, step: Step) -> Passes:
+    def _direction(self, step: Step) -> tuple[list[Tensor], list[Tensor], float]:
         state = self.base_optimizer.state
         known, found = momenta(step.candidates(), state)
         if step.index > 0 and not found and not momenta(list(state), state)[0]:
@@ -101,4 +99,4 @@ class MSAM(SharpnessAware):
                 f"base_optimizer {type(self.base_optimizer).__name__} keeps none of {', '.join(NAMES)}, along which "
                 "MSAM perturbs; give SGD a momentum, or use S2SAM"
             )
-        yield from step.only_pass(known, found, sign=-1)
+        return known, found, -1.0

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ._base import SharpnessAware
 from ._foreach import clones
+from ._one_pass import OnePass
 from ._perturbation import Rho, Scaling
-from ._step import Passes, Step
+from ._step import Step
 
 
-class S2SAM(SharpnessAware):
+class S2SAM(OnePass):
     """S2-SAM: steps with the gradient taken ``rho`` up the slope of the step before; one forward-backward pass a step.
 
     ::
@@ -55,8 +55,6 @@ class S2SAM(SharpnessAware):
         >>> optimizer = flatmin.S2SAM(base, rho=0.05)
     """
 
-    max_passes = 1
-
     def __init__(
         self,
         base_optimizer: Optimizer,
@@ -78,7 +76,9 @@ class S2SAM(SharpnessAware):
             model=model,
         )
 
-    def _gradient(self, step: Step) -> Passes:
-        yield from step.only_pass(*self._memory.known("gradient", step.candidates()))
+    def _direction(self, step: Step) -> tuple[list[Tensor], list[Tensor], float]:
+        return *self._memory.known("gradient", step.candidates()), 1.0
+
+    def _made(self, step: Step) -> None:
         parameters, gradients = step.to_perturb()
         self._memory.replace("gradient", parameters, clones(gradients))

@@ -2,9 +2,8 @@
 
 import operator
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,11 +36,12 @@ class LossScale:
     Args:
         scaler: The scaler; one that is not enabled scales by 1.
         optimizer: Whose step it is.
+        removed: Whether the gradients are divided by the scale already, and the scaler knows whether they are finite.
     """
 
-    def __init__(self, scaler: GradScaler, optimizer: Optimizer) -> None:
-        self._scaler, self._optimizer = scaler, optimizer
-        self._factor = 0.0  # not known before the first backward pass, which may choose it
+    def __init__(self, scaler: GradScaler, optimizer: Optimizer, *, removed: bool = False) -> None:
+        self._scaler, self._optimizer, self._removed = scaler, optimizer, removed
+        self._factor = 1.0 if removed else 0.0  # not known before the first backward pass, which may choose it
 
     @property
     def enabled(self) -> bool:
@@ -56,6 +56,8 @@ class LossScale:
 
     def remove(self, gradients: list[Tensor], *, last: bool) -> None:
         """Divides by the scale: of the last pass's gradients the scaler does it, and notes that they are finite."""
+        if self._removed:
+            return
         if last:
             self._scaler.unscale_(self._optimizer)
         elif self.enabled:
@@ -63,7 +65,7 @@ class LossScale:
 
     def overflowed(self, gradients: list[Tensor]) -> None:
         """Has the scaler note that a pass was not finite, on this rank too where it was so on another alone."""
-        if self.enabled:
+        if self.enabled and not self._removed:
             for gradient in gradients:
                 gradient.fill_(float("inf"))
             self._scaler.unscale_(self._optimizer)
@@ -136,7 +138,7 @@ class Step:
         possible = self.second_runs is not False
         if possible and self.replay:
             self._random = Everywhere.on({CPU, *(parameter.device for parameter in self._every())})
-        self._remember()
+        self.remember()
         others = self.surroundings.other_gradients(self._every()) if possible else OtherGradients(())
         try:
             # Where the gradient decides, it has to be that of the whole batch, or ranks would decide differently.
@@ -198,13 +200,25 @@ class Step:
 
     def only_pass(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> Passes:
         """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
-        self._remember()
-        perturbed = self.rho > 0 and len(parameters) > 0
-        move = partial(moved, rho=sign * self.rho, eps=1e-12, check=self.check)
-        with move(parameters, directions, self.scaling) if perturbed else nullcontext():
+        self.remember()
+        with self.along(parameters, directions, sign=sign):
             yield
         self._collect("only")
         self.scale.remove(self.gradients, last=True)
+
+    def along(
+        self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0, norm: float | None = None
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Inside, the weights are moved along ``directions``, whose norm may be known, if there are any; `moved`."""
+        if self.rho == 0 or not parameters:
+            return nullcontext([])
+        check, self.check = self.check, None
+        return moved(parameters, directions, self.scaling, rho=sign * self.rho, eps=1e-12, norm=norm, check=check)
+
+    def remember(self) -> None:
+        """Copies the buffers, if it is not done."""
+        if self.before is None:
+            self.before = Buffers(self.surroundings.modules(self._every()))
 
     def candidates(self) -> list[Tensor]:
         """All parameters that may be perturbed, with a gradient or without; not those that are frozen now."""
@@ -234,11 +248,6 @@ class Step:
             factor = self.max_norm / (length(self.gradients) + 1e-6)
             if factor < 1:
                 scale_(self.gradients, factor)
-
-    def _remember(self) -> None:
-        """Copies the buffers, if it is not done."""
-        if self.before is None:
-            self.before = Buffers(self.surroundings.modules(self._every()))
 
     def _every(self) -> list[Tensor]:
         return [parameter for group in self.groups for parameter in group["params"]]
