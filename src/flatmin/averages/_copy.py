@@ -98,7 +98,7 @@ def _copy_hooks(network: nn.Module, made: nn.Module, memo: dict[int, Any]) -> li
             for key, hook in getattr(layer, name).items():
                 if _of_torch(hook) or id(_owner(hook)) in memo:
                     kept[key] = copy.deepcopy(hook, memo)
-                else:
+                elif not _of(hook, "flatmin"):  # what an optimizer has attached is the network's alone
                     dropped[path or type(layer).__name__] = None
             if path in copies:
                 setattr(copies[path], name, kept)
@@ -113,9 +113,13 @@ def _owner(hook: Callable[..., Any]) -> Any:
 
 
 def _of_torch(hook: Callable[..., Any]) -> bool:
+    return _of(hook, "torch") and not isinstance(_owner(hook), nn.Module)
+
+
+def _of(hook: Callable[..., Any], package: str) -> bool:
     owner = _owner(hook)
     module = getattr(owner, "__module__", None) or type(owner).__module__
-    return module.split(".")[0] == "torch" and not isinstance(owner, nn.Module)
+    return bool(module.split(".")[0] == package)
 
 
 def _way_out(network: nn.Module, error: Exception) -> str:

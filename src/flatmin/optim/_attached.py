@@ -94,7 +94,8 @@ class Attached:
 
     def __init__(self, model: nn.Module, owner: Owner) -> None:
         self.held = False
-        self._displaced, self._owner = owner.displaced, weakref.ref(owner)
+        self._displaced = displaced = owner.displaced
+        self._owner = weakref.ref(owner, lambda _: displaced.restore())
         self._calls: list[object] = []  # of forwards that run now
         self._open: set[weakref.ref[_Pending]] = set()  # outputs whose backward pass may come
         self._task, self._gone = -1, list[weakref.ref[_Pending]]()  # of the backward pass that runs
@@ -199,8 +200,8 @@ class Attached:
         """When a graph is freed: no backward pass can go through it."""
         if reference in self._open:
             self._open.discard(reference)
-            if not torch._C._len_torch_dispatch_stack():  # nothing is written within a mode of somebody else's
-                self._settle()
+            if not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active():
+                self._settle()  # nothing is written within a mode of somebody else's
 
 
 class _Pending:
@@ -229,15 +230,16 @@ _TRAINING, _CLEAN = object(), object()  # a forward that runs: at the moved weig
 
 
 def _called(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose call is a forward pass."""
+    """The modules whose call is a forward pass, and that take hooks."""
     layers = wrappers_and_network(model)
     parallel = [layer for layer in layers if isinstance(layer, DataParallel)]  # copies the weights before what is in it
-    network = (parallel or layers[-1:])[0]
-    if type(network).forward is nn.Module.forward:
-        for child in network.children():
-            yield from _called(child)
-    else:
-        yield network
+    hooked = [layer for layer in reversed(layers) if not isinstance(layer, torch.jit.ScriptModule)]
+    for network in (parallel or hooked)[:1]:
+        if getattr(network.forward, "__func__", None) is nn.Module.forward:  # a container's
+            for child in network.children():
+                yield from _called(child)
+        else:
+            yield network
 
 
 def _in_backward() -> bool:
@@ -282,7 +284,9 @@ def _attached_to(module: nn.Module) -> list[Attached]:
 
 
 def _attended() -> bool:
-    return current_pass() is None and not getattr(_thread, "depth", 0)
+    """Not where an optimizer makes its passes itself, and not within torch.func, which has weights of its own."""
+    unasked = current_pass() is not None or getattr(_thread, "depth", 0) > 0
+    return not unasked and not torch._C._are_functorch_transforms_active()
 
 
 @_disable_dynamo

@@ -166,9 +166,9 @@ class OnePass(SharpnessAware):
         if self._attached is None:
             return f"or make it {type(self).__name__}(base, model=model), for loops that call backward() before step()"
         return (
-            "model= is to be the module that the loop calls, in training mode (no copy of it, nor a part), and of "
-            "several optimizers of the same parameters the last one made counts; or call perturb() before the forward "
-            "pass"
+            "model= is to be the module that the loop calls, in training mode (no copy, no part of it, no scripted "
+            "one), and of several optimizers of the same parameters the last one made counts; or call perturb() before "
+            "the forward pass"
         )
 
     def _unscaled(self) -> bool:
