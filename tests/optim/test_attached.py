@@ -14,9 +14,8 @@ from torch.func import functional_call, grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatmin.errors import InvalidArgumentError
+from tests.contracts._one_pass import ONE_PASS
 from tests.contracts._optimizers import EVERY, assert_same
-
-ONE_PASS = [name for name in EVERY if EVERY[name].max_passes == 1]
 
 
 class Net(nn.Module):

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from ..errors import InvalidArgumentError
-from ._attached import Attached, Displaced, unattended
+from ._attached import Attached, unattended
 from ._base import SharpnessAware
+from ._displaced import Displaced
 from ._foreach import length
 from ._perturbation import Rho, Scaling, unit
 from ._step import LossScale, Passes, Step
