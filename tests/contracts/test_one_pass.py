@@ -92,7 +92,7 @@ def looks_around(training: Training, parts: int) -> None:
 
 def by_hand(training: Training, parts: int) -> None:
     training.optimizer.zero_grad()
-    assert training.optimizer.perturb() is False
+    assert training.optimizer.perturb()
     for loss in losses(training, parts):
         loss().backward()
     training.optimizer.restore()

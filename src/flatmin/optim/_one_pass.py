@@ -71,7 +71,8 @@ class OnePass(SharpnessAware):
         With ``model=`` there is no need to: every training forward does.
 
         Returns:
-            False: no second pass is wanted.
+            Whether the forward and backward pass is to be made now: not if it was, by a loop of which the network tells
+            with ``model=``. No second one is wanted.
 
         Example:
             >>> import torch, flatmin
@@ -84,10 +85,11 @@ class OnePass(SharpnessAware):
             ...     optimizer.step()
         """
         self._check_idle("another pass")
+        made = self._begun is not None and self._accumulating()
         self.move()
         if self._attached is not None:
             self._attached.held = True
-        return False
+        return not made
 
     def restore(self) -> None:
         """Puts the weights back, bit-identical, after the backward pass; `step` does it too."""
@@ -112,18 +114,17 @@ class OnePass(SharpnessAware):
         return {parameter for group in self.param_groups for parameter in group["params"]}
 
     def _gradient(self, step: Step) -> Passes:
-        parameters, directions, sign = ([], [], 1.0) if step is self._begun else self._direction(step)
-        yield from step.only_pass(parameters, directions, sign=sign)
-        self._made(step)
-
-    def _run(self, step: Step) -> Passes:
-        if step is not self._begun:
-            begun, self._begun = self._begun, None
-            self._put_back()
-            if begun is not None and self._accumulating():  # the closure adds to what the loop has begun
-                step.before = begun.before
         with unattended():
-            yield from super()._run(step)
+            if step is self._begun:  # the pass was made, by the loop
+                yield from step.only_pass([], [])
+            else:
+                begun, self._begun = self._begun, None
+                self._put_back()
+                if begun is not None and self._accumulating():  # the closure adds to what the loop has begun
+                    step.before = begun.before
+                parameters, directions, sign = self._direction(step)
+                yield from step.only_pass(parameters, directions, sign=sign)
+        self._made(step)
 
     def _make_passes(self, closure: Callable[..., Any]) -> Step:
         seen = self._begun is not None
