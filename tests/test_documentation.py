@@ -207,7 +207,24 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
 
 
-@pytest.mark.parametrize("block", python_of("docs/optimizers.md"), ids=named)
+OPTIMIZERS = python_of("docs/optimizers.md")
+ONE_PASS = [block for block in OPTIMIZERS if "flatmin.MSAM" in block.code]
+
+
+@pytest.mark.parametrize("block", ONE_PASS, ids=named)
+def test_the_loop_of_a_one_pass_method_is_that_of_its_closure(block: Block) -> None:
+    known, plain = surroundings(), surroundings()
+    torch.manual_seed(1)
+    run(block.code, known, named(block))
+    optimizer, model = flatmin.MSAM(plain["base"], rho=3.0), plain["model"]
+    torch.manual_seed(1)
+    for x, y in plain["loader"]:
+        optimizer.step(lambda x=x, y=y: (optimizer.zero_grad(), F.cross_entropy(model(x), y).backward()))
+    for ours, theirs in zip(known["model"].parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("block", [block for block in OPTIMIZERS if block not in ONE_PASS], ids=named)
 def test_the_code_makes_the_step_that_a_closure_makes(block: Block, on_the_cpu) -> None:
     code, known, plain = block.code, surroundings(num_classes=3), surroundings(num_classes=3)
     plain["optimizer"].step(plain["closure"])

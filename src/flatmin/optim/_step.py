@@ -2,9 +2,8 @@
 
 import operator
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -190,12 +189,19 @@ class Step:
     def only_pass(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> Passes:
         """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
         self.remember()
-        perturbed = self.rho > 0 and len(parameters) > 0
-        move = partial(moved, rho=sign * self.rho, eps=1e-12, check=self.check)
-        with move(parameters, directions, self.scaling) if perturbed else nullcontext():
+        with self.along(parameters, directions, sign=sign):
             yield
         self._collect("only")
         self.scale.remove(self.gradients, last=True)
+
+    def along(
+        self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0, norm: float | None = None
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Inside, the weights are moved along ``directions``, whose norm may be known, if there are any; `moved`."""
+        if self.rho == 0 or not parameters:
+            return nullcontext([])
+        check, self.check = self.check, None
+        return moved(parameters, directions, self.scaling, rho=sign * self.rho, eps=1e-12, norm=norm, check=check)
 
     def remember(self) -> None:
         """Copies the buffers, if it is not done."""
