@@ -183,7 +183,7 @@ def _experiment(folder: Path, named: Path, digest: Any, *, trusted: bool) -> Pat
         )
     if not (own or trusted):
         raise ExperimentError(
-            f"{'' if there else f'{named} is not there; '}{file} came with the run, and going on would run its code: "
+            f"{'' if there else f'{named!s:.200} is not there; '}{file} came with the run, and going on would run its code: "
             "read it and, if you trust it, give --trust-experiment (in Python trust_experiment=True)"
         )
     return file
