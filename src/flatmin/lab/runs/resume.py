@@ -182,9 +182,10 @@ def _experiment(folder: Path, named: Path, digest: Any, *, trusted: bool) -> Pat
             f"{file} has changed since the run began (its digest was {began:.12} and is {found:.12}){way_out}"
         )
     if not (own or trusted):
+        gone = "" if there else f"{named!s:.200} is not there; "
         raise ExperimentError(
-            f"{'' if there else f'{named!s:.200} is not there; '}{file} came with the run, and going on would run its code: "
-            "read it and, if you trust it, give --trust-experiment (in Python trust_experiment=True)"
+            f"{gone}{file} came with the run, and going on would run its code: read it and, if you trust it, give "
+            "--trust-experiment (in Python trust_experiment=True)"
         )
     return file
 
