@@ -75,7 +75,7 @@ def test_anything_of_another_type_in_the_configuration_is_one_line(flatmin, begu
     for changed in with_wrong(config, places(parts), 3, start):
         (begun() / "config.json").write_text(json.dumps(changed))
         codes.append(is_right_or_one_line(flatmin(*command)))
-    assert len(codes) > 80
+    assert len(codes) >= 80
     assert codes.count(2) > 0.8 * len(codes)
 
 

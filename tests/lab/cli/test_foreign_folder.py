@@ -113,20 +113,70 @@ def test_what_is_read_is_refused_by_name_unless_it_is_a_file_of_its_own(flatmin,
         assert content(outside) == {Path("file"): PRECIOUS.encode()}
 
 
-@pytest.mark.parametrize(("word", "name"), [(word, name) for word in WORDS for name in REPLACES[word]])
-def test_what_is_written_takes_the_place_of_a_link_or_pipe_and_follows_none(flatmin, place, word, name):
-    for kind in KINDS:
-        folder, outside = place(word)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("word", WORDS)
+def test_what_is_written_takes_the_place_of_a_link_or_pipe_and_follows_none(flatmin, place, word, kind):
+    """All names at once, but for a folder in the place of a file, which is not removed."""
+    folder, outside = place(word)
+    names = [name for name in REPLACES[word] if kind != "folder" or name.startswith("checkpoints/")]
+    for name in names:
         plant(folder / name, kind, outside)
-        with at_most(60):
-            found = flatmin(*WORDS[word])
-        if kind == "folder" and name not in BESIDE and name not in INNER:
-            fails_in_one_line(found, f"run/{name}".removesuffix(".new"), "s a directory")
-        else:
-            assert (found.code, found.err.count("flatmin:")) == (0, 0), (kind, found.err)
-            assert all(path.is_dir() or path.is_file() for path in folder.rglob("*"))
-            assert not any(path.is_symlink() or path.name.endswith((".new", ".old")) for path in folder.rglob("*"))
-            if word == "resume":
-                lines = (folder / "metrics.jsonl").read_text().splitlines()
-                assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
-        assert content(outside) == {Path("file"): PRECIOUS.encode()}
+    with at_most(60):
+        found = flatmin(*WORDS[word])
+    assert (found.code, found.err.count("flatmin:")) == (0, 0), found.err
+    assert content(outside) == {Path("file"): PRECIOUS.encode()}
+    assert all(path.is_dir() or path.is_file() for path in folder.rglob("*"))
+    assert not any(path.is_symlink() or path.name.endswith((".new", ".old")) for path in folder.rglob("*"))
+    if word == "resume":
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
+
+
+FILES = [(word, name) for word in WORDS for name in REPLACES[word] if not name.startswith("checkpoints/")]
+
+
+@pytest.mark.parametrize(("word", "name"), FILES)
+def test_a_folder_in_the_place_of_a_file_that_is_written_stays(flatmin, place, word, name):
+    folder, outside = place(word)
+    plant(folder / name, "folder", outside)
+    (folder / name / "file").write_text(PRECIOUS)
+    fails_in_one_line(flatmin(*WORDS[word]), f"run/{name.removesuffix('.new')}", "s a directory")
+    assert (folder / name / "file").read_text() == PRECIOUS
+
+
+@pytest.mark.parametrize("suffix", ["new", "old"])
+def test_a_link_does_not_become_the_checkpoint_that_is_missing(flatmin, place, suffix):
+    folder, outside = place("resume")
+    elsewhere = (folder / "checkpoints/last").rename(outside / "last")
+    (folder / f"checkpoints/last.{suffix}").symlink_to(elsewhere)
+    before = content(outside)
+    fails_in_one_line(flatmin(*WORDS["resume"]), f"run/checkpoints/last.{suffix}", "symbolic link")
+    assert content(outside) == before
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_link_that_the_user_names_is_followed(flatmin, place, word):
+    folder, _ = place(word)
+    folder.rename("elsewhere")
+    folder.symlink_to("elsewhere")
+    found = flatmin(*WORDS[word])
+    assert found.code == 0, found.err
+
+
+def test_so_is_a_results_file_and_a_new_folder(flatmin, place, experiment):
+    folder, _ = place("report of a comparison")
+    Path("results").symlink_to(folder / "results.json")
+    Path("out").symlink_to("empty")
+    Path("empty").mkdir()
+    found = flatmin("report", "results", "--out", "page.html")
+    assert found.code == 0, found.err
+    assert flatmin("train", experiment(), "--method", "base", "--epochs", 1, "--out", "out").code == 0
+    assert (Path("empty") / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("word", "name"), [("report", "config.json"), ("resume", "config.json")])
+def test_what_is_too_large_is_not_read(flatmin, place, word, name):
+    folder, _ = place(word)
+    with (folder / name).open("r+b") as file:
+        file.truncate(2**40)  # a hole, which takes no room
+    fails_in_one_line(flatmin(*WORDS[word]), f"run/{name}: cannot be read (it has 1099511627776 bytes", "16777216)")
