@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from flatmin._files import (append_line, copy_file, locked, plain, read_bytes, remove, write_json, write_lines, write_new, write_whole)
+from flatmin._files import (
     append_line,
     copy_file,
     locked,
@@ -15,6 +15,7 @@ from flatmin._files import (append_line, copy_file, locked, plain, read_bytes, r
     remove,
     write_json,
     write_lines,
+    write_new,
     write_whole,
 )
 from flatmin.errors import DataError, OutputError
