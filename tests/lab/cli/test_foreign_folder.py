@@ -180,3 +180,14 @@ def test_what_is_too_large_is_not_read(flatmin, place, word, name):
     with (folder / name).open("r+b") as file:
         file.truncate(2**40)  # a hole, which takes no room
     fails_in_one_line(flatmin(*WORDS[word]), f"run/{name}: cannot be read (it has 1099511627776 bytes", "16777216)")
+
+
+@pytest.mark.parametrize("word", ["resume", "sharpness", "landscape"])
+def test_a_checkpoint_that_is_named_is_not_reached_through_a_link_in_the_folder(flatmin, place, word):
+    folder, outside = place(word)
+    (folder / "checkpoints").rename(outside / "checkpoints")
+    (folder / "checkpoints").symlink_to(outside / "checkpoints")
+    before = content(outside)
+    words = [argument.replace("run", "run/checkpoints/best") for argument in WORDS[word]]
+    fails_in_one_line(flatmin(*words), "run/checkpoints: ", "symbolic link")
+    assert content(outside) == before
