@@ -31,8 +31,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_new(path: Path, content: bytes, *, durable: bool = False) -> os.stat_result:
-    """Writes a new file in place of whatever file or link lies there, and returns its status.
+def write_new(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Writes a new file in place of whatever file or link lies there.
 
     Args:
         path: The file.
@@ -47,7 +47,8 @@ def write_new(path: Path, content: bytes, *, durable: bool = False) -> os.stat_r
         _write(descriptor, content)
         if durable:
             os.fsync(descriptor)
-        return os.fstat(descriptor)
+        if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+            raise OSError(errno.EBUSY, "another process is writing it at the moment")
     finally:
         os.close(descriptor)
 
@@ -98,9 +99,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     fresh = path.with_name(path.name + ".new")
     try:
-        written = write_new(fresh, content, durable=True)
-        if not os.path.samestat(written, os.lstat(fresh)):
-            raise OSError(errno.EBUSY, "another process is writing it at the moment")
+        write_new(fresh, content, durable=True)
         fresh.replace(path)
         sync(path.parent)
     except OSError as error:

@@ -101,7 +101,7 @@ def _import(path: Path) -> Any:
     try:
         source = read_bytes(path, most=LARGEST_SETUP, follow=True)
     except DataError as error:
-        raise ExperimentError(str(error)) from error
+        raise ExperimentError(f"no such experiment file: {error}") from error
     if path.stem in sys.stdlib_module_names or path.stem in sys.modules.keys() - _experiments:
         raise ExperimentError(f"{path}: there is a module {path.stem} already; give the file another name")
     loader = _Loader(path, source)

@@ -97,7 +97,7 @@ def check_ours(path: Path) -> None:
     Raises:
         OutputError: If it holds something else.
     """
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         raise OutputError(f"{path}: is a folder; name a file in it")
     try:
         foreign = os.path.lexists(path) and MARK.encode() not in read_bytes(path)

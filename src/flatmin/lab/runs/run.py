@@ -14,8 +14,9 @@ from ..recipe import Recipe, Run
 from ..results import CONFIG, EXPERIMENT
 from ..training import torchrun
 from ..training.trainer import Trainer
+from .experiment_file import DIGEST, digest_of
 from .record import command_line, environment
-from .resume import DIGEST, digest_of, open_start
+from .resume import open_start
 from .writer import RunWriter, restore_files
 
 OnEpoch = Callable[[dict[str, float]], None]
