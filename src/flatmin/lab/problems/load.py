@@ -10,6 +10,7 @@ from .experiment import from_experiment
 from .experiment import import_experiment as import_experiment
 from .models import create_model, input_dimensions
 from .problem import Problem, base_optimizer, check_size, held_out, reduced, with_noise
+from .source import Source
 
 
 def load_problem(recipe: Recipe, seed: int) -> Problem:
@@ -45,6 +46,7 @@ def _from_names(recipe: Recipe, seed: int) -> Problem:
         lambda: create_model(recipe.model, channels, split.num_classes),
         None,
         lambda parameters: base_optimizer(recipe, parameters),
+        Source(name=f"model {recipe.model!r} on inputs of shape {split.input_shape} ({recipe.data!r})"),
     )
 
 
