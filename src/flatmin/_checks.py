@@ -20,7 +20,7 @@ class Bounds:
         least: At least.
         above: More than.
         below: Less than.
-        most: At most; by default what 32 bits can count, and a number whose square float32 can hold.
+        most: At most; by default what 32 bits can count, or float32 can hold.
         hint: Added to the error.
     """
 
@@ -64,7 +64,7 @@ class Bounds:
 
 
 MOST_COUNT = 2**31 - 1
-MOST_NUMBER = 1e18
+MOST_NUMBER = 3.4e38
 
 
 def _say(bound: float) -> str:

@@ -76,11 +76,11 @@ class Recipe:
     )
     optimizer: str = _option("sgd", "sgd | adamw; the learning rate follows a cosine down to 0.")
     lr: float | None = _option(
-        None, "Learning rate at the start.  [default: 0.1 for sgd, 0.001 for adamw]", Bounds(above=0)
+        None, "Learning rate at the start.  [default: 0.1 for sgd, 0.001 for adamw]", Bounds(above=0, most=1e18)
     )
     momentum: float = _option(0.9, "Momentum of sgd; first beta of adamw.", Bounds(least=0, below=1))
     weight_decay: float | None = _option(
-        None, "Weight decay.  [default: 0.0005 for sgd, 0.05 for adamw]", Bounds(least=0)
+        None, "Weight decay.  [default: 0.0005 for sgd, 0.05 for adamw]", Bounds(least=0, most=1e18)
     )
     crop: bool = _option(False, "Crop training images at random, shifted by up to an eighth of their size.")
     flip: bool = _option(False, "Flip training images left to right at random.")

@@ -81,7 +81,11 @@ _experiments: set[str] = set()  # modules that are experiment files, and may be 
 
 
 def _import(path: Path) -> Any:
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError) as error:  # no name of a file
+        raise ExperimentError(f"{path!s:.100}: no such experiment file ({error})") from error
+    if not found:
         raise ExperimentError(f"{path}: no such experiment file")
     if path.stem in sys.stdlib_module_names or path.stem in sys.modules.keys() - _experiments:
         raise ExperimentError(f"{path}: there is a module {path.stem} already; give the file another name")
@@ -117,16 +121,20 @@ def _network(source: Source, model: Any) -> nn.Module:
     """Checks what model() has returned."""
     if not isinstance(model, nn.Module):
         source.refuse(f"model() must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _check_trainable(source: Source, model: nn.Module) -> None:
     parameters = list(model.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
         has = "whose parameters are all frozen (requires_grad=False)" if parameters else "without parameters"
         source.refuse(f"model() returned a network {has}, so there is nothing to train")
-    return model
 
 
 def _count_classes(source: Source, model: Any, train: Any, length: int) -> int:
     x, y = _pair(source, TRAIN, train, [0, min(1, length - 1)])
     logits = _logits(source, _network(source, model).eval(), x)
+    _check_trainable(source, model)
     class_numbers(y, logits.shape[1], source.prefixed(TRAIN))
     return logits.shape[1]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..._checks import nearest
-from ...errors import InvalidArgumentError, require
+from ...errors import DataError, FlatminError, InvalidArgumentError, require
 from ..recipe import Recipe
 from .data import Split, load_digits, load_folder, load_idx, load_mnist1d
 from .experiment import from_experiment
@@ -34,7 +34,12 @@ def load_problem(recipe: Recipe, seed: int) -> Problem:
 
 
 def _from_names(recipe: Recipe, seed: int) -> Problem:
-    split = _load_data(recipe, seed)
+    try:
+        split = _load_data(recipe, seed)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FlatminError):
+            raise
+        raise DataError(f"data {recipe.data!r:.100} cannot be read: {error}") from error
     _check_fit(recipe, split.input_shape)
     check_size(recipe.data, split.train)
     channels = split.input_shape[0]

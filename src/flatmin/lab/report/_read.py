@@ -26,7 +26,7 @@ from ..results import (
     verdict,
 )
 from ..results.comparison import title
-from ..results.files import parse_json, read_json, read_text
+from ..results.files import check_path, parse_json, read_json, read_text
 from ..results.values import is_diverged, number
 from ._study import Json, Run, Study
 from ._verdict import MANY, run_verdict
@@ -41,8 +41,12 @@ def read_studies(sources: Sequence[Path]) -> list[Study]:
     studies: list[Study] = []
     single: dict[str, list[tuple[Path, Json]]] = {}
     for source in sources:
+        check_path("runs", source)
         if source.is_file() and not (source.name == RESULTS and (source.parent / CONFIG).exists()):
-            studies.append(_comparison(source, read_json(source), None))
+            found = read_json(source)
+            if not isinstance(found.get("seeds"), list):  # which a configuration has as a number
+                raise DataError(f"{source}: holds no results of a comparison; give its {RESULTS}, or its folder")
+            studies.append(_comparison(source, found, None))
             continue
         folder = source.parent if source.is_file() else source
         if not folder.is_dir():
