@@ -33,8 +33,16 @@ def check_settings(method: Card, settings: Mapping[str, Any], epochs: int, *, ow
             known.bounds.check(name, value)
         if own and known.kind is str and value is not None and not isinstance(value, str):
             raise InvalidArgumentError(f"{name} must be a text, got {value!r:.80}")
-    if not own:
-        return
+    if own:
+        put_together(method, settings, epochs)
+
+
+def put_together(method: Card, settings: Mapping[str, Any], epochs: int) -> None:
+    """Assembles the method on a network of a few weights; nothing is drawn or warned of.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if it refuses a value.
+    """
     with warnings.catch_warnings(), preserved(CPU):
         warnings.simplefilter("ignore")  # the run itself warns
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 10))

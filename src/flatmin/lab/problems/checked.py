@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .problem import Problem, class_numbers
@@ -33,6 +34,8 @@ def logits_of(problem: Problem, network: nn.Module, x: Tensor) -> Tensor:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         name = NETWORK if problem.source.path else problem.source.name
         problem.source.refuse(f"{name} must return logits of shape (batch, classes), here {wanted}, got {got}")
+    if torch.is_grad_enabled() and not logits.requires_grad:
+        problem.source.refuse(f"{NETWORK} returned logits without a gradient, so it cannot be trained; detach none")
     return logits
 
 
@@ -44,8 +47,6 @@ def loss_of(problem: Problem, criterion: Callable[[Tensor, Tensor], Tensor], log
     """
     with problem.source.calling(CRITERION):
         loss: Any = criterion(logits, y)
-    if not logits.requires_grad:
-        problem.source.refuse(f"{NETWORK} returned logits without a gradient, so it cannot be trained; detach none")
     if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
         got = f"a {type(loss).__name__}"
         if isinstance(loss, Tensor):
