@@ -13,6 +13,7 @@ OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
+LR, DECAY = Bounds(above=0, most=1e30), Bounds(least=0, most=1e8)  # a float32 must hold their product
 SEED = Bounds(integer=True, least=0, most=2**32 - 1)  # scikit-learn and numpy take no larger ones
 
 
@@ -75,13 +76,9 @@ class Recipe:
         Bounds(integer=True, least=2, hint="; batch norm needs two samples"),
     )
     optimizer: str = _option("sgd", "sgd | adamw; the learning rate follows a cosine down to 0.")
-    lr: float | None = _option(
-        None, "Learning rate at the start.  [default: 0.1 for sgd, 0.001 for adamw]", Bounds(above=0, most=1e18)
-    )
+    lr: float | None = _option(None, "Learning rate at the start.  [default: 0.1 for sgd, 0.001 for adamw]", LR)
     momentum: float = _option(0.9, "Momentum of sgd; first beta of adamw.", Bounds(least=0, below=1))
-    weight_decay: float | None = _option(
-        None, "Weight decay.  [default: 0.0005 for sgd, 0.05 for adamw]", Bounds(least=0, most=1e18)
-    )
+    weight_decay: float | None = _option(None, "Weight decay.  [default: 0.0005 for sgd, 0.05 for adamw]", DECAY)
     crop: bool = _option(False, "Crop training images at random, shifted by up to an eighth of their size.")
     flip: bool = _option(False, "Flip training images left to right at random.")
     label_noise: float = _option(

@@ -47,8 +47,8 @@ class Source:
     def calling(self, part: str) -> "Calling":
         """A context in which ``part`` of the problem runs: what leaves it leaves it as one line.
 
-        Errors of flatmin's own and Ctrl-C pass. Where there is no file, only what the network raises is a user's
-        mistake: data that it cannot take.
+        Errors of flatmin's own and Ctrl-C pass. Where there is no file, only what the network and the plain optimizer
+        raise is a user's mistake: data or a number that they cannot take.
         """
         return Calling(self, part)
 
@@ -112,7 +112,7 @@ class Calling:
             if said := _from_worker(str(error)):
                 raise type(error)(said) from error
             return
-        if self.source.path is not None or self.part == NETWORK or _lacks_memory(error):
+        if self.source.path is not None or self.part in (NETWORK, OPTIMIZER) or _lacks_memory(error):
             raise self.source.line(self.part, error) from error
 
 
