@@ -23,6 +23,7 @@ import flatmin
 from flatmin.lab import cli
 from flatmin.lab.cli._shared import app
 from flatmin.lab.methods.registry import METHODS, get_method, resolve_settings
+from flatmin.lab.methods.settings import parse_settings
 from tests.registry import restored
 
 ROOT = Path(__file__).parent.parent
@@ -317,10 +318,10 @@ def test_the_command_takes_the_line(page: str, line: str) -> None:
     for method in (given.get("methods") or given.get("method") or "base").split(","):
         get_method(method.strip())
     for setting in given.get("set_") or []:
-        target, _, values = setting.partition("=")
-        method, _, hyperparameter = target.partition(".")
-        for value in values.split(","):
-            resolve_settings(get_method(method), {hyperparameter: value}, epochs=60)
+        for method, tried in parse_settings([setting]).items():
+            for hyperparameter, values in tried.items():
+                for value in values:
+                    resolve_settings(get_method(method), {hyperparameter: value}, epochs=60)
     if given.get("experiment") and "/" in given["experiment"]:
         assert (ROOT / given["experiment"]).exists()
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from ..report import write_figures, write_report, write_tensorboard
+from ..results.files import check_path
 from ..results.values import count_of
 from ._shared import app
 from ._terminal import out_console
@@ -35,6 +36,9 @@ def report(
     It shows the verdict, accuracy against cost, paired differences, curves by epoch, loss landscapes, Hessian spectra,
     measures of sharpness, memory, and how everything was made, each plot with its numbers.
     """
+    for name, value in (("figures", figures), ("tensorboard", tensorboard)):  # before anything is written
+        if value is not None:
+            check_path(name, value)
     page = write_report(runs, out)
     if figures is not None:
         count = len(write_figures(runs, figures))

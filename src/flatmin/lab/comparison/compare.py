@@ -9,12 +9,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..._checks import check_integer, check_number
+from ..._checks import Bounds
 from ...errors import FlatminWarning, InvalidArgumentError
 from ..methods import COMPARED
 from ..problems.load import import_experiment
 from ..recipe import Recipe, as_recipe
 from ..results import METRICS, SELECTION, ComparisonResult
+from ..results.files import check_path
 from ..results.values import is_diverged
 from ..runs.folder import run_folder
 from ..runs.measure import write_landscape, write_sharpness
@@ -29,6 +30,14 @@ from .select import select as select_rows
 
 LOOKING = 0.2  # share of the time that is left for sharpness and landscapes, where they are wanted
 LOOKED_AT = 512  # training samples on which they are measured
+
+BOUNDS = {  # of the arguments, and of the command's options
+    "seeds": Bounds(integer=True, least=1, most=10_000),
+    "select": Bounds(integer=True, least=1, most=10_000),
+    "look": Bounds(integer=True, least=0, most=10_000),
+    "minutes": Bounds(above=0, most=525_600),  # a year
+    "jobs": Bounds(integer=True, least=1, most=1024),
+}
 
 OnProgress = Callable[[int, int, str], None]
 
@@ -95,6 +104,8 @@ def compare(
         raise InvalidArgumentError("compare starts its own processes: run it without torchrun; jobs says how many")
     check_main_guard()
     recipe = as_recipe(recipe)
+    if out is not None:
+        check_path("out", out)
     _check_numbers(seeds=seeds, select=select, look=look, minutes=minutes, jobs=jobs)
     if select is not None and recipe.validation > 0:
         raise InvalidArgumentError("select holds out samples itself: leave out validation or select")
@@ -152,11 +163,11 @@ def _warn_of_diverged(result: ComparisonResult) -> None:
 
 
 def _check_numbers(*, seeds: int | None, select: int | None, look: int, minutes: float, jobs: int | None) -> None:
-    for name, value in (("seeds", seeds), ("select", select), ("jobs", jobs)):
+    given = {"seeds": seeds, "select": select, "look": look, "minutes": minutes, "jobs": jobs}
+    for name, value in given.items():
         if value is not None:
-            check_integer(name, value, least=1)
-    check_number("minutes", minutes, above=0)
-    if check_integer("look", look, least=0) == 1:
+            BOUNDS[name].check(name, value)
+    if look == 1:
         raise InvalidArgumentError("look must be at least 2 points along each direction, or 0, got 1")
 
 

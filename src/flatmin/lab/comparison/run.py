@@ -14,15 +14,13 @@ from typing import Any
 
 import torch
 
-from ..._files import write_json
+from ..._files import append_line, write_json
 from ..._interrupts import held
-from ...errors import FlatminError, InvalidArgumentError
-from ...indices import with_indices
+from ...errors import DivergedError, FlatminError, InvalidArgumentError
 from ..methods import METHODS
 from ..problems.load import load_problem
-from ..problems.problem import class_numbers
 from ..recipe import Recipe, Run
-from ..results import LEAST_SEEDS, RESULTS, RUNS, Row, run_name
+from ..results import LEAST_SEEDS, METRICS, RESULTS, RUNS, Row, run_name
 from ..runs.record import command_line, environment
 from ..runs.run import read_experiment, train_run, write_config
 from ..training.device import resolve_device
@@ -119,12 +117,10 @@ class Comparison:
         try:
             base = Trainer(Run(recipe, rows[0].method, rows[0].settings), problem)
             device = base.device
-            index, (x, y) = next(iter(with_indices(base.loader)))
-            y = class_numbers(y, problem.num_classes)
             costs, trainers = measure_rows(
                 rows,
                 lambda row: Trainer(Run(recipe, row.method, row.settings), problem),
-                (index, x.to(device), y.to(device)),
+                base.first_batch(),
                 seconds=4.0 * self.minutes,
                 on_round=lambda number: self._tell(0, 0, "timing the steps"),
             )
@@ -250,6 +246,10 @@ def _train_one(run: Run, folder: Path) -> dict[str, float]:
     # Not durable: many short epochs would spend their time waiting for the disk.
     try:
         return train_run(run, folder, on_epoch=lambda metrics: _ticks.put(1), on_step=check, durable=False)
+    except DivergedError as error:  # a result like that of a run that diverges later: the others go on
+        append_line(folder / METRICS, error.metrics)
+        _ticks.put(run.recipe.epochs)
+        return error.metrics
     except InvalidArgumentError as error:
         if run.method in METHODS:
             raise

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..._files import read_bytes, write_whole
 from ...errors import DataError, InvalidArgumentError, OutputError
+from ..results.files import check_path
 from ._page import MARK, make_page, make_section
 from ._read import read_studies
 from ._static import draw
@@ -34,6 +35,8 @@ def write_report(sources: Sequence[str | PathLike[str]], out: str | PathLike[str
     paths = [Path(source) for source in sources]
     if not paths:
         raise InvalidArgumentError("sources is empty: give the folder of a comparison or of a run")
+    if out is not None:
+        check_path("out", out)
     studies = read_studies(paths)
     if out is not None:
         page = Path(out)
@@ -59,6 +62,7 @@ def write_figures(sources: Sequence[str | PathLike[str]], folder: str | PathLike
         OutputError: If one cannot be written, or something else has its name.
         MissingDependencyError: If matplotlib is not installed.
     """
+    check_path("figures", folder)
     studies = read_studies([Path(source) for source in sources])
     written = []
     for number, study in enumerate(studies, start=1):
@@ -85,6 +89,7 @@ def write_tensorboard(sources: Sequence[str | PathLike[str]], folder: str | Path
         OutputError: If they cannot be written.
         MissingDependencyError: If TensorBoard is not installed.
     """
+    check_path("tensorboard", folder)
     written = write_events(read_studies([Path(source) for source in sources]), Path(folder))
     if not written:
         raise DataError(f"{sources[0]}: holds no run's metrics.jsonl, so there is nothing for TensorBoard")

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from ... import _distributed
-from ..._checks import check_integer, check_number
+from ..._checks import Bounds
 from ..._files import read_text
 from ...errors import FlatminWarning
 from ..methods import get_method, resolve_settings
 from ..problems.load import import_experiment
-from ..recipe import Recipe, Run, as_recipe
+from ..recipe import SEED, Recipe, Run, as_recipe
 from ..results import LAST, METRICS
+from ..results.files import check_path
 from ..results.values import is_diverged
 from ..training import torchrun
 from .folder import run_folder
 from .resume import find_run, read_run
 from .run import resume_run, train_run
 
+CHECKPOINT_MINUTES = Bounds(least=0, most=525_600)  # a year
 OnEpoch = Callable[[dict[str, float]], None]
 
 
@@ -95,8 +97,10 @@ def train(
         True
     """
     recipe = as_recipe(recipe)
-    check_integer("seed", seed, least=0)
-    check_number("checkpoint_minutes", checkpoint_minutes, least=0)
+    SEED.check("seed", seed)
+    CHECKPOINT_MINUTES.check("checkpoint_minutes", checkpoint_minutes)
+    if out is not None:
+        check_path("out", out)
     import_experiment(recipe)  # which may register the method
     chosen = resolve_settings(get_method(method), settings or {}, epochs=recipe.epochs)
     run = Run(recipe, method, chosen, seed)
@@ -142,8 +146,8 @@ def resume(
         FlatminError: If something else cannot be used, or another process is writing the run.
         RunInterrupted: After Ctrl-C; the message says how to go on.
     """
-    check_number("checkpoint_minutes", checkpoint_minutes, least=0)
-    folder, checkpoint = find_run(Path(run))
+    CHECKPOINT_MINUTES.check("checkpoint_minutes", checkpoint_minutes)
+    folder, checkpoint = find_run(check_path("run", run))
     found = read_run(folder, trust_experiment=trust_experiment)
     recipe = dataclasses.replace(
         found.recipe,
