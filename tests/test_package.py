@@ -21,7 +21,7 @@ PUBLIC = [
     *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report", "results")),
 ]
 # Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory the second.
-SHARED = {"errors", "_checks", "_distributed", "_files", "_passes", "_rng"}
+SHARED = {"errors", "_checks", "_distributed", "_files", "_interrupts", "_passes", "_rng"}
 LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
 RESULTS = {"errors", "lab/results"}
 PROBLEMS = {*SHARED, *LIBRARY, "lab/recipe", "lab/problems"}
@@ -34,7 +34,8 @@ ALLOWED = {
     "errors": set(),
     "_checks": {"errors"},
     "_distributed": {"errors", "_checks"},
-    "_files": {"errors", "_checks"},
+    "_files": {"errors", "_checks", "_interrupts"},
+    "_interrupts": set(),
     "_passes": set(),
     "_rng": {"errors", "_checks"},
     "history": SHARED,

@@ -3,7 +3,7 @@
 import json
 import math
 import signal
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import SimpleNamespace
 
 import pytest
@@ -377,6 +377,19 @@ class TestComparison:
         assert found.interrupted is results["interrupted"] is True
         assert found.seeds == results["seeds"] == finished
         assert sum(len(seeds) for seeds in found.metrics.values()) == after
+
+    def test_ctrl_c_comes_between_two_waits_and_never_within_one(self, run_comparison, monkeypatch):
+        done = []
+
+        def within(futures, **options):  # it takes the lock of each run's, and would not give them back
+            signal.raise_signal(signal.SIGINT)
+            done.append(True)
+            return wait(futures, **options)
+
+        monkeypatch.setattr(run_module, "wait", within)
+        found, results, _ = run_comparison(seeds=2)
+        assert done
+        assert found.interrupted is results["interrupted"] is True
 
     def test_progress_is_told(self, run_comparison):
         said = []

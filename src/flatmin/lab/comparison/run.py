@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from ..._files import write_json
+from ..._interrupts import held
 from ...errors import FlatminError, InvalidArgumentError
 from ...indices import with_indices
 from ..methods import METHODS
@@ -153,12 +153,13 @@ class Comparison:
         planned = self.seeds or LEAST_SEEDS
         rows, epochs = self.outcome.rows, self.outcome.recipe.epochs
         started, done = time.monotonic(), 0
-        with ProcessPoolExecutor(self.jobs, context, _start_worker, (ticks, stop, self.threads)) as pool:
+        workers = ProcessPoolExecutor(self.jobs, context, _start_worker, (ticks, stop, self.threads))
+        # Ctrl-C in the middle of `wait`, which takes a lock of each run's, would leave the pool locked for ever.
+        with held() as signals, workers as pool:
             futures: dict[Future[dict[str, float]], tuple[Row, int]] = {}
             try:
-                with _interrupts_ignored():  # inherited by the processes that this starts
-                    for number in range(planned):
-                        futures.update(self._submit(pool, number))
+                for number in range(planned):
+                    futures.update(self._submit(pool, number))
                 waiting = set(futures)
                 while waiting:
                     finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -169,6 +170,7 @@ class Comparison:
                         self.outcome.metrics.setdefault(row.label, {})[seed] = future.result()
                     complete = len(self.outcome.seeds)
                     self._tell(done, planned * len(rows) * epochs, f"{complete} of {planned} seeds done")
+                    signals.check()
                     runs = done / epochs
                     if self.seeds is None and len(waiting) <= self.jobs and runs > 0:
                         now = time.monotonic()
@@ -193,7 +195,8 @@ class Comparison:
         for row in self.outcome.rows:
             seed = self.first_seed + number
             run = Run(self.outcome.recipe, row.method, row.settings, seed)
-            submitted[pool.submit(_train_one, run, self.run_folder(row, seed))] = (row, seed)
+            with _interrupts_blocked():  # in the process that this starts too, if it does
+                submitted[pool.submit(_train_one, run, self.run_folder(row, seed))] = (row, seed)
         return submitted
 
     def _collect(self, futures: "Mapping[Future[dict[str, float]], tuple[Row, int]]") -> None:
@@ -209,16 +212,16 @@ def _cores() -> int:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Ignores Ctrl-C for a moment; possible only in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_blocked() -> Iterator[None]:
+    """Keeps Ctrl-C from this thread, and for good from the processes that it starts; not on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error
