@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ._interrupts import held
 from .errors import OutputError
 
 LOCK = ".lock"
@@ -32,6 +33,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@held()
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file in one piece: a crash leaves the old content or the new, and never a part.
 
@@ -70,6 +72,7 @@ def write_lines(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(plain(value)) + "\n" for value in values).encode())
 
 
+@held()
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Adds ``value`` to such a file. On a full disk, the lines before it stay and nothing of it is left.
 
@@ -113,10 +116,11 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        _held.discard(file)
-        with suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)
-        file.close()
+        with held():
+            _held.discard(file)
+            with suppress(OSError):
+                (folder / LOCK).unlink(missing_ok=True)
+            file.close()
 
 
 def _lock(folder: Path) -> Any:

@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..results import SHARPNESS
 from ..runs.measure import NOTE, Measure, measure_sharpness
-from ._shared import app
+from ..runs.resume import find_run
+from ._shared import app, interruptible, state_of
 from ._terminal import Display, out_console
 
 
@@ -31,7 +33,7 @@ def sharpness(
     Every measure is taken on raw and on normalised logits, since softer or harder predictions change the first
     whatever the minimum is like.
     """
-    with Display() as display:
+    with Display() as display, interruptible(state_of(find_run(run)[0] / SHARPNESS)):
         found = measure_sharpness(
             run,
             rho=rho,

@@ -59,7 +59,7 @@ def train(
     own = parse_own_settings(get_method(method), set_ or [])
     for name in own.keys() & settings.keys():
         raise InvalidArgumentError(f"{name} is given twice, by --set and by --{name.replace('_', '-')}: give it once")
-    with interruptible():
+    with interruptible(lambda: "no epoch was done"):
         done = train_one(
             recipe,
             method=method,
@@ -87,7 +87,7 @@ def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float) -> Non
         shown.append(metrics)
         show(metrics)
 
-    with interruptible():
+    with interruptible(lambda: "no epoch was done"):
         done = resume_one(path, checkpoint_minutes=checkpoint_minutes, on_epoch=note, **place)
     if not shown:
         out_console.print(f"the run is finished: all {run.recipe.epochs} epochs were done before", markup=False)
