@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ import torch
 
 from flatmin import lab
 from flatmin.errors import FlatminError
+from flatmin.lab.report import write_report
 from flatmin.lab.runs.checkpoint import load_checkpoint
 from flatmin.lab.runs.record import command_line, environment, write_json
 
@@ -63,6 +64,7 @@ def criterion():
 METHODS = ("saf", "mesa", "sam")
 EPOCHS, HALF = 12, 3
 TRAIN = ["--epochs", str(EPOCHS), "--batch-size", "16", "--device", "cpu"]
+COMPARE = "--methods base,sam --seeds 2 --jobs 2 --look 3 --minutes 0.1 --epochs 3 --batch-size 16 --device cpu"
 LANDSCAPE = {"points": 9, "directions": 2}
 SIGNALS = {
     "KILL": [signal.SIGKILL],
@@ -97,13 +99,13 @@ class Case:
 class Bench:
     """What all cases share: the experiment, a finished run of each method, half of one, a comparison."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, methods: Sequence[str] = METHODS) -> None:
+        self.folder, self.methods = folder, methods
         self.seconds: dict[str, float] = {}
         self.experiment = folder / "problem.py"
         self.experiment.write_text(EXPERIMENT)
         self.metrics: dict[str, dict[str, float]] = {}
-        for method in METHODS:
+        for method in methods:
             recipe = lab.Recipe(experiment=str(self.experiment), epochs=EPOCHS, batch_size=16, device="cpu")
             self.metrics[method] = dict(lab.train(recipe, method=method, out=folder / method).metrics)
             with suppress(KeyboardInterrupt):
@@ -111,7 +113,7 @@ class Bench:
         lab.measure_sharpness(folder / "saf")
         self.losses = lab.measure_landscape(folder / "saf", **LANDSCAPE).landscape.loss  # type: ignore[arg-type]
         (folder / "saf" / "landscape.json").unlink()
-        subprocess.run([*self.command("report", folder, "saf")], check=True, stdout=subprocess.DEVNULL)
+        write_report([folder / "saf"])
 
     def command(self, word: str, work: Path, method: str) -> list[str]:
         """The command line of a word, on what `prepare` has put into ``work``."""
@@ -119,8 +121,7 @@ class Bench:
         given = {
             "train": ["train", experiment, *TRAIN, "--method", method, "--out", str(work / "run")],
             "resume": ["train", "--resume", str(work / f"{method}-half")],
-            "compare": ["compare", experiment, "--methods", "base,sam", "--epochs", "3", "--seeds", "2", "--jobs", "2"]
-            + ["--look", "3", "--minutes", "0.1", "--batch-size", "16", "--device", "cpu", "--out", str(work / "run")],
+            "compare": ["compare", experiment, *COMPARE.split(), "--out", str(work / "run")],
             "report": ["report", run, "--figures", str(work / "figures")],
             "sharpness": ["sharpness", run, "--trace", "--density"],
             "landscape": ["landscape", run, "--points", str(LANDSCAPE["points"])],
@@ -340,13 +341,13 @@ CHECKS = {
 WORDS = tuple(CHECKS)
 
 
-def cases(seed: int, words: tuple[str, ...] = WORDS) -> Iterator[Case]:
+def cases(seed: int, words: Sequence[str] = WORDS, methods: Sequence[str] = METHODS) -> Iterator[Case]:
     """Cases without end: every word with every signal in turn, the rest drawn."""
     draw = random.Random(seed)
     for number in itertools.count():
         around, place = divmod(number, len(words))
         word, kind = words[place], list(SIGNALS)[(around + place) % len(SIGNALS)]
-        method = draw.choice(METHODS)
+        method = draw.choice(methods)
         own = method if word in ("train", "resume") else "saf"
         yield Case(word, kind, draw.random() < 0.5, own, draw.random(), draw.uniform(0, 0.5))
 
@@ -396,7 +397,7 @@ def main() -> None:
     load, started = os.getloadavg()[0], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="flatmin-kills-") as folder:
         bench = Bench(Path(folder))
-        drawn = cases(arguments.seed, tuple(arguments.words.split(",")))
+        drawn = cases(arguments.seed, arguments.words.split(","))
         done = kill(bench, arguments.kills, drawn, lambda line: print(line.replace(folder, "."), flush=True))
     wrong = [case for case in done if case.wrong]
     result = {

@@ -113,7 +113,9 @@ def _unraisable(found: Any) -> None:
     global _first
     if found.exc_type is KeyboardInterrupt and _first is not None:
         _first = None
-        _thread.interrupt_main(_number)
+        soon = threading.Timer(0.01, _thread.interrupt_main, [_number])  # here it would be swallowed again
+        soon.daemon = True
+        soon.start()
     else:
         sys.__unraisablehook__(found)
 
