@@ -15,9 +15,9 @@ from ...errors import FlatminWarning, InvalidArgumentError
 from ..methods import COMPARED
 from ..problems.load import import_experiment
 from ..recipe import Recipe, as_recipe
-from ..results import METRICS, RESULTS, SELECTION, ComparisonResult
+from ..results import RESULTS, SELECTION, ComparisonResult
 from ..results.values import is_diverged
-from ..runs.folder import run_folder
+from ..runs.folder import holds_work, run_folder
 from ..runs.measure import write_landscape, write_sharpness
 from ..runs.saved import open_saved
 from ..runs.train import RunInterrupted, warn_if_idle
@@ -127,7 +127,7 @@ def compare(
             on_progress=tell,
         )
         result = comparison.run().result(folder)
-        if result.interrupted and not any(folder.rglob(METRICS)):
+        if result.interrupted and not holds_work(folder):
             raise RunInterrupted("no epoch was done")
         _warn_of_diverged(result)
         if look and not result.interrupted:
@@ -151,7 +151,7 @@ def _interruptible() -> Iterator[list[Path]]:
             chosen_in = folder / SELECTION
             if (folder / RESULTS).exists():
                 said = f"what was done is kept in {folder}"
-            elif chosen_in.exists() and any(chosen_in.rglob(METRICS)):
+            elif holds_work(chosen_in):
                 said = f"the settings were not chosen yet, kept in {chosen_in}"
         raise RunInterrupted(said) from None
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-GRACE = 5.0  # seconds in which a job may come to its next step once its result is not wanted any more
+GRACE = 5.0  # seconds in which a job may come to its next step once nobody is there who wants its result
 
 Tick = Callable[[int], None]
 Check = Callable[[], None]
@@ -144,6 +144,8 @@ class Workers:
                 while worker.pipe.poll():
                     self._note(worker, *worker.pipe.recv())
             except (EOFError, OSError):
+                worker.process.join(GRACE)
+                worker.process.kill()  # if it has not come to its end although all is said
                 worker.process.join()
                 worker.pipe.close()
                 self._workers.remove(worker)
@@ -213,9 +215,12 @@ def _work(pipe: "Connection[Any, Any]", function: Callable[..., Any], threads: i
 
 
 def _listen(pipe: "Connection[Any, Any]", jobs: "queue.SimpleQueue[Any]", stopped: threading.Event) -> None:
-    """Takes in jobs until there are no more, or the process that gives them is gone, however it went."""
+    """Takes in jobs, or that there are no more, until the process that gives them is gone, however it went."""
     with suppress(EOFError, OSError):
-        while (arguments := pipe.recv()) is not None:
+        while True:
+            arguments = pipe.recv()
+            if arguments is None:
+                stopped.set()
             jobs.put(arguments)
     stopped.set()
     jobs.put(None)

@@ -39,9 +39,14 @@ def run_folder(out: str | os.PathLike[str] | None, name: str) -> Iterator[Path]:
         # Removed meanwhile, it is somebody else's by now.
         if folder is not None and identity(folder) == made:
             with held():
-                if not any(folder.rglob(METRICS)) and not any(folder.rglob(LAST)):
+                if not holds_work(folder):
                     _remove(folder, missing)
         raise
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether an epoch or a checkpoint of a run is anywhere in the folder."""
+    return any(folder.rglob(METRICS)) or any(folder.rglob(LAST))
 
 
 def _remove(folder: Path, missing: Sequence[Path]) -> None:
