@@ -23,6 +23,7 @@ def threads():
 
 
 @linux
+@pytest.mark.timeout(900)  # a dozen processes that import torch
 def test_one_kill_of_each_word_leaves_nothing_wrong(tmp_path, threads):
     bench = kills.Bench(tmp_path, ["saf"])
     bench.seconds = dict.fromkeys(kills.WORDS, 5.0)  # about; to find it out costs as much again

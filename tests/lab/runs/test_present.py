@@ -96,6 +96,16 @@ def test_checkpoints_are_made_anew(train):
     assert load_checkpoint(train.folder / "checkpoints" / "last")["epoch"] == 5
 
 
+def test_with_metrics_and_no_checkpoint_it_starts_from_the_beginning(train):
+    """Whatever took the checkpoints; the lines are then those of the new epochs alone."""
+    with pytest.raises(OutputError):
+        train(lambda folder: (folder / "metrics.jsonl").unlink())
+    (train.folder / "metrics.jsonl").write_text("{}\n" * 3)
+    shutil.rmtree(train.folder / "checkpoints")
+    lab.resume(train.folder)
+    assert len((train.folder / "metrics.jsonl").read_text().splitlines()) == 5
+
+
 class TestComparison:
     @pytest.fixture
     def compare(self, experiment, tmp_path, monkeypatch):

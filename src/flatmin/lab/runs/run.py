@@ -12,7 +12,7 @@ from ..._interrupts import held
 from ...errors import ExperimentError
 from ..problems.load import load_problem
 from ..recipe import Recipe, Run
-from ..results import CONFIG, EXPERIMENT
+from ..results import CONFIG, EXPERIMENT, METRICS
 from ..training import torchrun
 from ..training.trainer import Trainer
 from .record import command_line, environment
@@ -100,6 +100,8 @@ def resume_run(
         writer = RunWriter(folder, run, Trainer(run, load_problem(run.recipe, run.seed)), minutes=checkpoint_minutes)
         if start is not None:
             writer.restore(start)
+        elif _distributed.rank() == 0:
+            (folder / METRICS).unlink(missing_ok=True)  # of epochs that are trained again
         del start  # its tensors are a second copy of everything
         return _train(writer, on_epoch, on_step)
 
