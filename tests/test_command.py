@@ -66,13 +66,17 @@ def test_in_the_work_it_raises_once(said, number, monkeypatch):
 
 
 @BOTH
-def test_after_it_nothing_happens(said, number):
+def test_after_it_nothing_happens_unless_it_does_not_end(said, number, monkeypatch):
     with _command.commanded():
         _command.working()
         _command.ended()
         signal.raise_signal(number)
         assert not _command.interrupted()
-    assert said == []
+        assert said == []
+        monkeypatch.setattr(_command, "PATIENCE", -1.0)
+        with pytest.raises(Ended, match="2"):
+            signal.raise_signal(number)
+    assert said == [(2, b"flatmin: interrupted after the work\n")]
 
 
 @BOTH

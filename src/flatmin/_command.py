@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from ._interrupts import SIGNALS
 
-PATIENCE = 5.0  # seconds for an orderly end, in which more signals count as the same
+PATIENCE = 5.0  # seconds for an orderly end, in which signals change nothing
 
 
 class _Stage(enum.Enum):
@@ -28,7 +28,8 @@ class _Stage(enum.Enum):
 
 
 _stage = _Stage.STARTING
-_first: float | None = None  # when the first signal came
+_first: float | None = None  # when the first signal came in the work
+_over = 0.0  # when the work had ended
 _number = signal.SIGINT  # and which
 _owner = 0  # the process whose signals these are, and not those that it forks
 
@@ -68,9 +69,9 @@ def working() -> None:
 
 
 def ended() -> None:
-    """From here on, a signal has no effect: all is done, or has been said."""
-    global _stage
-    _stage = _Stage.ENDED
+    """From here on, a signal has no effect: all is done, or has been said, and the process is about to end."""
+    global _stage, _over
+    _stage, _over = _Stage.ENDED, time.monotonic()
 
 
 def leave(code: int) -> NoReturn:
@@ -90,6 +91,8 @@ def _received(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _owner:  # a loader's worker: the command notices the signal itself, and that its work has ended
         os._exit(0)
     if _stage is _Stage.ENDED:
+        if time.monotonic() - _over > PATIENCE:  # it waits for whoever reads what it prints
+            _end_now("interrupted after the work")
         return
     if _stage is _Stage.STARTING:
         _end_now("interrupted before anything was done")
