@@ -1,11 +1,11 @@
 """What a kill leaves: signals at random moments of every word of the command, and what is wrong afterwards.
 
 Each case starts ``flatmin`` in a session of its own on a problem that trains in seconds and sends SIGKILL, SIGTERM,
-SIGINT, or SIGINT twice, to the process or to its group, at a moment that is drawn between the first at which it takes
-signals and the last that it took undisturbed. Then: no process of the session is left; no file is half written; after
-SIGTERM and SIGINT the exit code is 2, one line says what was kept and is true, and nothing is left over; a run goes on
-to the metrics of one that was never ended, a landscape to its losses. A case that had ended before counts for nothing
-and is drawn again.
+SIGINT, or SIGINT twice, to the process or to its group, at a moment that is drawn from the first at which it takes
+signals on, by the work that its processes have done of what they do undisturbed. Then: no process of the session is
+left; no file is half written; after SIGTERM and SIGINT the exit code is 2, one line says what was kept and is true, and
+nothing is left over; a run goes on to the metrics of one that was never ended, a landscape to its losses. A case that
+had ended before counts for nothing and is drawn again.
 
     python benchmarks/kills.py --kills 120 --out benchmarks/results/kills.json
 """
@@ -137,16 +137,14 @@ class Bench:
             shutil.copytree(self.folder / name, work / name)
 
     def undisturbed(self, word: str, method: str) -> float:
-        """Seconds from the first signal that it would take to its end."""
+        """Seconds of the processor that it takes from its start to its end, whatever else the machine is doing."""
         if word not in self.seconds:
             with tempfile.TemporaryDirectory(dir=self.folder) as work:
                 self.prepare(word, Path(work), method)
                 with self.started(word, Path(work), method) as process:
-                    begun = time.monotonic()
-                    _, error = process.communicate(timeout=600)
-                    self.seconds[word] = time.monotonic() - begun
+                    *_, self.seconds[word] = _work(process)
                     if process.returncode != 0:
-                        raise SystemExit(f"{word} fails by itself: {error}")
+                        raise SystemExit(f"{word} fails by itself: {process.communicate()[1]}")
         return self.seconds[word]
 
     def started(self, word: str, work: Path, method: str) -> "subprocess.Popen[str]":
@@ -172,12 +170,8 @@ class Bench:
             self.prepare(case.word, work, case.method)
             before = {path: path.read_bytes() for path in work.rglob("*.*") if path.is_file()}
             process = self.started(case.word, work, case.method)
-            begun = time.monotonic()
-            while time.monotonic() - begun < case.share * seconds and process.poll() is None:
-                time.sleep(0.002)
+            next((True for done in _work(process) if done >= case.share * seconds), False)
             case.hit = process.poll() is None
-            if not case.hit:  # the machine has become faster
-                self.seconds[case.word] = time.monotonic() - begun
             for number, kind in enumerate(SIGNALS[case.signal]):
                 time.sleep(case.gap * bool(number))
                 with suppress(ProcessLookupError):
@@ -222,15 +216,30 @@ def _takes(process: int, number: int) -> bool:
     return False
 
 
+def _processes(session: int) -> dict[int, float]:
+    """The processes of a session that are alive, and the seconds of the processor that each has used."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, of, *rest = path.read_text().rpartition(")")[2].split()
+            if int(of) == session and state != "Z":
+                found[int(path.parent.name)] = (int(rest[7]) + int(rest[8])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+def _work(process: "subprocess.Popen[str]") -> Iterator[float]:
+    """Seconds of the processor that the processes of a command have used, again and again until it ends."""
+    used: dict[int, float] = {}
+    while process.poll() is None:
+        used.update(_processes(process.pid))
+        yield sum(used.values())
+        time.sleep(0.005)
+
+
 def _left(session: int) -> list[int]:
     """The processes of a session that do not end within half a minute."""
     for _ in range(300):
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):
-                state, _, _, of = path.read_text().rpartition(")")[2].split()[:4]
-                if int(of) == session and state != "Z":
-                    found.append(int(path.parent.name))
+        found = list(_processes(session))
         if not found:
             return []
         time.sleep(0.1)

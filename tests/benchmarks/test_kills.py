@@ -26,7 +26,7 @@ def threads():
 @pytest.mark.timeout(900)  # a dozen processes that import torch
 def test_one_kill_of_each_word_leaves_nothing_wrong(tmp_path, threads):
     bench = kills.Bench(tmp_path, ["saf"])
-    bench.seconds = dict.fromkeys(kills.WORDS, 5.0)  # about; to find it out costs as much again
+    bench.seconds = dict.fromkeys(kills.WORDS, 4.0)  # about; to find it out costs as much again
     drawn = kills.cases(seed=int(os.environ.get("FLATMIN_KILLS_SEED", "7")), methods=["saf"])
     done = kills.kill(bench, len(kills.WORDS), drawn, print)
     assert [(case.word, case.wrong) for case in done if case.wrong] == []
