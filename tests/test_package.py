@@ -28,7 +28,7 @@ PROBLEMS = {*SHARED, *LIBRARY, "lab/recipe", "lab/problems"}
 METHODS = {*SHARED, *LIBRARY, "lab/methods"}
 TRAINING = {*PROBLEMS, *METHODS, "lab/training"}
 RUNS = {*TRAINING, *RESULTS, "lab/runs"}
-REPORT = {*RESULTS, "lab/report"}
+REPORT = {*RESULTS, "_interrupts", "lab/report"}
 COMPARISON = {*RUNS, *REPORT, "lab/comparison"}
 ALLOWED = {
     "errors": set(),
@@ -37,6 +37,7 @@ ALLOWED = {
     "_distributed": {"errors", "_checks"},
     "_files": {"errors", "_checks", "_interrupts"},
     "_interrupts": set(),
+    "_command": {"_interrupts"},
     "_passes": set(),
     "_rng": {"errors", "_checks"},
     "_warn": set(),
@@ -55,9 +56,9 @@ ALLOWED = {
     "lab/runs": RUNS,
     "lab/comparison": COMPARISON,
     "lab/report": REPORT,
-    "lab/cli": {*COMPARISON, "", "lab/cli"},
-    "__init__": {"errors", *LIBRARY},
-    "__main__": {"lab/cli"},
+    "lab/cli": {*COMPARISON, "", "_command", "lab/cli"},
+    "__init__": {"errors", "_command", *LIBRARY},
+    "__main__": {"_command", "lab/cli"},
 }
 
 

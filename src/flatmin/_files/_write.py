@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .._interrupts import held
 from ..errors import OutputError
 from ._open import open_descriptor, open_file
 
@@ -89,6 +90,7 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+@held()
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file in one piece: a crash leaves the old content or the new, and never a part.
 
@@ -126,6 +128,7 @@ def write_lines(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(plain(value)) + "\n" for value in values).encode())
 
 
+@held()
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Adds ``value`` to such a file. On a full disk, the lines before it stay and nothing of it is left.
 

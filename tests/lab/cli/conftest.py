@@ -28,7 +28,7 @@ def flatmin(tmp_path, monkeypatch, capsys):
     """Calls the command and returns its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def call(*arguments):
         capsys.readouterr()
@@ -37,7 +37,7 @@ def flatmin(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(code=code, out=out, err=err)
 
     yield call
-    signal.signal(signal.SIGTERM, handler)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 @pytest.fixture

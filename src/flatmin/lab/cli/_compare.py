@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ... import _command
 from ..comparison.compare import BOUNDS
 from ..comparison.compare import compare as run_comparison
 from ..methods import COMPARED, METHODS
@@ -68,7 +69,7 @@ def compare(
     """
     settings = parse_settings(set_ or [])
     names = None if methods is None else [name.strip() for name in methods.split(",")]
-    with interruptible(), Display() as display:
+    with Display() as display, interruptible(lambda: "nothing was done"):
         result = run_comparison(
             recipe,
             methods=names,
@@ -84,3 +85,5 @@ def compare(
     print_result(result)
     if result.interrupted:
         raise Interrupted(f"{count_of(len(result.seeds), 'seed')} finished, kept in {result.folder}")
+    if _command.interrupted():  # after the comparison itself, of which a warning has told
+        raise typer.Exit(2)

@@ -1,16 +1,18 @@
 """``flatmin landscape``."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ...errors import InvalidArgumentError
+from ..results import LANDSCAPE
 from ..results.files import check_path
 from ..runs.measure import BOUNDS, PARTIAL, measure_landscape
-from ..runs.saved import open_saved
+from ..runs.saved import Saved, open_saved
 from ._options import Debug, bounded, running_user_code
-from ._shared import Interrupted, TrustExperiment, app
+from ._shared import TrustExperiment, app, interruptible, state_of
 from ._terminal import Display, out_console
 
 
@@ -43,9 +45,10 @@ def landscape(
         opened = [open_saved(check_path("run", run), device, trust_experiment=trust_experiment) for run in runs]
         if plane and len(opened) != 3:
             raise InvalidArgumentError(f"--plane goes through three runs or checkpoints, got {len(opened)}")
-        for saved in opened[:1] if plane else opened:
-            with Display(unit="points") as display:
-                try:
+        wanted = opened[:1] if plane else opened
+        with interruptible(_kept(wanted)):
+            for saved in wanted:
+                with Display(unit="points") as display:
                     found = measure_landscape(
                         saved,
                         points=points,
@@ -59,12 +62,23 @@ def landscape(
                         train_mode=train_mode,
                         on_progress=display.tell,
                     )
-                except KeyboardInterrupt:
-                    kept = saved.folder / PARTIAL
-                    raise Interrupted(f"what is done is kept in {kept}; the same command goes on with it") from None
-            losses = [loss for row in found.landscape.loss for loss in (row if isinstance(row, tuple) else (row,))]
-            out_console.print(
-                f"{found.name}, {found.method}: loss {found.landscape.origin_loss:.4g} at the minimum, "
-                f"{min(losses):.4g} to {max(losses):.4g} over {len(losses)} points; written to {found.path}",
-                markup=False,
-            )
+                losses = [loss for row in found.landscape.loss for loss in (row if isinstance(row, tuple) else (row,))]
+                out_console.print(
+                    f"{found.name}, {found.method}: loss {found.landscape.origin_loss:.4g} at the minimum, "
+                    f"{min(losses):.4g} to {max(losses):.4g} over {len(losses)} points; written to {found.path}",
+                    markup=False,
+                )
+
+
+def _kept(wanted: Sequence[Saved]) -> Callable[[], str]:
+    """Says what Ctrl-C has left."""
+    states = [state_of(saved.folder / LANDSCAPE) for saved in wanted]
+
+    def say() -> str:
+        for saved in wanted:
+            partial = saved.folder / PARTIAL
+            if partial.exists():
+                return f"what is done is kept in {partial}; the same command goes on with it"
+        return "; ".join(state() for state in states)
+
+    return say

@@ -5,9 +5,10 @@ from typing import Annotated
 import typer
 
 from ..report import write_figures, write_report, write_tensorboard
+from ..report._write import page_of
 from ..results.files import check_path
 from ..results.values import count_of
-from ._shared import app
+from ._shared import app, interruptible, state_of
 from ._terminal import out_console
 
 
@@ -39,11 +40,12 @@ def report(
     for name, value in (("figures", figures), ("tensorboard", tensorboard)):  # before anything is written
         if value is not None:
             check_path(name, value)
-    page = write_report(runs, out)
-    if figures is not None:
-        count = len(write_figures(runs, figures))
-        out_console.print(f"{count} files with figures: {figures}", markup=False)
-    if tensorboard is not None:
-        count = len(write_tensorboard(runs, tensorboard))
-        out_console.print(f"{count_of(count, 'run')} for tensorboard --logdir {tensorboard}", markup=False)
+    with interruptible(state_of(page_of(runs, out))):
+        page = write_report(runs, out)
+        if figures is not None:
+            count = len(write_figures(runs, figures))
+            out_console.print(f"{count} files with figures: {figures}", markup=False)
+        if tensorboard is not None:
+            count = len(write_tensorboard(runs, tensorboard))
+            out_console.print(f"{count_of(count, 'run')} for tensorboard --logdir {tensorboard}", markup=False)
     out_console.print(f"The report, for any browser: {page}", markup=False)

@@ -6,9 +6,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..results import SHARPNESS
+from ..results.files import check_path
 from ..runs.measure import BOUNDS, NOTE, Measure, measure_sharpness
+from ..runs.resume import find_run
 from ._options import Debug, bounded, running_user_code
-from ._shared import TrustExperiment, app
+from ._shared import TrustExperiment, app, interruptible, state_of
 from ._terminal import Display, out_console
 
 
@@ -39,7 +42,8 @@ def sharpness(
     Every measure is taken on raw and on normalised logits, since softer or harder predictions change the first
     whatever the minimum is like.
     """
-    with running_user_code(debug), Display() as display:
+    place = find_run(check_path("run", run))[0] / SHARPNESS
+    with running_user_code(debug), Display() as display, interruptible(state_of(place)):
         found = measure_sharpness(
             run,
             rho=rho,

@@ -65,7 +65,7 @@ def train(
     own = parse_own_settings(get_method(method), set_ or [])
     for name in own.keys() & settings.keys():
         raise InvalidArgumentError(f"{name} is given twice, by --set and by --{name.replace('_', '-')}: give it once")
-    with interruptible():
+    with interruptible(lambda: "no epoch was done"):
         done = train_one(
             recipe,
             method=method,
@@ -94,7 +94,7 @@ def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float, trust_
         shown.append(metrics)
         show(metrics)
 
-    with interruptible():
+    with interruptible(lambda: "no epoch was done"):
         done = resume_one(
             path, checkpoint_minutes=checkpoint_minutes, trust_experiment=trust_experiment, on_epoch=note, **place
         )

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ... import _distributed
@@ -104,16 +105,15 @@ def train(
     import_experiment(recipe)  # which may register the method
     chosen = resolve_settings(get_method(method), settings or {}, epochs=recipe.epochs)
     run = Run(recipe, method, chosen, seed)
-    with torchrun.joined(recipe.device):
+    with _interruptible(run) as here, torchrun.joined(recipe.device):
         # The first rank makes the folder and alone writes into it.
         own = run_folder(out, f"{method}-seed{seed}") if torchrun.rank() == 0 else nullcontext(Path())
         with own as made:
-            folder = Path(_distributed.from_first(str(made)))
+            here.folder = Path(_distributed.from_first(str(made)))
             warn_if_idle(method, run.settings, recipe.epochs)
-            with _interruptible(run, folder):
-                said = _saying_divergence(run, on_epoch)
-                last = train_run(run, folder, on_epoch=said, checkpoint_minutes=checkpoint_minutes)
-    return TrainedRun(folder, last, run)
+            said = _saying_divergence(run, on_epoch)
+            last = train_run(run, here.folder, on_epoch=said, checkpoint_minutes=checkpoint_minutes)
+        return TrainedRun(here.folder, last, run)
 
 
 def resume(
@@ -155,10 +155,10 @@ def resume(
         workers=found.recipe.workers if workers is None else workers,
     )
     found = dataclasses.replace(found, recipe=recipe)
-    with torchrun.joined(found.recipe.device), _interruptible(found, folder):
+    with _interruptible(found, folder), torchrun.joined(found.recipe.device):
         said = _saying_divergence(found, on_epoch)
         last = resume_run(found, folder, checkpoint, on_epoch=said, checkpoint_minutes=checkpoint_minutes)
-    return TrainedRun(folder, last, found)
+        return TrainedRun(folder, last, found)
 
 
 def warn_if_idle(label: str, settings: Mapping[str, Any], epochs: int) -> None:
@@ -195,12 +195,14 @@ def _saying_divergence(run: Run, on_epoch: OnEpoch | None) -> OnEpoch:
 
 
 @contextmanager
-def _interruptible(run: Run, folder: Path) -> Iterator[None]:
-    """Says after Ctrl-C what was kept, and how to go on."""
+def _interruptible(run: Run, folder: Path | None = None) -> Iterator[SimpleNamespace]:
+    """Says after Ctrl-C what was kept, and how to go on; gives the ``folder``, for one that is still to be made."""
+    here = SimpleNamespace(folder=folder)
     try:
-        yield
+        yield here
     except KeyboardInterrupt:
-        if not (folder / LAST).exists():
+        folder = here.folder
+        if folder is None or not (folder / LAST).exists():
             raise RunInterrupted("no epoch was done") from None
         metrics = folder / METRICS
         done = len(read_text(metrics).splitlines()) if metrics.exists() else 0
