@@ -270,7 +270,7 @@ class SharpnessAware(Stepping, Wrapper):
             surroundings=self._surroundings,
             beginnings=self._beginnings,
             begun=begun,
-            local=self.norm == "rank" and begun is None,
+            local=self.norm == "rank" and (begun is None or begun.inside),
             replay=self._replay,
             max_norm=self.max_norm,
             scale=LossScale(self.scaler, self, outside=begun is not None),
