@@ -140,6 +140,8 @@ def _peak(trainer: Trainer, batch: Any) -> int:
     tensors = [*trainer.model.parameters(), *trainer.model.buffers(), *(p.grad for p in trainer.model.parameters())]
     if trainer.trajectory is not None:
         tensors += [*trainer.trajectory.parameters(), *trainer.trajectory.buffers()]
+        history = getattr(trainer.trajectory, "history", None)  # SAF's, which is no submodule
+        tensors += [] if history is None else [*history.buffers()]
     state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
     kept = sum(tensor.nbytes for tensor in [*tensors, *state] if isinstance(tensor, torch.Tensor))
     return int(torch.cuda.max_memory_allocated() - before + kept)

@@ -21,7 +21,7 @@ PUBLIC = [
     *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report", "results")),
 ]
 # Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory the second.
-SHARED = {"errors", "_checks", "_distributed", "_files", "_interrupts", "_passes", "_rng"}
+SHARED = {"errors", "_attached", "_checks", "_distributed", "_files", "_interrupts", "_passes", "_rng", "_warn"}
 LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
 RESULTS = {"errors", "_files", "lab/results"}
 PROBLEMS = {*SHARED, *LIBRARY, "lab/recipe", "lab/problems"}
@@ -32,12 +32,14 @@ REPORT = {*RESULTS, "lab/report"}
 COMPARISON = {*RUNS, *REPORT, "lab/comparison"}
 ALLOWED = {
     "errors": set(),
+    "_attached": {"errors", "_warn"},
     "_checks": {"errors"},
     "_distributed": {"errors", "_checks"},
     "_files": {"errors", "_checks", "_interrupts"},
     "_interrupts": set(),
     "_passes": set(),
     "_rng": {"errors", "_checks"},
+    "_warn": set(),
     "history": SHARED,
     "optim": SHARED,
     "averages": SHARED,

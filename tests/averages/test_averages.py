@@ -178,11 +178,17 @@ def test_updates_are_counted_and_a_handle_detaches(name):
         assert training.average.n_averaged == 1 + STEPS
 
 
-def test_lawa_is_not_attached_and_says_what_to_do():
+def test_lawa_is_attached_to_be_saved_and_says_that_its_update_is_yours_to_call():
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(InvalidArgumentError, match=r"^LAWA averages the ends of epochs.*call lawa\.update\(\)"):
-        flatmin.LAWA(model).attach(optimizer)
+    lawa = flatmin.LAWA(model)
+    with lawa.attach(optimizer):
+        lawa(torch.ones(1, 2))  # before training there is nothing to say
+        optimizer.step()
+        with pytest.warns(FlatminWarning, match=r"^LAWA averages the ends of epochs.*call lawa\.update\(\)"):
+            lawa(torch.ones(1, 2))
+        lawa(torch.ones(1, 2))  # warned once
+    assert lawa.n_averaged == 1
     assert not optimizer._optimizer_step_post_hooks
 
 

@@ -3,15 +3,17 @@
 import copy
 import itertools
 import pickle
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.utils.data import DistributedSampler
 
 import flatmin
-from flatmin.errors import InvalidArgumentError
+from flatmin._attached import KEY
+from flatmin.errors import FlatminWarning, InvalidArgumentError
 from flatmin.history import Dense, LowRank, Quantized, TopK
 from tests.distributed._spawn import run_ranks
 
@@ -235,3 +237,139 @@ def made_too_early() -> str:
 
 def test_a_history_made_before_the_ranks_were_there_says_so() -> None:
     assert all("after torch.distributed.init_process_group" in message for message in run_ranks(made_too_early, 2))
+
+
+class Holder(nn.Module):
+    """A network that holds its SAF, as a LightningModule does."""
+
+    def __init__(self, saf: flatmin.SAF) -> None:
+        super().__init__()
+        self.layer, self.saf = nn.Linear(3, C), saf
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def saf_within_ddp() -> dict:
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    steps = list(padded(world))
+    results = {}
+    for form, sharing in itertools.product(FORMS, ("replicate", "shard")):
+        held, alone = make(form, sharing), make(form, sharing)
+        model = nn.parallel.DistributedDataParallel(Holder(held))
+        assert not list(model.buffers())
+        losses = []
+        for saf in (held, alone):
+            current = None
+            losses.append([])
+            for number, (epoch, batches) in enumerate(steps):
+                if epoch != current:
+                    saf.set_epoch(epoch)
+                    current = epoch
+                index = batches[rank]
+                if saf is held:
+                    model(torch.ones(len(index), 3))  # DDP sends buffers at its beginning
+                losses[-1].append(saf(outputs(number, index, rank).requires_grad_(), index).detach())
+        assert sum(loss > 0 for loss in losses[0]) > 5
+        results[form, sharing] = torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
+    return results
+
+
+def test_a_saf_that_is_stored_on_the_network_is_not_broadcast_by_ddp() -> None:
+    for each in run_ranks(saf_within_ddp, 2):
+        assert all(each.values()), each
+
+
+def soft_labels_within_ddp() -> Tensor:
+    smoothing = flatmin.OnlineLabelSmoothing(C)
+    model = nn.parallel.DistributedDataParallel(Holder(smoothing))
+    y = torch.full((2,), distributed.get_rank())
+    for _ in range(2):
+        model(torch.ones(2, 3))
+        smoothing(nn.functional.one_hot(y, C).float().requires_grad_(), y)
+    smoothing.set_epoch(1)
+    return smoothing.soft_labels
+
+
+def test_soft_labels_that_are_stored_on_the_network_have_what_each_rank_saw() -> None:
+    ours, theirs = run_ranks(soft_labels_within_ddp, 2)
+    assert torch.equal(ours, theirs)
+    assert (ours[:2].diag() > 1 / C).all()
+    assert (ours[2:] == 1 / C).all()
+
+
+def saved_on_one_rank(form: str, sharing: str) -> tuple[dict | None, list[Tensor], str]:
+    """The first rank alone asks its optimizer for the state; all go on."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    steps = list(padded(world))
+    middle = len(steps) // 2
+    saf, optimizer = make(form, sharing), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    saf.attach(optimizer)
+    follow(saf, steps[:middle], [rank])
+    state, said = None, ""
+    if rank == 0:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer.state_dict()
+        said = " | ".join(str(warning.message) for warning in caught)
+    return state, [loss for loss, _ in follow(saf, steps[middle:], [rank])], said
+
+
+def resumed_from(form: str, sharing: str, states: list[dict]) -> tuple[list[Tensor], str]:
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    steps = list(padded(world))
+    saf, optimizer = make(form, sharing), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    saf.attach(optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(states[rank % len(states)])
+    losses = [loss for loss, _ in follow(saf, steps[len(steps) // 2 :], [rank])]
+    return losses, " | ".join(str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize(("form", "sharing"), [("int6", "shard"), ("int6", "replicate"), ("lowrank", "replicate")])
+def test_the_state_on_one_rank_alone_does_not_wait_for_the_others_and_loses_nothing_in_silence(form, sharing) -> None:
+    (state, ours, said), (_, theirs, _) = run_ranks(saved_on_one_rank, 2, form, sharing)
+    (first, nothing), (second, lost) = run_ranks(resumed_from, 2, form, sharing, [state])
+    assert ("this rank's share of SAF's history alone" in said) == (sharing == "shard")
+    assert said.count("share of") <= 1
+    assert nothing == ""
+    if sharing == "shard":
+        assert f"of rank 0 of 2 alone: {N // 2} of the {N // 2} samples here begin anew" in lost
+        torch.manual_seed(0)
+        one, optimizer = make(form), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        one.attach(optimizer)
+        with pytest.warns(FlatminWarning, match=f"{N // 2} of the {N} samples here begin anew"):
+            optimizer.load_state_dict(state)
+        assert (one.history.store.epochs[:, 0::2] >= 0).any()
+        assert (one.history.store.epochs[:, 1::2] == -1).all()
+    elif form == "lowrank":
+        assert "the logits that rank 0 of 2 saw" in lost
+    else:
+        assert lost == ""
+        assert torch.equal(torch.stack(first), torch.stack(ours))
+        assert torch.equal(torch.stack(second), torch.stack(theirs))
+
+
+def saved_on_every_rank(form: str) -> tuple[dict, list[Tensor]]:
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    steps = list(padded(world))
+    middle = len(steps) // 2
+    saf, optimizer = make(form, "shard"), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    saf.attach(optimizer)
+    follow(saf, steps[:middle], [rank])
+    saf._warned_of_share = True
+    state = copy.deepcopy(optimizer.state_dict())
+    return state, [loss for loss, _ in follow(saf, steps[middle:], [rank])]
+
+
+@pytest.mark.parametrize("form", ["int6", "lowrank"])
+def test_shards_that_each_rank_saved_for_itself_continue_exactly(form) -> None:
+    (state, ours), (other, theirs) = run_ranks(saved_on_every_rank, 2, form)
+    assert not torch.equal(state[KEY]["SAF"]["history.store.part"], other[KEY]["SAF"]["history.store.part"])
+    (first, said), (second, said_too) = run_ranks(resumed_from, 2, form, "shard", [state, other])
+    assert said == said_too == ""
+    assert torch.equal(torch.stack(first), torch.stack(ours))
+    assert torch.equal(torch.stack(second), torch.stack(theirs))
+    assert sum(loss > 0 for loss in ours) > 5

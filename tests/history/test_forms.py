@@ -435,14 +435,14 @@ def test_one_codec_serves_many_histories_which_share_nothing(codec: Codec, row_b
     assert repr(codec) == printed
     assert not codec.is_bound
     assert not codec.state_dict()
-    untouched = [tensor.clone() for tensor in safs[1].buffers()]
-    storages = [{buffer.untyped_storage().data_ptr() for buffer in saf.buffers()} for saf in safs]
+    untouched = [tensor.clone() for tensor in safs[1].history.buffers()]
+    storages = [{buffer.untyped_storage().data_ptr() for buffer in saf.history.buffers()} for saf in safs]
     assert not storages[0] & storages[1]
     for epoch in range(3):
         safs[0].set_epoch(epoch)
         safs[0](outputs(epoch, 9, 10), torch.arange(9))
-    assert all(torch.equal(a, b) for a, b in zip(untouched, safs[1].buffers(), strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(untouched, safs[0].buffers(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(untouched, safs[1].history.buffers(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(untouched, safs[0].history.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -92,7 +92,7 @@ def test_a_scratch_file_gives_what_memory_gives(form: str, tmp_path: Path) -> No
     losses = follow(in_memory, steps(*range(5)))
     assert sum(loss > 0 for loss in losses[::2]) > 6
     assert_same(losses, follow(on_disk, steps(*range(5))))
-    assert_same(list(in_memory.buffers()), list(on_disk.buffers()))
+    assert_same(list(in_memory.history.buffers()), list(on_disk.history.buffers()))
 
 
 @needs_proc
@@ -226,9 +226,9 @@ def test_rows_on_the_host_stay_there_and_their_basis_moves(form: str) -> None:
     assert store.rows.data_ptr() == rows
     assert torch.equal(store.rows, before["history.store.rows"])
     assert torch.equal(store.epochs, before["history.store.epochs"])
-    elsewhere = [name for name, buffer in saf.named_buffers() if buffer.is_meta]
+    elsewhere = [name for name, buffer in saf.history.named_buffers() if buffer.is_meta]
     assert len(elsewhere) == (7 if form == "lowrank" else 0)
-    assert all(buffer.is_meta for buffer in make(form).to("meta").buffers())  # the control
+    assert all(buffer.is_meta for buffer in make(form).to("meta").history.buffers())  # the control
 
 
 @every_form
@@ -316,7 +316,7 @@ def test_a_second_object_goes_on_bitwise(form: str, epoch: int, within: int | No
     expected = follow(one, after)
     assert sum(loss > 0 for loss in expected[::2]) > 2
     assert_same(expected, follow(two, after))
-    assert_same(list(one.buffers()), list(two.buffers()))
+    assert_same(list(one.history.buffers()), list(two.history.buffers()))
     assert torch.equal(one.get_extra_state(), two.get_extra_state())
 
 
@@ -335,7 +335,7 @@ def test_state_is_complete_and_as_small_as_the_history(form: str) -> None:
     state = saf.state_dict()
     described = state.pop("_extra_state").nbytes + state.pop("history._extra_state").nbytes
     assert described < 200
-    assert set(state) == {name for name, _ in saf.named_buffers()}
+    assert set(state) == {f"history.{name}" for name, _ in saf.history.named_buffers()}
     assert sum(tensor.untyped_storage().nbytes() for tensor in state.values()) == saf.history.nbytes
     assert not any(tensor.requires_grad or tensor.grad_fn for tensor in state.values())
     file = io.BytesIO()
@@ -447,7 +447,7 @@ def test_no_graph_is_kept(form: str) -> None:
         saf.set_epoch(epoch)
         logits = layer(x)
         (saf(logits, torch.arange(BATCH)) + logits.sum()).backward()  # would raise if it led into an earlier epoch
-    assert not any(buffer.requires_grad or buffer.grad_fn for buffer in saf.buffers())
+    assert not any(buffer.requires_grad or buffer.grad_fn for buffer in saf.history.buffers())
     logits = layer(x)
     _, past, _ = saf.history.recall(torch.arange(BATCH), logits, 5)
     assert logits.requires_grad

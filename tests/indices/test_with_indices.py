@@ -353,7 +353,7 @@ UNTRUE = {
 @pytest.mark.parametrize("kind", UNTRUE)
 @pytest.mark.parametrize("options", [{}, {"shuffle": True}])
 def test_a_loader_that_iterates_in_its_own_way_is_refused_with_the_way_out(kind, options):
-    with pytest.raises(InvalidArgumentError, match=r"of its own.* make it of flatmin.indexed\(dataset\)"):
+    with pytest.raises(InvalidArgumentError, match=r"has its own _.* make it of flatmin.indexed\(dataset\)"):
         flatmin.with_indices(UNTRUE[kind](**options))
 
 
@@ -377,7 +377,7 @@ def test_an_iterator_that_is_not_the_loaders_own_is_explained():
     loader = DataLoader(Squares(), 4)
     other = DataLoader(Squares(), 4)
     loader._get_iterator = lambda: iter(other)
-    with pytest.raises(InvalidArgumentError, match=r"DataLoader has a _get_iterator of its own"):
+    with pytest.raises(InvalidArgumentError, match=r"DataLoader has its own _get_iterator"):
         flatmin.with_indices(loader)
 
 

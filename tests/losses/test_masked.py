@@ -111,7 +111,7 @@ def test_a_default_dtype_of_float64_changes_no_memory(history, doubles):
     for default in (torch.float64, torch.float32):
         torch.set_default_dtype(default)
         saf = flatmin.SAF(200, 120, history=history, lag=lag, start_epoch=0)
-        assert not any(buffer.dtype == torch.float64 for buffer in saf.buffers())
+        assert not any(buffer.dtype == torch.float64 for buffer in saf.history.buffers())
         saf.to("cpu", torch.float32)
         for epoch in range(4):
             saf.set_epoch(epoch)

@@ -125,7 +125,7 @@ def test_eval_mode_neither_records_nor_penalises():
 def test_keeps_exactly_lag_slots(lag):
     saf = flatmin.SAF(N, C, lag=lag)
     expected = lag * N * (4 * C + 4)
-    assert saf.history.nbytes == sum(buffer.untyped_storage().nbytes() for buffer in saf.buffers()) == expected
+    assert saf.history.nbytes == sum(buffer.untyped_storage().nbytes() for buffer in saf.history.buffers()) == expected
 
 
 @pytest.mark.parametrize("same_batch", [True, False])
@@ -283,7 +283,7 @@ def test_records_logits_and_no_graph(dtype):
     saf, logits = flatmin.SAF(N, C), torch.randn(3, C, requires_grad=True)
     saf(logits, torch.tensor([4, 2, 9], dtype=dtype))
     assert torch.equal(kept(saf)[0, [4, 2, 9]], logits.detach())
-    assert not any(buffer.requires_grad for buffer in saf.buffers())
+    assert not any(buffer.requires_grad for buffer in saf.history.buffers())
 
 
 def test_empty_batch():

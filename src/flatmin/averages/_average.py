@@ -10,12 +10,13 @@ from torch import Tensor, distributed, nn
 
 from .._checks import check_integer, check_number
 from .._distributed import unwrapped
+from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
+from ._layers import named_parameters
 from ._modes import evaluation_mode, in_modes_of
 from ._pairs import Kind, Pair, pairs
 from ._spectral import renew_vectors
 from ._statistics import replicas
-from ._warn import depth_in_package
 
 
 def ema_decay(epochs: float, steps_per_epoch: int) -> float:
@@ -48,7 +49,7 @@ def ema_decay(epochs: float, steps_per_epoch: int) -> float:
 
 def warn_if_too_coarse(network: nn.Module, decay: float) -> None:
     """Warns if the weights' dtype rounds each step of an average with ``decay`` away."""
-    for name, parameter in network.named_parameters():
+    for name, parameter in named_parameters(network):
         if parameter.is_floating_point() and torch.finfo(parameter.dtype).eps > 1 - decay:
             warnings.warn(
                 f"{name} is {parameter.dtype}, in which an average of decay {decay:.6g} does not move: keep the "
@@ -134,7 +135,7 @@ def evaluating(average: nn.Module) -> Iterator[None]:
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in named_parameters(network)}
 
 
 def _share_buffers(network: nn.Module, model: nn.Module) -> None:

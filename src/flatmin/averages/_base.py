@@ -1,22 +1,24 @@
 """What averages of a network's weights share."""
 
+import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from .._attached import Attachment, is_lost_copy
 from .._checks import check_choice
+from .._distributed import unwrapped
+from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ._average import evaluating
 from ._copy import copied
 from ._statistics import CHOICES, moving_layers, own_statistics, refresh
-from ._warn import depth_in_package
 
 
 class WeightAverage(nn.Module, ABC):
@@ -56,11 +58,13 @@ class WeightAverage(nn.Module, ABC):
 
     module: nn.Module
     n_averaged: Tensor
+    _beside_network: ClassVar[bool] = True  # see _layers
 
     def __init__(self, model: nn.Module, *, statistics: str = "averaged") -> None:
         super().__init__()
         self.statistics = check_choice("statistics", statistics, CHOICES)
         self._refreshed = False
+        self._warned = False
         self.module = copied(model)
         self.register_buffer("n_averaged", torch.ones((), dtype=torch.int64, device="cpu"))
         self._model = (model,)  # in a tuple, so that it is no submodule and not saved twice
@@ -75,12 +79,16 @@ class WeightAverage(nn.Module, ABC):
         """Takes the network's current weights into the average."""
 
     @abstractmethod
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Makes ``optimizer`` call `update` after each of its steps; ``remove()`` of the handle detaches."""
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Saves and loads the average with the optimizer; ``remove()`` of the handle detaches.
+
+        Attach before you load a checkpoint. Make a copy of all by ``copy.deepcopy((model, optimizer, average))``.
+        """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the averaged network, in evaluation mode and without gradient."""
         self._warn_if_never_refreshed()
+        warn_if_left_behind(self, self)
         own = own_statistics(self.module, self.model) if self.statistics == "batch" else nullcontext()
         with evaluating(self.module), own:
             return self.module(*args, **kwargs)
@@ -133,11 +141,22 @@ class WeightAverage(nn.Module, ABC):
             )
 
 
-def after_each_step(optimizer: Optimizer, call: Callable[[], None]) -> RemovableHandle:
-    """Makes ``optimizer`` make a call after each of its steps; not after one that flatmin's has dropped."""
+def warn_if_left_behind(average: WeightAverage, attached: nn.Module) -> None:
+    """Warns once where a copy of an attached average is run after its network has gone on without it.
 
-    def after(stepped: Optimizer, *_: Any) -> None:
-        if not getattr(stepped, "step_dropped", False):
-            call()
-
-    return optimizer.register_step_post_hook(after)
+    Args:
+        average: The average.
+        attached: What was attached: the average, or the MESA that has it.
+    """
+    if average._warned or not is_lost_copy(attached):
+        return
+    updated = average.n_averaged._version > copy.deepcopy(torch.zeros(()))._version
+    if not updated and any(parameter._version for parameter in unwrapped(average.model).parameters()):
+        average._warned = True
+        warnings.warn(
+            f"this {type(attached).__name__} is a copy of one that was attached to an optimizer, is attached to none, "
+            "and has not followed its network: attach it, or copy all together, the optimizer first: "
+            "copy.deepcopy((model, optimizer, average))",
+            FlatminWarning,
+            stacklevel=depth_in_package(),
+        )

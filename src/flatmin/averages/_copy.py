@@ -13,15 +13,16 @@ from torch.nn.parameter import is_lazy
 
 from .._checks import check_module
 from .._distributed import unwrapped
+from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
-from ._warn import depth_in_package
+from ._layers import LeftOut, is_beside, layers, named_buffers, named_layers, named_parameters
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 BACKWARD = ("_backward_hooks", "_backward_pre_hooks")  # of no use to an average, which runs without gradient
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Returns a copy of ``model``, without its wrappers, frozen and in evaluation mode.
+    """Returns a copy of ``model``, without its wrappers and what stands beside it, frozen and in evaluation mode.
 
     Forward hooks are copied only if they belong to the network: torch's own, such as those of
     ``torch.nn.utils.spectral_norm`` and ``prune``, and methods of objects within the network, which become the copy's.
@@ -29,8 +30,8 @@ def copied(model: nn.Module) -> nn.Module:
     """
     network = unwrapped(check_module("model", model))
     refuse_lazy(network)
-    memo = _computed(network)
-    for layer in network.modules():
+    memo = {**_computed(network), **_beside(network)}
+    for layer in layers(network):
         memo.update({id(getattr(layer, name)): OrderedDict() for name in (*HOOKS, *BACKWARD)})
     try:
         made = copy.deepcopy(network, memo)
@@ -49,7 +50,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 def refuse_lazy(model: nn.Module) -> None:
     """Raises `InvalidArgumentError` if a layer does not know its shape yet."""
-    for name, tensor in (*unwrapped(model).named_parameters(), *unwrapped(model).named_buffers()):
+    for name, tensor in (*named_parameters(unwrapped(model)), *named_buffers(unwrapped(model))):
         if is_lazy(tensor):
             raise InvalidArgumentError(
                 f"model cannot be copied yet, since its {name} has no shape: call model once with a batch, and then "
@@ -60,11 +61,11 @@ def refuse_lazy(model: nn.Module) -> None:
 @contextmanager
 def without_hooks_of(network: nn.Module, model: nn.Module) -> Iterator[None]:
     """Inside, an average that somebody else has copied runs without the functions that are hooks of the model too."""
-    layers = list(unwrapped(model).modules())
-    shared = {id(hook) for layer in layers for name in HOOKS for hook in getattr(layer, name).values()}
+    theirs = list(layers(unwrapped(model)))
+    shared = {id(hook) for layer in theirs for name in HOOKS for hook in getattr(layer, name).values()}
     before = []
     if shared:
-        for layer in network.modules():
+        for layer in layers(network):
             for hooks in (getattr(layer, name) for name in HOOKS):
                 if any(id(hook) in shared and not _of_torch(hook) for hook in hooks.values()):
                     before.append((hooks, list(hooks.items())))
@@ -84,15 +85,21 @@ def _computed(network: nn.Module) -> dict[int, Any]:
 
     Old ``weight_norm``, ``spectral_norm`` and ``prune`` keep such a weight, and compute it anew in every pass.
     """
-    values = [value for layer in network.modules() for value in vars(layer).values()]
+    values = [value for layer in layers(network) for value in vars(layer).values()]
     return {id(value): value.detach().clone() for value in values if isinstance(value, Tensor) and not value.is_leaf}
+
+
+def _beside(network: nn.Module) -> dict[int, Any]:
+    """What takes the place of the averages and losses that the network holds, as submodules or not."""
+    held = (value for layer in layers(network) for value in (*layer._modules.values(), *vars(layer).values()))
+    return {id(value): LeftOut() for value in held if isinstance(value, nn.Module) and is_beside(value)}
 
 
 def _copy_hooks(network: nn.Module, made: nn.Module, memo: dict[int, Any]) -> list[str]:
     """Gives the copy the hooks that belong to the network; returns the names of layers with others."""
     dropped: dict[str, None] = {}
     copies = dict(made.named_modules(remove_duplicate=False))
-    for path, layer in network.named_modules():
+    for path, layer in named_layers(network):
         for name in HOOKS:
             kept = OrderedDict()
             for key, hook in getattr(layer, name).items():

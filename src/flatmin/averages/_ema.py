@@ -8,11 +8,11 @@
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from .._attached import Attachment, attach
 from .._checks import check_number
 from ._average import move, warn_if_too_coarse
-from ._base import WeightAverage, after_each_step
+from ._base import WeightAverage
 
 
 class EMA(WeightAverage):
@@ -61,13 +61,15 @@ class EMA(WeightAverage):
         move(self.module, self.model, self.decay, statistics=self.statistics != "fresh")
         self.n_averaged += 1
 
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step.
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step, and save and load the average.
+
+        Attach before a checkpoint is loaded: the average then goes on from there.
 
         Returns:
             A handle; its ``remove()`` detaches.
         """
-        return after_each_step(optimizer, self.update)
+        return attach(self, optimizer, after_step=type(self).update)
 
     def extra_repr(self) -> str:
         """Shows the decay when printed."""

@@ -6,14 +6,17 @@ arXiv 2209.14981::
     average_e = 1/k * sum of the models at the ends of epochs e - k + 1 ... e
 """
 
-from typing import NoReturn
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._attached import Attachment, attach
 from .._checks import check_integer
-from ..errors import InvalidArgumentError
+from .._warn import depth_in_package
+from ..errors import FlatminWarning
 from ._base import WeightAverage
 from ._modes import in_modes_of
 from ._pairs import Kind, pairs
@@ -53,6 +56,7 @@ class LAWA(WeightAverage):
     def __init__(self, model: nn.Module, *, k: int = 6, statistics: str = "averaged") -> None:
         self.k = check_integer("k", k, least=1)
         super().__init__(model, statistics=statistics)
+        self._stepped = False  # whether an optimizer that it is attached to has made a step
         # A slot for each of the last k epochs, as buffers, so that they are saved and moved with the module.
         averaged = [pair for pair in pairs(self.module, model) if pair.kind not in (Kind.COPIED, Kind.VECTORS)]
         self._slots = {pair.name: f"past_{number}" for number, pair in enumerate(averaged)}
@@ -84,11 +88,30 @@ class LAWA(WeightAverage):
                 pair.ours.copy_(mean)
             renew_vectors(self.module, iterations=15)  # as many as spectral_norm makes at first
 
-    def attach(self, optimizer: Optimizer) -> NoReturn:
-        """Raises `InvalidArgumentError`: LAWA averages the ends of epochs, of which an optimizer knows nothing."""
-        raise InvalidArgumentError(
-            "LAWA averages the ends of epochs, and not steps: leave out attach, and call lawa.update() after each epoch"
-        )
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Saves and loads the average with ``optimizer``; `update`, at the ends of epochs, stays yours to call.
+
+        Attach before a checkpoint is loaded.
+
+        Returns:
+            A handle; its ``remove()`` detaches.
+        """
+        return attach(self, optimizer, after_step=type(self)._note_step)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the averaged network, in evaluation mode and without gradient."""
+        if self._stepped and not self._warned and int(self.n_averaged) == 1:
+            self._warned = True
+            warnings.warn(
+                "LAWA averages the ends of epochs, of which an optimizer knows nothing, and has never been updated: "
+                "call lawa.update() after each epoch",
+                FlatminWarning,
+                stacklevel=depth_in_package(),
+            )
+        return super().forward(*args, **kwargs)
+
+    def _note_step(self) -> None:
+        self._stepped = True
 
     def extra_repr(self) -> str:
         """Shows the number of epochs when printed."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._distributed import local, unwrapped
 from ..errors import InvalidArgumentError
+from ._layers import layers, named_buffers, named_layers, named_parameters
 from ._statistics import BUFFERS
 
 # Names of wrappers that may be put around a layer after the average was made: torch.compile, activation checkpointing.
@@ -68,13 +69,14 @@ def pairs(network: nn.Module, model: nn.Module, *, follow: bool = True) -> list[
 
 def _signature(network: nn.Module, model: nn.Module) -> list[Any]:
     """What is as before if the tensors are, in the same order, of the same shapes."""
-    tensors = chain(network.parameters(), network.buffers(), model.parameters(), model.buffers())
-    return [(id(tensor), tensor.requires_grad, tensor.shape) for tensor in tensors]
+    found = (layer for top in (network, model) for layer in layers(top))
+    held = (each for layer in found for kind in (layer._parameters, layer._buffers) for each in kind.values())
+    return [(id(each), each.requires_grad, each.shape) for each in held if each is not None]
 
 
 def _matches(network: nn.Module, model: nn.Module) -> Iterator[Match]:
     ours, theirs = _named(network), _named(model, every=True)
-    buffers = {name for name, _ in network.named_buffers()}
+    buffers = {name for name, _ in named_buffers(network)}
     for name, tensor in ours.items():
         other = theirs.get(name)
         if other is None and name not in buffers:
@@ -111,8 +113,9 @@ def _kind(name: str, tensor: Tensor, frozen: bool, names: dict[str, Tensor]) -> 
 
 def _named(network: nn.Module, *, every: bool = False) -> dict[str, Tensor]:
     """Parameters and buffers by name; ``every`` lists those that are shared under each of their names."""
-    once = not every
-    found = chain(network.named_parameters(remove_duplicate=once), network.named_buffers(remove_duplicate=once))
+    found: Iterator[tuple[str, Tensor]] = chain(
+        named_parameters(network, every=every), named_buffers(network, every=every)
+    )
     return {_clean(name): tensor for name, tensor in found}
 
 
@@ -124,24 +127,24 @@ def _clean(name: str) -> str:
 
 def _follow(network: nn.Module, model: nn.Module) -> None:
     """Gives ``network`` the buffers that ``model`` has made or resized since it was copied, and drops the others."""
-    ours = dict(network.named_buffers(remove_duplicate=False))
-    theirs = dict(model.named_buffers(remove_duplicate=False))
+    ours = dict(named_buffers(network, every=True))
+    theirs = dict(named_buffers(model, every=True))
     shapes = {_clean(name): buffer.shape for name, buffer in theirs.items()}
     if shapes == {_clean(name): buffer.shape for name, buffer in ours.items()}:
         return
-    layers = {_clean(name): layer for name, layer in network.named_modules()}
+    found = {_clean(name): layer for name, layer in named_layers(network)}
     for raw, buffer in theirs.items():
         path, _, leaf = _clean(raw).rpartition(".")
-        if path not in layers:
+        if path not in found:
             raise InvalidArgumentError(
                 f"model has a buffer {raw!r} in a layer that its average lacks: make the average anew where layers "
                 "are taken out, put in or renamed"
             )
-        mine = layers[path]._buffers.get(leaf)
+        mine = found[path]._buffers.get(leaf)
         if mine is None or mine.shape != buffer.shape:
             copy = buffer.detach().clone() if mine is None else buffer.detach().to(mine, copy=True)
             persistent = leaf not in model.get_submodule(raw.rpartition(".")[0])._non_persistent_buffers_set
-            layers[path].register_buffer(leaf, copy, persistent)
+            found[path].register_buffer(leaf, copy, persistent)
     for raw in ours:
         if _clean(raw) not in shapes:
             path, _, leaf = raw.rpartition(".")
@@ -150,7 +153,7 @@ def _follow(network: nn.Module, model: nn.Module) -> None:
 
 def _refuse_new(network: nn.Module, theirs: dict[str, Tensor], model: nn.Module) -> None:
     """Raises `InvalidArgumentError` if the model has a parameter that its average lacks."""
-    parameters = {_clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {_clean(name) for name, _ in named_parameters(model, every=True)}
     if new := sorted(parameters - set(_named(network, every=True))):
         raise InvalidArgumentError(
             f"model has a parameter {new[0]!r}, which its average lacks: make the average anew where layers are taken "

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from .._distributed import unwrapped, wrappers_and_network
 from ..errors import InvalidArgumentError
+from ._layers import named_layers
 
 CHOICES = ("averaged", "batch", "fresh")
 BUFFERS = ("running_mean", "running_var")
@@ -31,8 +32,8 @@ def moving_layers(network: nn.Module, model: nn.Module) -> list[nn.Module]:
     Those that the model keeps in evaluation mode while it trains (frozen batch norm) are left out.
     """
     model = unwrapped(model)
-    frozen = {name for name, layer in model.named_modules() if not layer.training} if model.training else set()
-    return [layer for name, layer in network.named_modules() if keeps_statistics(layer) and name not in frozen]
+    frozen = {name for name, layer in named_layers(model) if not layer.training} if model.training else set()
+    return [layer for name, layer in named_layers(network) if keeps_statistics(layer) and name not in frozen]
 
 
 @contextmanager

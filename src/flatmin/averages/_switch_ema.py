@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from .._attached import Attachment, attach
 from .._checks import check_integer, check_number
 from ._average import move, put_into, warn_if_too_coarse
-from ._base import WeightAverage, after_each_step
+from ._base import WeightAverage
 
 
 class SwitchEMA(WeightAverage):
@@ -95,13 +95,15 @@ class SwitchEMA(WeightAverage):
         if self._switched:
             put_into(self.model, self.module)
 
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step; `switch` stays yours to call.
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step, and save and load the average.
+
+        `switch` stays yours to call. Attach before a checkpoint is loaded.
 
         Returns:
             A handle; its ``remove()`` detaches.
         """
-        return after_each_step(optimizer, self.update)
+        return attach(self, optimizer, after_step=type(self).update)
 
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""

@@ -12,6 +12,7 @@ network into the subspace, nor free: it has the current direction and the past l
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from .. import _distributed
 from .._checks import check_integer
-from ..errors import InvalidArgumentError
+from .._warn import depth_in_package
+from ..errors import FlatminWarning, InvalidArgumentError
 from ._codec import Codec
 from ._rows import OUT_OF_RANGE, RANGE, from_bytes, nonzero, within_range
+from ._state import PART, is_of_this_rank
 
 RANK = 92  # 100 bytes a row with its epoch, 0.39 GB for ImageNet-1k
 NO_BASIS = -1
@@ -212,14 +215,28 @@ class LowRank(Codec):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.is_bound and _distributed.size() > 1:
+        if self.is_bound and _distributed.size() > 1 and is_of_this_rank():
+            destination[prefix + PART] = torch.tensor([_distributed.rank(), _distributed.size()])
+        elif self.is_bound and _distributed.size() > 1:
             for name in SUMS:  # what all ranks have seen
                 destination[prefix + name] = _distributed.total(getattr(self, name).clone())
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        size = _distributed.size()
-        names = [prefix + name for name in SUMS if prefix + name in state_dict] if size > 1 else []
-        state_dict = {**state_dict, **{name: state_dict[name] / size for name in names}}
+        size, part = _distributed.size(), state_dict.get(prefix + PART)
+        names = [prefix + name for name in SUMS if prefix + name in state_dict]
+        state_dict = {key: value for key, value in state_dict.items() if key != prefix + PART}
+        if part is None and size > 1:  # what all ranks have seen, in equal parts
+            state_dict.update({name: state_dict[name] / size for name in names})
+        elif part is not None and int(part[0]) % size != _distributed.rank():  # what another rank saw, and has
+            if any(state_dict[name].any() for name in names):
+                warnings.warn(
+                    f"the state has the logits that rank {int(part[0])} of {int(part[1])} saw in its epoch, and "
+                    "not those of this rank: the next basis of LowRank is made without them; load on each rank what "
+                    "that rank saved, or take saf.state_dict() on all ranks together",
+                    FlatminWarning,
+                    stacklevel=depth_in_package(),
+                )
+            state_dict.update({name: torch.zeros_like(state_dict[name]) for name in names})
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if self.is_bound:
             self._epochs = self.basis_epochs.tolist()

@@ -1,13 +1,33 @@
-"""How a history describes itself in its state, so that no other history loads it."""
+"""How a history describes itself in its state, so that no other history loads it, and whose rows the state has."""
 
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
+
+PART = "part"  # the key of (rank, ranks) in a state that has what that rank keeps; without it a state is whole
+_thread = threading.local()
+
+
+@contextmanager
+def of_this_rank() -> Iterator[None]:
+    """Inside, a ``state_dict`` has what this rank keeps, and is taken without talking to the others."""
+    _thread.alone = True
+    try:
+        yield
+    finally:
+        _thread.alone = False
+
+
+def is_of_this_rank() -> bool:
+    """Whether `of_this_rank` is under way."""
+    return getattr(_thread, "alone", False)
 
 
 def described(description: Mapping[str, Any]) -> Tensor:

@@ -1,5 +1,7 @@
 """Rows of bytes by sample index: on the device, in main memory or in a file, on one rank or spread over several."""
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice
-from ..errors import InvalidArgumentError
+from .._warn import depth_in_package
+from ..errors import FlatminWarning, InvalidArgumentError
 from ._memory import scratch_file, zeros
 from ._ranks import Ranks
+from ._state import PART, is_of_this_rank
 
 NEVER = -1  # the epoch of an empty row
 SHARD_ABOVE = 2**30  # bytes; with sharing="auto", each rank keeps only a part of more than that
@@ -48,6 +52,7 @@ class Store(nn.Module):
         self.sharded = sharing == "shard" or (sharing == "auto" and total > SHARD_ABOVE and self.ranks.size > 1)
         # Sample i is with rank i % size, at position i // size. Unsharded it is as if there were one rank.
         self.part = (self.ranks.rank, self.ranks.size) if self.sharded else (0, 1)
+        self.in_average = False
         shape = (slots, len(range(self.part[0], num_samples, self.part[1])), row_bytes)
         what = f"a history of {num_samples} samples"
         host = "cpu" if self.on_host else None
@@ -63,10 +68,16 @@ class Store(nn.Module):
             InvalidArgumentError: If the ranks are not those this was made for, or are in different epochs.
         """
         self.flush()
+        if self.in_average:
+            raise InvalidArgumentError(
+                "this SAF was copied into an average of the network, which has no history of its own: call the SAF "
+                "that it was copied from"
+            )
         if self.sharded and self.part != (self.ranks.rank, self.ranks.size):
             raise InvalidArgumentError(
                 f"the history was made for {self.part[1]} ranks and there are {self.ranks.size}: "
-                "make it after torch.distributed.init_process_group"
+                "make it after torch.distributed.init_process_group, which is in setup() or configure_model() of a "
+                "LightningModule and not in its __init__"
             )
         return self.ranks.meet(index.to("cpu", torch.int64), epoch) if self.ranks.size > 1 else None
 
@@ -151,12 +162,19 @@ class Store(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()  # a copy or a pickle cannot wait for rows that are under way to this one
-        return self.__dict__.copy()
+        state = self.__dict__.copy()
+        if _copied_into_an_average():  # which never reads them, and would keep the memory taken
+            nobody = (self.num_samples, self.num_samples + 1)
+            none = {name: buffer[:, :0].clone() for name, buffer in self._buffers.items() if buffer is not None}
+            state.update(in_average=True, part=nobody, _buffers=none)
+        return state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.flush()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.part[1] > 1:  # all rows, so that the state can be loaded on any number of ranks
+        if self.in_average or (self.part[1] > 1 and is_of_this_rank()):
+            destination[prefix + PART] = torch.tensor(self.part)
+        elif self.part[1] > 1:  # all rows, so that the state can be loaded on any number of ranks
             for name in ("rows", "epochs"):
                 destination[prefix + name] = self.ranks.assemble(getattr(self, name), self.num_samples)
 
@@ -166,10 +184,46 @@ class Store(nn.Module):
         self.flush()
         # Copied into the tensors that are here, a file perhaps, also with assign=True.
         local_metadata = {**local_metadata, "assign_to_params_buffers": False}
-        me, size = self.part
-        names = [prefix + name for name in ("rows", "epochs") if prefix + name in state_dict]
-        state_dict = {**state_dict, **{name: state_dict[name][:, me::size] for name in names}}
+        part = state_dict.get(prefix + PART)
+        theirs = (0, 1) if part is None else tuple(part.tolist())
+        state_dict = {key: value for key, value in state_dict.items() if key != prefix + PART}
+        for name, empty in (("rows", 0), ("epochs", NEVER)):
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = self._own(state_dict[prefix + name], theirs, empty)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _own(self, given: Tensor, theirs: tuple[int, ...], empty: int) -> Tensor:
+        """What a state that has ``theirs`` part of the samples has of those that are kept here; the rest is empty."""
+        me, size = self.part
+        if theirs == (0, 1):
+            return given[:, me::size]
+        if theirs == self.part:
+            return given
+        mine = torch.arange(me, self.num_samples, size, device=given.device)
+        there = mine % theirs[1] == theirs[0]
+        own = given.new_full((given.shape[0], len(mine), *given.shape[2:]), empty)
+        own[:, there] = given[:, mine[there] // theirs[1]]
+        if empty == NEVER and not there.all():
+            nobody = theirs[0] == self.num_samples
+            whose = "an average, which has none" if nobody else f"rank {theirs[0]} of {theirs[1]} alone"
+            warnings.warn(
+                f"the state has the history of {whose}: {len(mine) - int(there.sum())} of the {len(mine)} samples here "
+                "begin anew; to keep all, load on each rank what that rank saved, take saf.state_dict() on all ranks "
+                "together, or make SAF with sharing='replicate'",
+                FlatminWarning,
+                stacklevel=depth_in_package(),
+            )
+        return own
+
+
+def _copied_into_an_average() -> bool:
+    """Whether torch's ``AveragedModel``, Lightning's too, is copying the network that the history is stored on."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__") == "torch.optim.swa_utils":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _pack(rows: Tensor, epochs: Tensor) -> Tensor:

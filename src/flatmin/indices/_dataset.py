@@ -1,6 +1,6 @@
 """A data set whose samples carry their own index."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -96,6 +96,7 @@ class IndexedDataset(Dataset[Any]):
 
     def __getitems__(self, keys: Sequence[Any]) -> Any:
         """Reads a batch, as torch's loaders do."""
+        keys = keys if isinstance(keys, Sized) else list(keys)
         read = getattr(self.dataset, "__getitems__", None)
         samples = read(keys) if read else [self.dataset[key] for key in keys]
         if not isinstance(samples, list) or len(samples) != len(keys):  # a batch that needs no collating
@@ -149,9 +150,10 @@ def find(dataset: Any) -> IndexedDataset | None:
     held = getattr(dataset, "__dict__", {})
     if "dataset" in held:
         return find(held["dataset"])
-    parts = held.get("datasets")
-    found = [each for each in map(find, parts) if each] if isinstance(parts, (list, tuple)) else []
-    if (found and len(found) < len(parts)) or len(found) > 1:
+    parts: Any = held.get("datasets", ())
+    parts = parts if isinstance(parts, (list, tuple)) else ()
+    found = [each for each in map(find, parts) if each is not None]
+    if found and len(parts) > 1:
         raise InvalidArgumentError(
             f"in a {type(dataset).__name__} of indexed data sets, samples of several have the same index: call indexed "
             "on the whole, flatmin.indexed(ConcatDataset([a, b]))"

@@ -85,7 +85,7 @@ def _riding(loader: "DataLoader[Any]") -> "DataLoader[Any]":
     for name in ("__iter__", "_get_iterator"):
         if getattr(getattr(loader, name), "__func__", None) is not getattr(DataLoader, name):
             raise InvalidArgumentError(
-                f"{type(loader).__name__} has a {name} of its own, so it may resume, skip, prefetch or change its "
+                f"{type(loader).__name__} has its own {name}, so it may resume, skip, prefetch or change its "
                 f"batches; {_WAY_OUT}, or use a plain DataLoader"
             )
     made = copy.copy(loader)

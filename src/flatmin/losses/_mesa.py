@@ -6,17 +6,18 @@
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from .._attached import Attachment, attach
 from .._checks import check_choice, check_integer, check_module, check_number
 from .._passes import Pass, current_pass
 from ..averages import EMA
 from ..averages._average import check_alike, evaluating
+from ..averages._base import warn_if_left_behind
 from ..averages._copy import refuse_lazy, without_hooks_of
 from ..averages._statistics import CHOICES, own_statistics
 from ..errors import FlatminWarning, InvalidArgumentError
@@ -91,6 +92,9 @@ class MESA(nn.Module):
         True
     """
 
+    average: nn.Module
+    _beside_network: ClassVar[bool] = True  # an average of a network on which it is stored has none
+
     def __init__(
         self,
         model: nn.Module,
@@ -115,7 +119,6 @@ class MESA(nn.Module):
             raise InvalidArgumentError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
         self.autocast = autocast
         self.statistics = check_choice("statistics", statistics, CHOICES)
-        self.average: nn.Module
         if average is None:
             kept = "fresh" if self.statistics == "fresh" else "averaged"
             self.average = _own_average(model, DECAY if decay is None else decay, kept)
@@ -214,8 +217,10 @@ class MESA(nn.Module):
         """
         self._updated_here().refresh(batches)
 
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step.
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Makes ``optimizer``, a plain one or flatmin's, call `update` after each step, and save and load MESA.
+
+        Attach before a checkpoint is loaded: the average then goes on from there.
 
         Returns:
             A handle; its ``remove()`` detaches.
@@ -223,7 +228,8 @@ class MESA(nn.Module):
         Raises:
             InvalidArgumentError: If the average was given.
         """
-        return self._updated_here().attach(optimizer)
+        self._updated_here()
+        return attach(self, optimizer, after_step=type(self).update)
 
     def train(self, mode: bool = True) -> "MESA":
         """Sets the mode of the loss; its own average stays in evaluation mode, and one that was given as it is."""
@@ -278,6 +284,8 @@ class MESA(nn.Module):
 
     def _check_updates(self) -> None:
         """Warns once when an epoch has gone by without an update: the target is still the untrained network."""
+        if self._own is not None:
+            warn_if_left_behind(self._own, self)
         if self._first_epoch is None:
             self._first_epoch = self._epoch
         if self._checked or self._epoch <= self._first_epoch or not isinstance(self.average, EMA):

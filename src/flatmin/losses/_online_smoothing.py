@@ -6,9 +6,14 @@
     loss = (1 - coefficient) * CE(y) + coefficient * CE(S_y)            averaged over the batch
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from .._attached import Attachment, attach
 from .._checks import check_integer, check_number
 from .._distributed import total
 from .._passes import current_pass
@@ -63,6 +68,7 @@ class OnlineLabelSmoothing(nn.Module):
 
     soft_labels: Tensor
     sums: Tensor
+    _beside_network: ClassVar[bool] = True  # averages of a network on which it is stored have none
 
     def __init__(self, num_classes: int, *, coefficient: float = 0.5) -> None:
         super().__init__()
@@ -71,7 +77,8 @@ class OnlineLabelSmoothing(nn.Module):
         self.register_buffer(
             "soft_labels", torch.full((num_classes, num_classes), 1 / num_classes, dtype=torch.float32)
         )
-        self.register_buffer("sums", torch.zeros(num_classes, num_classes, dtype=torch.float32))
+        # No buffer: DDP overwrites those of a module that is stored on the network with the first rank's.
+        self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float32)
         self._epoch = 0
 
     @torch.no_grad()
@@ -123,6 +130,40 @@ class OnlineLabelSmoothing(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Reads the epoch from a ``state_dict``."""
         self._epoch = int(state)
+
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Saves and loads the soft labels with ``optimizer``, a plain one or flatmin's. Attach before a load.
+
+        Returns:
+            A handle; its ``remove()`` detaches.
+        """
+        return attach(self, optimizer)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OnlineLabelSmoothing":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        self.sums = fn(self.sums)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "sums"] = self.sums
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        key = f"{prefix}sums"
+        own = {name: value for name, value in state_dict.items() if name != key}
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, *rest)
+        if key not in state_dict:
+            missing_keys.append(key)
+        elif state_dict[key].shape == self.sums.shape:  # else torch complains of the soft labels
+            self.sums.copy_(state_dict[key])
 
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""

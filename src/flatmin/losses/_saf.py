@@ -4,16 +4,20 @@
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from .._attached import Attachment, attach
 from .._checks import check_integer, check_number
+from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
-from ..history import Codec, make_history
+from ..history import Codec, History, make_history
+from ..history._state import of_this_rank
 from ._masked import filling, masked_classes
 from ._trajectory import trajectory_loss
 from ._watch import Watch
@@ -74,6 +78,9 @@ class SAF(nn.Module):
         tensor(0.1854)
     """
 
+    history: History
+    _beside_network: ClassVar[bool] = True  # averages of a network on which it is stored have none
+
     def __init__(
         self,
         num_samples: int,
@@ -100,7 +107,9 @@ class SAF(nn.Module):
         self.coefficient = check_number("coefficient", coefficient, least=0)
         self.temperature = check_number("temperature", temperature, above=0)
         self.start_epoch = check_integer("start_epoch", start_epoch, least=0)
-        self.history = make_history(
+        # Past nn.Module: the history's buffers are no buffers of the network that SAF may be stored on, which DDP would
+        # send before every forward pass, and overwrite with those of the first rank.
+        self.__dict__["history"] = make_history(
             history,
             self.num_samples,
             self.num_classes,
@@ -111,10 +120,11 @@ class SAF(nn.Module):
             location=location,
             sharing=sharing,
         )
+        self._watch = Watch(self.num_samples, self.num_classes, self.history.lag)
         self._epoch = 0
         self._seen = 0  # samples so far in this epoch, counted on the host
         self._warned = False
-        self._watch = Watch(self.num_samples, self.num_classes, self.history.lag)
+        self._warned_of_share = False
 
     def set_epoch(self, epoch: int) -> None:
         """Tells SAF which epoch begins, from 0. Call it before each epoch, as ``DistributedSampler.set_epoch``.
@@ -168,9 +178,58 @@ class SAF(nn.Module):
         """Reads them from a ``state_dict``."""
         self._epoch, self._seen = (int(number) for number in state)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        self.history.check_state(state_dict, f"{prefix}history.")  # before anything is loaded
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Saves and loads SAF with ``optimizer``, a plain one or flatmin's, in whatever checkpoint that is.
+
+        Attach before a checkpoint is loaded. On several ranks a history with ``sharing="shard"`` is saved by each rank
+        for itself, since a trainer may save on one rank alone.
+
+        Returns:
+            A handle; its ``remove()`` detaches.
+        """
+        return attach(self, optimizer, save=type(self)._state_of_this_rank)
+
+    def _state_of_this_rank(self) -> dict[str, Any]:
+        """The state, taken without talking to other ranks."""
+        if self.history.store.part[1] > 1 and not self._warned_of_share:
+            self._warned_of_share = True
+            warnings.warn(
+                "the optimizer's state_dict has this rank's share of SAF's history alone: save and load it on every "
+                "rank, make SAF with sharing='replicate', or save saf.state_dict(), called on all ranks, in its place",
+                FlatminWarning,
+                stacklevel=depth_in_package(),
+            )
+        with of_this_rank():
+            return self.state_dict()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SAF":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        self.history._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.history.state_dict(destination=destination, prefix=f"{prefix}history.", keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        inner = f"{prefix}history."
+        self.history.check_state(state_dict, inner)  # before anything is loaded
+        history = {key.removeprefix(inner): value for key, value in state_dict.items() if key.startswith(inner)}
+        own = {key: value for key, value in state_dict.items() if not key.startswith(inner)}
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        keys = self.history.load_state_dict(history, strict=False, assign=assign)
+        missing_keys += [inner + key for key in keys.missing_keys]
+        unexpected_keys += [inner + key for key in keys.unexpected_keys]
 
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""

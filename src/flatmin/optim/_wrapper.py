@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._attached import warn_of_unattached
 from ..errors import InvalidArgumentError
 
 OWN = "flatmin"  # the key of what is not the base optimizer's in a state dict
@@ -85,6 +86,7 @@ class Wrapper(Optimizer, ABC):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        warn_of_unattached(state_dict, self.base_optimizer)
         self._load(
             {name: part for name, part in state_dict.items() if name != OWN},
             state_dict.get(OWN, {}),

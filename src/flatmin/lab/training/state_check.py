@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from ..._attached import apart
 from ..._checks import check_number
 from ...errors import DataError
 
@@ -46,7 +47,8 @@ def check_optimizer(found: Any, optimizer: Optimizer, *, exact: bool) -> None:
     """
     if type(optimizer) not in (SGD, AdamW):
         return
-    own = optimizer.state_dict()
+    with apart():
+        own = optimizer.state_dict()
     check_fit("optimizer.param_groups", found["param_groups"], own["param_groups"], exact=exact)
     for number, (group, own_group) in enumerate(zip(found["param_groups"], own["param_groups"], strict=True)):
         constants = {key: value for key, value in own_group.items() if key != "lr"}

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ... import _distributed
+from ..._attached import apart
 from ..._checks import check_integer
 from ..._rng import preserved
 from ...errors import DataError, InvalidArgumentError
@@ -264,12 +265,14 @@ class Trainer:
         Call it between epochs or after a step, on all ranks together. The tensors are those in use, not copies.
         """
         own = {"totals": self.progress.totals.cpu(), "random": self._randomness.state_dict()}
+        with apart():  # what a method attaches to its optimizer is among these by its own name
+            optimizer = self.optimizer.state_dict()
         return {
             **self.place(),
             "epoch": self.epoch,
             "progress": self.progress.state_dict(),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
             "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
             "average": {} if self.average is None else self.average.state_dict(),
@@ -294,7 +297,8 @@ class Trainer:
         check_values("scheduler", state["scheduler"], {**constants, "last_epoch": epoch, "_step_count": epoch + 1})
         part = self._own_part(state["ranks"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with apart():
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self._scaler.load_state_dict(state["scaler"])
         if self.trajectory is not None:

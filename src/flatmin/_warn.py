@@ -4,10 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-from torch import nn
+import torch
 
-# Files whose frames a warning passes over: flatmin's, and that of nn.Module.__call__.
-INNER = (f"{Path(__file__).parents[1]}{os.sep}", nn.Module.__call__.__code__.co_filename)
+# Files whose frames a warning passes over: flatmin's and torch's, through which it was called.
+INNER = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, str(torch.__file__)))
 
 
 def depth_in_package() -> int:
