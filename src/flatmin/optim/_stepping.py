@@ -17,6 +17,7 @@ from ._progress import ORDER, Progress
 from ._step import Passes, Step
 from ._surroundings import Buffers, Surroundings
 from ._wrapper import Memory
+from ._trainers import check_closure
 from .schedules import Schedule
 
 
@@ -27,12 +28,14 @@ class Stepping(ABC):
     """
 
     max_passes: ClassVar[int]
+    per_sample_closure: ClassVar[bool]
     base_optimizer: Optimizer
     scaler: GradScaler
     norm: str
     skipped_steps: int
     step_dropped: bool
     _mixes_steps: ClassVar[bool] = False  # whether the gradients of different steps are added up
+    _uses_first: ClassVar[bool] = False  # whether the length of the first gradient matters, beside its direction
     _closure: ClassVar[str]  # for errors
     _without_closure: ClassVar[str]
     _steps: int  # that were made
@@ -43,6 +46,7 @@ class Stepping(ABC):
     _coarse: torch.dtype | None  # of weights that are too coarse for the perturbation, to be warned of
     _drop_warned = False
     _unmade_warned = False
+    _trainer_warned = False
 
     @abstractmethod
     def _gradient(self, step: Step) -> Passes:
@@ -214,6 +218,7 @@ class Stepping(ABC):
 
     def _make_passes(self, closure: Callable[..., Any]) -> Step:
         """A step whose passes the closure has made."""
+        self._check_trainer(closure)
         step = self._begin(closure)
         with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
@@ -225,6 +230,19 @@ class Stepping(ABC):
                 step.loss = loss if index == 0 else step.loss
         self._after_passes(step)
         return step
+
+    def _check_trainer(self, closure: Callable[..., Any]) -> None:
+        """Refuses, and warns once of, what a trainer does in its closure."""
+        warning = check_closure(
+            closure,
+            name=type(self).__name__,
+            passes=self.max_passes,
+            uses_first=lambda: self._uses_first or self._when.before(self._steps) is None,
+            per_sample=self.per_sample_closure,
+        )
+        if warning is not None and not self._trainer_warned:
+            self._trainer_warned = True
+            warnings.warn(warning, FlatminWarning, stacklevel=5)  # this, _make_passes, step, torch's two wrappers
 
     def _step_without_closure(self) -> Step:
         """The step whose passes were made without a closure."""

@@ -178,6 +178,34 @@ class TwoPasses(Passes):
         return Everywhere.on({CPU, *(parameter.device for parameter in self._parameters())})
 
 
+class OnePass(Passes):
+    """The passes of MSAM and S2SAM, with the weights moved in those of each micro-batch, and in nothing else."""
+
+    def settle(self) -> None:
+        """Puts the weights back after a pass that was interrupted."""
+        self.optimizer.abandon()
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._forward_only():
+            return self.theirs["training_step"](*args, **kwargs)
+        self.optimizer.perturb()
+        output = self.theirs["training_step"](*args, **kwargs)
+        if loss_of(output) is None:
+            self.settle()
+        return output
+
+    def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = super()._backward(loss, *args, **kwargs)
+        self.optimizer.restore()
+        return result
+
+    def _make(self, closure: Callable[[], Tensor | None]) -> Tensor | None:
+        loss = closure()
+        if loss is None and (self._scaled() or all(parameter.grad is None for parameter in self._parameters())):
+            return None
+        return torch.zeros(()) if loss is None else loss
+
+
 def loss_of(output: Any) -> Tensor | None:
     """The loss that ``training_step`` has returned."""
     loss: Tensor | None = output.get("loss") if isinstance(output, Mapping) else output

@@ -6,12 +6,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from ...errors import InvalidArgumentError
 from ...optim import SharpnessAware as Optimizer
 from ._checks import check_trainer, kind_of
-from ._passes import Passes, TwoPasses
+from ._passes import OnePass, Passes, TwoPasses
 
 
 class SharpnessAware(L.Callback):
@@ -66,11 +65,9 @@ class SharpnessAware(L.Callback):
         plain = given.optimizer if isinstance(given, LightningOptimizer) else given
         self.optimizer = self._made_of(plain, trainer, pl_module)
         trainer.strategy.optimizers = [self.optimizer]
-        self._passes = TwoPasses(trainer, pl_module, self.optimizer)
+        kind = OnePass if self.optimizer.max_passes == 1 else TwoPasses
+        self._passes = kind(trainer, pl_module, self.optimizer)
         self._passes.install()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Sees to it that everything but a forward-backward pass finds the weights where they belong."""
 
     def on_exception(self, *_: Any) -> None:
         """Gives up the step under way."""
@@ -110,7 +107,8 @@ class SharpnessAware(L.Callback):
         accepted = inspect.signature(self.method).parameters
         if callable(keywords.get("parameters")):
             keywords["parameters"] = keywords["parameters"](module)
-        if "model" in accepted:
+        one_pass = getattr(self.method, "max_passes", 2) == 1  # by hooks on model= it would move the weights too
+        if "model" in accepted and not one_pass:
             keywords.setdefault("model", module)
         made = self.method(plain, **keywords)
         if not isinstance(made, Optimizer):
