@@ -89,14 +89,14 @@ def trainer(*callbacks, **options):
     return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
 
 
-def fit(module, *callbacks, batches=None, ckpt_path=None, **options):
+def fit(module, *callbacks, batches=None, validation=None, ckpt_path=None, **options):
     """Trains the module; returns the trainer. Lightning's own warnings are not looked at."""
     torch.manual_seed(7)
     made = trainer(*callbacks, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning|torch.jit|torch._dynamo|torch.utils|torch.optim|pydantic")
         warnings.filterwarnings("ignore", message=".*(many workers|not resumable|set_vital|LeafSpec|checkpoint ended)")
-        made.fit(module, loader() if batches is None else batches, ckpt_path=ckpt_path)
+        made.fit(module, loader() if batches is None else batches, validation, ckpt_path=ckpt_path)
     return made
 
 

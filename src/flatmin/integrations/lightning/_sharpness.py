@@ -1,5 +1,6 @@
 """The callback that makes the passes of SAM and its like inside Lightning's loop."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -103,7 +104,9 @@ class SharpnessAware(L.Callback):
                 f"{kind_of(module)}.configure_optimizers returns {type(plain).__name__}, and SharpnessAware() alone is "
                 "for one of flatmin's: name the method, such as SharpnessAware(flatmin.SAM, rho=0.05)"
             )
-        keywords = dict(self.keywords)
+        keywords = {**self.keywords}
+        if "when" in keywords:
+            keywords["when"] = copy.deepcopy(keywords["when"])  # a schedule may have a state; each fit has its own
         accepted = inspect.signature(self.method).parameters
         if callable(keywords.get("parameters")):
             keywords["parameters"] = keywords["parameters"](module)
