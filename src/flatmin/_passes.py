@@ -28,6 +28,17 @@ def current_pass() -> Pass | None:
     return made
 
 
+def steps() -> int:
+    """How many steps have been ended in this thread, made or not: between two of them lies one step."""
+    made: int = getattr(_thread, "steps", 0)
+    return made
+
+
+def end_step() -> None:
+    """Tells that all passes of a step are over."""
+    _thread.steps = steps() + 1
+
+
 @contextmanager
 def within(step: object, *, second: bool) -> Iterator[None]:
     """Marks what runs inside as a pass of ``step``."""

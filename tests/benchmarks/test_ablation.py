@@ -6,6 +6,7 @@ from torch import nn
 
 import flatmin
 from flatmin.lab.methods import Ingredients
+from tests.live import live
 from tests.registry import restored
 
 N, C, EPOCHS = 12, 3, 8
@@ -37,7 +38,7 @@ def test_the_own_output_some_epochs_ago_is_saf(ablation):
     for epoch in range(EPOCHS):
         recall.set_epoch(epoch), saf.set_epoch(epoch)
         for index in torch.randperm(N).split(4):
-            ours, theirs = recall(logits[epoch, index], y[index], index), saf(logits[epoch, index], index)
+            ours, theirs = recall(logits[epoch, index], y[index], index), saf(live(logits[epoch, index]), index)
             torch.testing.assert_close(ours, theirs)
     assert ours > 0
 

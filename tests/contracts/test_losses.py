@@ -42,7 +42,7 @@ def test_mesa_draws_the_same_share_in_both_passes_and_another_in_the_next_step(n
     model, optimizer = setting(name)
     mesa = flatmin.MESA(model, start_epoch=0, fraction=0.25)
     x, y = torch.randn(32, 8), torch.randint(3, (32,))
-    parts = 1 if way == "first_step" else 2
+    parts = 2
 
     def closure():
         optimizer.zero_grad()

@@ -16,6 +16,7 @@ from flatmin._attached import KEY
 from flatmin.errors import FlatminWarning, InvalidArgumentError
 from flatmin.history import Dense, LowRank, Quantized, TopK
 from tests.distributed._spawn import run_ranks
+from tests.live import live
 
 N, C, BATCH, LAG, EPOCHS = 23, 6, 4, 2, 7
 FORMS = {
@@ -76,7 +77,7 @@ def follow(saf: flatmin.SAF, steps: list[Step], ranks: list[int]) -> list[tuple[
             saf.set_epoch(epoch)
             current = epoch
         logits = torch.cat([outputs(number, batches[rank], rank) for rank in ranks]).requires_grad_()
-        loss = saf(logits, torch.cat([batches[rank] for rank in ranks]))
+        loss = saf(live(logits), torch.cat([batches[rank] for rank in ranks]))
         if loss.requires_grad:
             loss.backward()
         gradient = torch.zeros_like(logits) if logits.grad is None else logits.grad
@@ -205,7 +206,7 @@ def test_state_of_low_rank_holds_what_all_ranks_have_seen() -> None:
 
 def copied_with_rows_under_way() -> list[bool]:
     saf = make("int6", "replicate")
-    saf(torch.ones(1, C), torch.tensor([distributed.get_rank()]))
+    saf(live(torch.ones(1, C)), torch.tensor([distributed.get_rank()]))
     assert saf.history.store._pending
     copies = [copy.deepcopy(saf), pickle.loads(pickle.dumps(saf))]
     return [bool((each.history.store.epochs[0, :2] == 0).all()) for each in copies]
@@ -219,7 +220,7 @@ def in_different_epochs() -> str:
     saf = make("dense")
     saf.set_epoch(distributed.get_rank())
     with pytest.raises(InvalidArgumentError) as error:
-        saf(torch.zeros(2, C), torch.arange(2))
+        saf(live(torch.zeros(2, C)), torch.arange(2))
     return str(error.value)
 
 

@@ -22,6 +22,7 @@ from flatmin.errors import InvalidArgumentError, OutputError
 from flatmin.history import Dense, LowRank, Quantized, TopK
 from flatmin.history import _choose as choosing
 from flatmin.history import _memory as memory
+from tests.live import live
 
 N, C, LAG, BATCH = 30, 20, 2, 8
 FORMS: dict[str, dict[str, object]] = {
@@ -59,7 +60,7 @@ def follow(saf: flatmin.SAF, batches: list[Step]) -> list[Tensor]:
         if saf._epoch != epoch:
             saf.set_epoch(epoch)
         leaf = logits.clone().requires_grad_()
-        loss = saf(leaf, index)
+        loss = saf(live(leaf), index)
         (loss + 0 * leaf.sum()).backward()
         results += [loss.detach(), leaf.grad]
     return results
@@ -182,7 +183,7 @@ def test_a_full_disk_says_so_at_once_and_keeps_nothing(small_disk: Path) -> None
     assert os.statvfs(small_disk).f_bfree == free
     saf = flatmin.SAF(2000, C, lag=1, path=small_disk)  # the control: what fits is kept there
     assert os.statvfs(small_disk).f_bfree < free
-    saf(torch.ones(BATCH, C), torch.arange(BATCH))
+    saf(live(torch.ones(BATCH, C)), torch.arange(BATCH))
     with pytest.raises(OutputError):
         flatmin.SAF(100_000, C, path=small_disk)
     assert saf.history.store.rows.count_nonzero() > 0
@@ -248,7 +249,7 @@ def test_the_host_never_waits_for_a_value_on_the_device(form: str) -> None:
         for epoch in range(5):
             saf.set_epoch(epoch)
             logits = torch.zeros(3, C, device="meta", requires_grad=True)
-            loss = saf(logits, torch.zeros(3, dtype=torch.int64, device=index_device))
+            loss = saf(live(logits), torch.zeros(3, dtype=torch.int64, device=index_device))
             (loss + logits.sum()).backward()
         assert loss.requires_grad
         assert loss.device.type == "meta"
@@ -387,7 +388,7 @@ def test_state_of_another_history_is_refused_and_nothing_is_loaded(
     safs = [flatmin.SAF(**{**SIZES, **options}) for options in (ours, theirs)]
     for epoch, saf in enumerate(safs):
         saf.set_epoch(epoch + 3)
-        saf(torch.randn(4, saf.num_classes), torch.arange(4))
+        saf(live(torch.randn(4, saf.num_classes)), torch.arange(4))
     before = held(safs[0])
     message = f"^the state is of a history with .*{their_name}.* and this one has .*{our_name}.*; nothing was loaded"
     targets = {"saf": safs, "module": [torch.nn.ModuleDict({"loss": saf}) for saf in safs]}
@@ -456,7 +457,7 @@ def test_no_graph_is_kept(form: str) -> None:
 
 def test_shards_of_one_process_are_the_whole() -> None:
     saf = flatmin.SAF(N, C, lag=1, sharing="shard")
-    saf(torch.ones(N, C), torch.arange(N))
+    saf(live(torch.ones(N, C)), torch.arange(N))
     state = saf.state_dict()
     assert state["history.store.rows"].shape[1] == N
     other = flatmin.SAF(N, C, lag=1)
@@ -466,9 +467,9 @@ def test_shards_of_one_process_are_the_whole() -> None:
 
 def test_assigned_state_is_copied_and_shared_with_nobody() -> None:
     saf, other = flatmin.SAF(N, C, lag=1), flatmin.SAF(N, C, lag=1)
-    saf(torch.ones(N, C), torch.arange(N))
+    saf(live(torch.ones(N, C)), torch.arange(N))
     other.load_state_dict(saf.state_dict(), assign=True)
     other.set_epoch(1)
-    other(torch.zeros(N, C), torch.arange(N))
+    other(live(torch.zeros(N, C)), torch.arange(N))
     assert saf.history.store.rows.any()
     assert not other.history.store.rows.any()

@@ -217,6 +217,12 @@ def test_what_workers_get_by_pickle():
     assert pickle.loads(pickle.dumps(Indexed(3, "a"))) == Indexed(3, "a")
 
 
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
+def test_a_loader_of_mappings_is_copied_and_pickled(clone):
+    loader = flatmin.with_indices(DataLoader(flatmin.indexed(Rows(torch.arange(N) * 10)), 4, shuffle=True))
+    assert_right(clone(loader), list(range(N)))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stateful_loader_that_resumes_in_an_epoch(workers):
     more = {"num_workers": workers, "multiprocessing_context": "fork"} if workers else {}
@@ -286,11 +292,11 @@ RIGHT = {"sorts in place": sorts_in_place, "drops in place": drops_in_place, "ke
 @pytest.mark.parametrize("kind", RIGHT)
 @pytest.mark.parametrize("way", ["indexed", "with_indices"])
 def test_a_collate_function_of_sentences(kind, way):
-    plain = Items(lambda i: (text(i), i % 2))
+    plain, order = Items(lambda i: (text(i), i % 2)), [*range(6, -1, -1), *range(7, N)]
     if way == "indexed":
-        loader = DataLoader(flatmin.indexed(plain), 5, shuffle=True, collate_fn=collate(RIGHT[kind]))
+        loader = DataLoader(flatmin.indexed(plain), 5, sampler=order, collate_fn=collate(RIGHT[kind]))
     else:
-        loader = DataLoader(plain, 5, shuffle=True, collate_fn=RIGHT[kind])
+        loader = DataLoader(plain, 5, sampler=order, collate_fn=RIGHT[kind])
     assert_right(flatmin.with_indices(loader))
 
 
@@ -373,6 +379,16 @@ def test_a_collate_function_that_moves_nothing_is_not_accused(kind):
 def test_samples_that_are_one_object_keep_their_indices_apart():
     loader = DataLoader(flatmin.indexed([None] * N), 4, collate_fn=collate(lambda samples: len(samples)))
     assert [(index.tolist(), batch) for index, batch in loader][-1] == ([12], 1)
+
+
+@pytest.mark.parametrize("samples", ["pairs", "mappings"])
+def test_a_batch_of_nothing(samples):
+    batches = [[3], [], [1, 2]]
+    data = flatmin.indexed(DATASETS[samples]())
+    loader = DataLoader(data, batch_sampler=batches, collate_fn=collate(len))
+    assert [(index.tolist(), batch) for index, batch in flatmin.with_indices(loader)] == [
+        (batch, len(batch)) for batch in batches
+    ]
 
 
 def test_a_batch_that_its_data_set_has_put_together():

@@ -1,6 +1,7 @@
 """with_indices: the true indices of every kind of loader, which stays as it was."""
 
 import gc
+import multiprocessing
 import os
 import pickle
 import time
@@ -40,11 +41,19 @@ class Squares(Dataset):
         return self.items[index], os.getpid()
 
 
-class Slow(Squares):
-    """Takes its time for the first sample."""
+class Late(Squares):
+    """Its first sample waits for its third, where another process makes that."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__()
+        self.third = multiprocessing.get_context("fork").Event() if workers else None
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        time.sleep(0.3 if index == 0 else 0)
+        if self.third and index == 0:
+            assert self.third.wait(60)
+            time.sleep(0.1)
+        if self.third and index == 2:
+            self.third.set()
         return super().__getitem__(index)
 
 
@@ -270,7 +279,7 @@ def test_batches_that_come_in_another_order_have_their_own_indices(workers):
     more = {"num_workers": workers, "multiprocessing_context": "fork"} if workers else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loader = DataLoader(Slow(), 2, in_order=False, **more)
+        loader = DataLoader(Late(workers), 2, in_order=False, **more)
     pairs = list(flatmin.with_indices(loader))
     assert all(of(loader, index) == content(batch) for index, batch in pairs)
     order = torch.cat([index for index, _ in pairs]).tolist()

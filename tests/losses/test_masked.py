@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 import flatmin
 from flatmin.losses import trajectory_loss
+from tests.live import live
 
 B, C = 8, 5
 
@@ -32,7 +33,7 @@ def test_saf_is_as_without_the_class(history, dtype):
             saf.set_epoch(epoch)
             now = logits(epoch, dtype)
             now = (masked(now) if classes == C else now[:, :classes]).requires_grad_()
-            loss = saf(now, torch.arange(B))
+            loss = saf(live(now), torch.arange(B))
         loss.backward()
         losses.append(loss.item())
         gradients.append(now.grad[:, : C - 1])
@@ -49,7 +50,7 @@ def test_every_form_takes_it_as_it_takes_minus_1e9(history):
         saf = flatmin.SAF(B, C, history=history, lag=None if history == "mean" else 1, start_epoch=0)
         for epoch in range(3):
             saf.set_epoch(epoch)
-            loss = saf(masked(logits(epoch)).clamp(min=value), torch.arange(B))
+            loss = saf(live(masked(logits(epoch)).clamp(min=value)), torch.arange(B))
         losses.append(loss)
     assert losses[0] == losses[1] > 0
 
@@ -58,7 +59,7 @@ def test_saf_of_an_impossible_row_is_still_missing():
     saf = flatmin.SAF(2, C, lag=1, start_epoch=0)
     for epoch, value in enumerate((-torch.inf, 0.0)):
         saf.set_epoch(epoch)
-        assert saf(torch.full((2, C), value), torch.arange(2)) == 0
+        assert saf(live(torch.full((2, C), value)), torch.arange(2)) == 0
 
 
 def test_online_label_smoothing_is_as_without_the_class():
@@ -69,7 +70,7 @@ def test_online_label_smoothing_is_as_without_the_class():
             smoothing.set_epoch(epoch)
             now = logits(epoch)
             now = (masked(now) if classes == C else now[:, :classes]).requires_grad_()
-            loss = F.cross_entropy(now, Y) + smoothing(now, Y)
+            loss = F.cross_entropy(now, Y) + smoothing(live(now), Y)
             loss.backward()
             losses.append(loss.detach())
             gradients.append(now.grad[:, : C - 1])
@@ -86,7 +87,7 @@ def test_online_label_smoothing_takes_masks_that_differ_between_samples():
     for row, y in zip(now, Y, strict=True):
         log = row[row.isfinite()].log_softmax(0)
         expected.append(0.5 * (log[y] - log.mean()))
-    torch.testing.assert_close(smoothing(now, Y), torch.stack(expected).mean())
+    torch.testing.assert_close(smoothing(live(now), Y), torch.stack(expected).mean())
 
 
 def test_mesas_loss_is_as_without_the_class():
@@ -116,7 +117,7 @@ def test_a_default_dtype_of_float64_changes_no_memory(history, doubles):
         for epoch in range(4):
             saf.set_epoch(epoch)
             generator = torch.Generator().manual_seed(epoch)
-            loss = saf(torch.randn(200, 120, generator=generator, dtype=torch.float32), torch.arange(200))
+            loss = saf(live(torch.randn(200, 120, generator=generator, dtype=torch.float32)), torch.arange(200))
         losses.append(loss)
     assert losses[0] == losses[1] > 0
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import flatmin
 from flatmin.errors import FlatminWarning, InvalidArgumentError
+from tests.live import live
 from tests.reference import oracles
 
 C = 3
@@ -345,7 +346,7 @@ def test_bad_epoch_is_named(epoch):
 )
 def test_logits_that_do_not_fit_are_explained(logits, x, message):
     with pytest.raises(InvalidArgumentError, match=message):
-        flatmin.MESA(nn.Linear(4, C), start_epoch=0)(logits, x)
+        flatmin.MESA(nn.Linear(4, C), start_epoch=0)(live(logits) if logits.is_floating_point() else logits, x)
 
 
 def test_averaged_model_that_returns_no_tensor_is_explained():
@@ -353,7 +354,7 @@ def test_averaged_model_that_returns_no_tensor_is_explained():
     mesa = flatmin.MESA(model, start_epoch=0)
     mesa.average.module.register_forward_hook(lambda *_: {"out": torch.zeros(2, C)})
     with pytest.raises(InvalidArgumentError, match="returned dict"):
-        mesa(torch.zeros(2, C), torch.zeros(2, 4))
+        mesa(live(torch.zeros(2, C)), torch.zeros(2, 4))
 
 
 @pytest.mark.parametrize("given", [False, True])

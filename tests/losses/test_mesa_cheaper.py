@@ -268,7 +268,7 @@ class TestSharing:
         average[1].eval()
         modes = [module.training for module in average.modules()]
         with pytest.raises(RuntimeError, match="shape"):
-            mesa_of(model, decay=None, average=average)(torch.zeros(2, C), torch.zeros(2, 9))
+            mesa_of(model, decay=None, average=average)(torch.zeros(2, C, requires_grad=True), torch.zeros(2, 9))
         assert [module.training for module in average.modules()] == modes
 
     def test_owners_updates_are_followed(self):

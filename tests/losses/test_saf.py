@@ -11,6 +11,7 @@ from torch.utils.data import DistributedSampler
 import flatmin
 from flatmin.errors import FlatminWarning, InvalidArgumentError
 from flatmin.history import Dense
+from tests.live import live
 from tests.reference import oracles
 
 N, C = 23, 4
@@ -46,7 +47,7 @@ def follow(saf: flatmin.SAF, batches: list[Batch]) -> list[tuple[torch.Tensor, t
 
 def one(saf: flatmin.SAF, logits: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = logits.detach().clone().requires_grad_()
-    loss = saf(leaf, index)
+    loss = saf(live(leaf), index)
     (loss + 0 * leaf.sum()).backward()
     return loss.detach(), leaf.grad
 
@@ -59,7 +60,7 @@ def assert_same(left: list, right: list) -> None:
 def recorded(lag: int = 1, logits: torch.Tensor | None = None, **arguments) -> flatmin.SAF:
     """A SAF that has seen samples 0, 1, 2 in epoch 0, and stands where they are compared with."""
     saf = flatmin.SAF(N, C, lag=lag, start_epoch=0, **arguments)
-    saf(first_logits() if logits is None else logits, torch.arange(3))
+    saf(live(first_logits() if logits is None else logits), torch.arange(3))
     saf.set_epoch(lag)
     return saf
 
@@ -108,7 +109,7 @@ def test_loss_begins_at_start_epoch_with_what_was_recorded_before(start_epoch):
 
 def test_coefficient_scales_the_loss_and_zero_switches_it_off():
     now = torch.zeros(3, C)
-    losses = [recorded(coefficient=c)(now, torch.arange(3)) for c in (0.0, 0.3, 0.6)]
+    losses = [recorded(coefficient=c)(live(now), torch.arange(3)) for c in (0.0, 0.3, 0.6)]
     assert losses[0] == 0
     torch.testing.assert_close(losses[2], 2 * losses[1])
 
@@ -116,9 +117,9 @@ def test_coefficient_scales_the_loss_and_zero_switches_it_off():
 def test_eval_mode_neither_records_nor_penalises():
     saf = recorded().eval()
     before = copy.deepcopy(saf.state_dict())
-    assert saf(torch.zeros(3, C), torch.arange(3)) == 0
+    assert saf(live(torch.zeros(3, C)), torch.arange(3)) == 0
     assert all(torch.equal(before[name], value) for name, value in saf.state_dict().items())
-    assert saf.train()(torch.zeros(3, C), torch.arange(3)) > 0
+    assert saf.train()(live(torch.zeros(3, C)), torch.arange(3)) > 0
 
 
 @pytest.mark.parametrize("lag", [1, 3, 5])
@@ -133,14 +134,14 @@ def test_a_repeated_sample_contributes_once_the_first_counts_and_the_last_is_rem
     saf = recorded()
     a, b = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.0, 5.0, 0.0, 0.0]])
     index = torch.tensor([1])
-    alone = recorded()(a, index)
+    alone = recorded()(live(a), index)
     if same_batch:
-        torch.testing.assert_close(saf(torch.cat([a, b]), index.repeat(2)), alone / 2)  # a mean over two
+        torch.testing.assert_close(saf(live(torch.cat([a, b])), index.repeat(2)), alone / 2)  # a mean over two
     else:
-        torch.testing.assert_close(saf(a, index), alone)
-        assert saf(b, index) == 0
+        torch.testing.assert_close(saf(live(a), index), alone)
+        assert saf(live(b), index) == 0
     saf.set_epoch(2)
-    assert saf(b, index) == 0  # nothing has moved since the last
+    assert saf(live(b), index) == 0  # nothing has moved since the last
     assert torch.equal(kept(saf)[0, 1], b[0])
 
 
@@ -148,7 +149,7 @@ def test_many_repeats_in_a_large_batch_remember_the_last():
     saf, index = flatmin.SAF(N, C), torch.randint(N, (1000,), generator=torch.Generator().manual_seed(0))
     logits = torch.randn(1000, C)
     with pytest.warns(FlatminWarning):
-        saf(logits, index)
+        saf(live(logits), index)
     for sample in range(N):
         assert torch.equal(kept(saf)[0, sample], logits[(index == sample).nonzero().max()])
 
@@ -159,7 +160,7 @@ def test_history_is_given_equal_rows_for_a_repeated_sample(monkeypatch):
     monkeypatch.setattr(saf.history.store, "write", lambda *arguments: given.append(arguments))
     saf.set_epoch(4)
     logits = torch.randn(5, C)
-    saf(logits, torch.tensor([7, 2, 7, 7, 2]))
+    saf(live(logits), torch.tensor([7, 2, 7, 7, 2]))
     ((index, slot, rows, epochs, _),) = given
     assert (index.tolist(), slot, epochs.tolist()) == ([7, 2, 7, 7, 2], 4 % 3, [4] * 5)
     assert torch.equal(rows.view(torch.float32), logits[[3, 4, 3, 3, 4]])
@@ -179,9 +180,9 @@ def test_outputs_that_are_not_finite_are_not_remembered(value):
 
 def test_outputs_too_large_for_the_history_are_not_remembered():
     saf = flatmin.SAF(N, C, lag=1, start_epoch=0)
-    saf(torch.full((3, C), 1e300, dtype=torch.float64), torch.arange(3))
+    saf(live(torch.full((3, C), 1e300, dtype=torch.float64)), torch.arange(3))
     saf.set_epoch(1)
-    assert saf(torch.randn(3, C), torch.arange(3)) == 0
+    assert saf(live(torch.randn(3, C)), torch.arange(3)) == 0
 
 
 def test_forgotten_set_epoch_is_warned_of_once_where_saf_was_called():
@@ -190,7 +191,7 @@ def test_forgotten_set_epoch_is_warned_of_once_where_saf_was_called():
         warnings.simplefilter("always")
         for _ in range(4):
             for index in torch.arange(N).split(5):
-                saf(torch.zeros(len(index), C), index)
+                saf(live(torch.zeros(len(index), C)), index)
     assert [warning.category for warning in caught] == [FlatminWarning]
     assert "set_epoch" in str(caught[0].message)
     assert caught[0].filename == __file__
@@ -205,7 +206,7 @@ def test_correct_use_gives_no_warning(replicas):
             saf.set_epoch(epoch)
             for rank in range(replicas):  # each rank's share is padded to the same length
                 index = torch.tensor(list(DistributedSampler(range(N), replicas, rank)))
-                saf(torch.zeros(len(index), C), index)
+                saf(live(torch.zeros(len(index), C)), index)
     assert not caught
 
 
@@ -229,10 +230,10 @@ def test_state_dict_in_the_middle_of_an_epoch_is_bitwise_neutral():
 
 def test_state_dict_carries_how_far_the_epoch_has_come():
     saf, resumed, index = flatmin.SAF(N, C), flatmin.SAF(N, C), torch.arange(N)
-    saf(torch.zeros(N, C), index)
+    saf(live(torch.zeros(N, C)), index)
     resumed.load_state_dict(saf.state_dict())
     with pytest.warns(FlatminWarning, match="set_epoch"):
-        resumed(torch.zeros(N, C), index)
+        resumed(live(torch.zeros(N, C)), index)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -265,29 +266,29 @@ def test_extreme_logits_of_any_dtype_give_a_finite_loss_in_float32_or_float64(dt
     assert loss.isfinite()
     assert loss > 0
     assert gradient.isfinite().all()
-    assert flatmin.SAF(N, C)(past, torch.arange(3)).dtype == loss.dtype  # 0, before start_epoch
+    assert flatmin.SAF(N, C)(live(past), torch.arange(3)).dtype == loss.dtype  # 0, before start_epoch
 
 
 def test_autocast_does_not_lower_the_precision():
     layer, x = torch.nn.Linear(8, C), torch.randn(3, 8)
     with torch.autocast("cpu", torch.bfloat16):
         logits = layer(x)
-        inside = recorded()(logits, torch.arange(3))
+        inside = recorded()(live(logits), torch.arange(3))
     assert logits.dtype == torch.bfloat16
     assert inside.dtype == torch.float32
-    assert torch.equal(inside, recorded()(logits, torch.arange(3)))
+    assert torch.equal(inside, recorded()(live(logits), torch.arange(3)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_records_logits_and_no_graph(dtype):
     saf, logits = flatmin.SAF(N, C), torch.randn(3, C, requires_grad=True)
-    saf(logits, torch.tensor([4, 2, 9], dtype=dtype))
+    saf(live(logits), torch.tensor([4, 2, 9], dtype=dtype))
     assert torch.equal(kept(saf)[0, [4, 2, 9]], logits.detach())
     assert not any(buffer.requires_grad for buffer in saf.history.buffers())
 
 
 def test_empty_batch():
-    assert recorded()(torch.zeros(0, C), torch.zeros(0, dtype=torch.int64)) == 0
+    assert recorded()(live(torch.zeros(0, C)), torch.zeros(0, dtype=torch.int64)) == 0
 
 
 @pytest.mark.parametrize("index_device", ["meta", "cpu"])
@@ -299,7 +300,7 @@ def test_the_host_never_waits_for_a_value_on_the_device(index_device):
     for epoch in range(5):
         saf.set_epoch(epoch)
         logits = torch.zeros(3, C, device="meta", requires_grad=True)
-        loss = saf(logits, torch.zeros(3, dtype=torch.int64, device=index_device))
+        loss = saf(live(logits), torch.zeros(3, dtype=torch.int64, device=index_device))
         (loss + logits.sum()).backward()
     assert loss.requires_grad
     assert loss.device.type == "meta"
@@ -309,13 +310,13 @@ def test_the_host_never_waits_for_a_value_on_the_device(index_device):
 def test_the_host_does_not_wait_on_a_gpu():
     saf = flatmin.SAF(N, C, lag=1, start_epoch=0).cuda()
     index, logits = torch.arange(3).pin_memory(), torch.randn(3, C, device="cuda", requires_grad=True)
-    saf(logits, index)
+    saf(live(logits), index)
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("error")
         for where in (index, index.cuda(non_blocking=True)):
             saf.set_epoch(1)
-            saf(logits, where).backward()  # raises where the host would wait
+            saf(live(logits), where).backward()  # raises where the host would wait
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert logits.grad is not None

@@ -190,20 +190,41 @@ def test_a_schedule_free_base_is_switched_saved_and_resumed(name):
     training = Training(name, base=base)
     training.step(3)
     trained = copy.deepcopy(training.model.state_dict())
-    training.optimizer.base_optimizer.eval()
+    training.optimizer.eval()
     assert not torch.equal(training.model[0].weight, trained["0.weight"])
     assert training.optimizer.param_groups[0]["train_mode"] is False
     state = copy.deepcopy(training.optimizer.state_dict())
     averaged = copy.deepcopy(training.model.state_dict())
-    training.optimizer.base_optimizer.train()
+    training.optimizer.train()
     assert_same(training.model.state_dict(), trained)
     resumed = Training(name, base=base)
     resumed.model.load_state_dict(averaged)
     resumed.optimizer.load_state_dict(state)
-    resumed.optimizer.base_optimizer.train()
+    resumed.optimizer.train()
     assert resumed.step(3) == training.step(3)
     assert training.optimizer.param_groups[0]["k"] == 6
     assert_same(resumed.model.state_dict(), training.model.state_dict())
+
+
+@every
+def test_what_the_base_has_beside_is_there_and_what_it_has_not_is_not(name):
+    training = Training(name, base=lambda model: ScheduleFree(model.parameters(), lr=0.1))
+    plain = Training(name).optimizer
+    training.optimizer.base_optimizer.own = 7
+    assert training.optimizer.own == 7
+    assert callable(training.optimizer.eval)
+    assert not hasattr(plain, "eval")
+    assert not hasattr(plain, "train")
+    assert not hasattr(training.optimizer, "_swap")  # what torch's own machinery looks for is for the base alone
+    with pytest.raises(AttributeError, match=f"^{name} has no attribute 'eval'; its base: .*SGD"):
+        plain.eval()
+    assert copy.deepcopy(training.optimizer).own == 7
+
+
+def test_a_fused_base_is_not_taken_for_one_that_the_scaler_may_leave_scaled():
+    training = Training("SAM", base=lambda m: torch.optim.AdamW(m.parameters(), fused=True), dtype=torch.float32)
+    assert getattr(training.optimizer.base_optimizer, "_step_supports_amp_scaling", False)
+    assert not getattr(training.optimizer, "_step_supports_amp_scaling", False)
 
 
 class Derived(torch.optim.Optimizer):

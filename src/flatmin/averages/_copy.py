@@ -26,7 +26,8 @@ def copied(model: nn.Module) -> nn.Module:
 
     Forward hooks are copied only if they belong to the network: torch's own, such as those of
     ``torch.nn.utils.spectral_norm`` and ``prune``, and methods of objects within the network, which become the copy's.
-    Others, such as functions that keep features, are not, and a warning names their layers.
+    Others, such as functions that keep features, are not, and a warning names their layers; not those of flatmin's
+    optimizers, which watch the network that they train.
     """
     network = unwrapped(check_module("model", model))
     refuse_lazy(network)
@@ -105,7 +106,7 @@ def _copy_hooks(network: nn.Module, made: nn.Module, memo: dict[int, Any]) -> li
             for key, hook in getattr(layer, name).items():
                 if _of_torch(hook) or id(_owner(hook)) in memo:
                     kept[key] = copy.deepcopy(hook, memo)
-                else:
+                elif not _of(hook, "flatmin"):  # an optimizer's, which watches the network alone
                     dropped[path or type(layer).__name__] = None
             if path in copies:
                 setattr(copies[path], name, kept)
@@ -120,9 +121,13 @@ def _owner(hook: Callable[..., Any]) -> Any:
 
 
 def _of_torch(hook: Callable[..., Any]) -> bool:
+    return _of(hook, "torch") and not isinstance(_owner(hook), nn.Module)
+
+
+def _of(hook: Callable[..., Any], package: str) -> bool:
     owner = _owner(hook)
     module = getattr(owner, "__module__", None) or type(owner).__module__
-    return module.split(".")[0] == "torch" and not isinstance(owner, nn.Module)
+    return bool(module.split(".")[0] == package)
 
 
 def _way_out(network: nn.Module, error: Exception) -> str:

@@ -68,7 +68,7 @@ class Collate:
         batch = self.collate_fn(after)
         order = _followed(before, after)
         index = torch.tensor([taken[position][0] for position in order], dtype=torch.int64, device="cpu")
-        carried = isinstance(before[0], Mapping)
+        carried = all(isinstance(rest, Mapping) for rest in before)
         if not (carried and self._is_in(batch)):
             self._watch([before[position] for position in order], batch)
         return self._put(index, batch, carried=carried)

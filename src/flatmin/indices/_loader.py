@@ -105,7 +105,8 @@ class _Held:
 def _is_prepared(loader: Any) -> bool:
     """Whether accelerate made the loader. It says that its class is DataLoader, and iterates another one."""
     accelerate = sys.modules.get("accelerate.data_loader")
-    if accelerate is None or not issubclass(type(loader), accelerate.DataLoaderAdapter):
+    adapter = getattr(accelerate, "DataLoaderAdapter", None)  # old versions iterate without it, in __iter__
+    if accelerate is None or adapter is None or not issubclass(type(loader), adapter):
         return False
     if type(loader).__iter__ is not accelerate.DataLoaderShard.__iter__:
         raise InvalidArgumentError(

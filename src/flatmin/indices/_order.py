@@ -18,6 +18,8 @@ def is_moved(samples: Sequence[Any], batch: Any) -> bool:
     values that have changed places, since they may be two classes with other names.
     """
     size = len(samples)
+    if size < 2:
+        return False
     tensors = [each for each in _tensors(batch) if each.ndim]
     rows = [each for each in tensors if len(each) == size]
     time_first = [each.transpose(0, 1) for each in tensors if each.ndim > 1 and each.shape[1] == size]
@@ -48,13 +50,14 @@ def _is_there(column: Sequence[Tensor], row: Tensor, alike: bool) -> bool | None
         return None if len(set(before)) == 2 and len(set(zip(before, after, strict=True))) == 2 else False
     if column[0].ndim == 0 or any(each.ndim != row.ndim - 1 for each in column) or not all(map(len, column)):
         return None
-    fits = [[at for at, padded in enumerate(row) if _is_padded(each, padded)] for each in column[:1]]
-    if not fits[0]:
-        return None
-    fits += [[at for at, padded in enumerate(row) if _is_padded(each, padded)] for each in column[1:]]
+    fits: list[list[int]] = []  # for each sample the rows that it may be in
+    for each in column:
+        fits.append([at for at, padded in enumerate(row) if _is_padded(each, padded)])
+        if not fits[-1]:
+            return None
     if all(at in each for at, each in enumerate(fits)):
         return True if len(set(map(str, row.tolist()))) > 1 else None
-    return False if all(fits) and len({at for each in fits for at in each}) == len(column) else None
+    return False if len({at for each in fits for at in each}) == len(column) else None
 
 
 def _is_padded(sequence: Tensor, padded: Tensor) -> bool:

@@ -4,9 +4,9 @@
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,16 @@ from torch.optim import Optimizer
 
 from .._attached import Attachment, attach
 from .._checks import check_choice, check_integer, check_module, check_number
-from .._passes import Pass, current_pass
+from .._passes import Pass, current_pass, steps
 from ..averages import EMA
 from ..averages._average import check_alike, evaluating
 from ..averages._base import warn_if_left_behind
 from ..averages._copy import refuse_lazy, without_hooks_of
 from ..averages._statistics import CHOICES, own_statistics
 from ..errors import FlatminWarning, InvalidArgumentError
+from ._comparison import Comparison
+from ._outputs import as_called, first_tensor, needs_gradient
 from ._share import random_share, take
-from ._trajectory import trajectory_loss
 
 DECAY = 0.9998  # the authors'
 
@@ -34,7 +35,8 @@ class MESA(nn.Module):
 
     with ``average_t = decay * average_(t-1) + (1 - decay) * model_t``, started at the model's weights. Add it to the
     criterion. The average runs in evaluation mode and without gradient, and not at all before ``start_epoch``. It needs
-    no index, and works with mixup and on streams of data.
+    no index, and works with mixup and on streams of data. For tokens, pixels, several labels a sample or features see
+    ``class_dim``, ``link`` and ``distance``.
 
     It costs one forward pass, about a third of a step, and one copy of the network. To make it cheaper, run the average
     on less (``fraction``, ``interval``), in lower precision (``autocast``), or share a copy that exists anyway
@@ -66,6 +68,15 @@ class MESA(nn.Module):
         average: An average of the model that you keep up to date: a `flatmin.EMA`, torch's ``AveragedModel``, timm's
             ``ModelEmaV3``, or any module of the model's structure. MESA runs it in evaluation mode, and does not copy,
             update, move or save it. None: MESA makes an `EMA` of its own.
+        output: Takes the logits from what the model returns, ``output=lambda out: out[0]``. None: they are what it
+            returns, or ``logits`` of a dictionary or an object.
+        class_dim: Which dimension of the logits is the classes': 1 for maps (B, C, H, W), -1 for tokens (B, L, C); the
+            mean is then over all pixels or tokens. None: 1, for logits of two dimensions alone.
+        link: ``"softmax"``: one class of several. ``"sigmoid"``: logits that are independent, of any shape: several
+            labels a sample, or yes and no. The loss is then `flatmin.losses.binary_trajectory_loss`.
+        distance: In place of a divergence, for networks without classes. ``"features"``: squared error of normalised
+            features, `flatmin.losses.feature_distance`, as C-RADIOv4 uses MESA. Or a function of the network's output
+            and of the average's, of whatever structure, to a scalar. None: the divergence.
 
     Attributes:
         average: MESA's own `flatmin.EMA`, or the average that was given. ``mesa.average.module`` is the averaged
@@ -108,6 +119,10 @@ class MESA(nn.Module):
         autocast: torch.dtype | None = None,
         statistics: str = "averaged",
         average: nn.Module | None = None,
+        output: Callable[[Any], Any] | None = None,
+        class_dim: int | None = None,
+        link: Literal["softmax", "sigmoid"] = "softmax",
+        distance: Literal["features"] | Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.coefficient = check_number("coefficient", coefficient, least=0)
@@ -119,6 +134,7 @@ class MESA(nn.Module):
             raise InvalidArgumentError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
         self.autocast = autocast
         self.statistics = check_choice("statistics", statistics, CHOICES)
+        self._comparison = Comparison(output=output, class_dim=class_dim, link=link, distance=distance)
         if average is None:
             kept = "fresh" if self.statistics == "fresh" else "averaged"
             self.average = _own_average(model, DECAY if decay is None else decay, kept)
@@ -137,6 +153,7 @@ class MESA(nn.Module):
         self._epoch = 0
         self._pass: Pass | None = None  # that the last call was in
         self._step_began = 0  # the call with which its step began
+        self._ended: int | None = None  # how many steps had ended at the last call
         self._calls = 0  # of those in which the loss was not switched off
         self._seed = torch.initial_seed() % 2**32  # each call draws its share with _seed + _calls
         self._first_epoch: int | None = None
@@ -150,51 +167,55 @@ class MESA(nn.Module):
         """
         self._epoch = check_integer("epoch", epoch, least=0)
 
-    def forward(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, logits: Any, *args: Any, where: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Computes the loss of a batch.
 
         Args:
-            logits: The network's logits, floating, shape (B, C).
-            *args: What the network was called with; the average is called with the same. With a ``fraction`` below 1,
-                the drawn samples are taken of every tensor whose first dimension is B, in tuples, lists and dicts too.
-            **kwargs: The keyword arguments that the network was called with, used in the same way.
+            logits: The network's logits, floating, shape (B, C), or with more dimensions as ``class_dim`` says; or what
+                the network returned, from which they are taken as from what the average returns.
+            *args: What the network was called with; the average is called with the same. A batch that is a dictionary
+                may be given as it is, and is passed as keyword arguments if the network takes these. With a
+                ``fraction`` below 1, the drawn samples are taken of every tensor whose first dimension is B, in tuples,
+                lists and dicts too.
+            where: Bool, the shape of the logits without their classes: which of them count; the mean is over those.
+                None: all, but for tokens or pixels whose entry in the keyword argument ``labels`` is -100. A causal
+                language model's labels are those of the token before: there say it yourself.
+            **kwargs: The keyword arguments that the network was called with, used in the same way. ``labels`` may be
+                among them; a loss that the average computes of them is not used.
 
         Returns:
-            A scalar, float64 if ``logits`` are float64 and float32 otherwise; 0 after ``.eval()``.
+            A scalar, float64 if ``logits`` are float64 and float32 otherwise; 0 after ``.eval()`` and for logits that
+            need no gradient, as in an evaluation.
 
         Raises:
-            InvalidArgumentError: If the logits are not floating or not (B, C), or the average returns another shape.
+            InvalidArgumentError: If the logits are not floating or of another shape than was said, or the average
+                returns another shape.
         """
-        if logits.ndim != 2 or not logits.is_floating_point():
-            raise InvalidArgumentError(
-                f"logits must be floating and of shape (batch, classes), got {logits.dtype} of shape "
-                f"{tuple(logits.shape)}"
-            )
-        if not self.training or self._epoch < self.start_epoch or self.coefficient == 0:
+        compare = self._comparison
+        logits = logits if isinstance(logits, Tensor) else compare.outputs(logits)
+        compare.check(logits)
+        off = not self.training or self._epoch < self.start_epoch or self.coefficient == 0
+        if off or not needs_gradient(logits):
             return self._nothing(logits)
         if (call := self._next_call()) % self.interval:
             return self._nothing(logits)
         self._check_updates()
+        args, kwargs = as_called(self._networks[0], args, kwargs)
+        where = compare.counted(where, kwargs, logits)
         batch_alone = self.statistics == "batch"
         least = 2 if batch_alone else 1  # a single sample has no statistics
-        share = random_share(len(logits), self.fraction, self._seed + call, least) if self.fraction < 1 else None
-        precision = nullcontext() if self.autocast is None else torch.autocast(logits.device.type, self.autocast)
+        first = first_tensor(logits)
+        share = random_share(len(first), self.fraction, self._seed + call, least) if self.fraction < 1 else None
+        if share is not None:
+            logits, where = take((logits, where), share, len(first))
+        precision = nullcontext() if self.autocast is None else torch.autocast(first.device.type, self.autocast)
         own = own_statistics(*self._networks) if batch_alone else nullcontext()
         hooks = without_hooks_of(*self._networks) if self._own is None else nullcontext()
         with evaluating(self.average), own, hooks, precision:
             if share is not None:
-                args, kwargs = take((args, kwargs), share, len(logits))
-            output = self.average(*args, **kwargs)
-        if share is not None:
-            logits = logits.index_select(0, share.to(logits.device, non_blocking=True))
-        target = getattr(output, "logits", output)  # transformers' models return an object
-        if not isinstance(target, Tensor) or target.shape != logits.shape:
-            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-            raise InvalidArgumentError(
-                f"the averaged model returned {got} where logits of shape {tuple(logits.shape)} were expected; "
-                "call mesa(logits, x) with what the model was called with"
-            )
-        return self.coefficient * trajectory_loss(logits, target, temperature=self.temperature)
+                args, kwargs = take((args, kwargs), share, len(first))
+            target = compare.outputs(self.average(*args, **kwargs))
+        return self.coefficient * compare.loss(logits, target, where, self.temperature)
 
     @property
     def decay(self) -> float | None:
@@ -253,8 +274,9 @@ class MESA(nn.Module):
         names = ("coefficient", "temperature", "decay", "start_epoch", "fraction", "interval", "autocast", "statistics")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    def _nothing(self, logits: Tensor) -> Tensor:
-        return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+    def _nothing(self, logits: Any) -> Tensor:
+        tensor = first_tensor(logits)
+        return tensor.new_zeros((), dtype=torch.promote_types(tensor.dtype, torch.float32))
 
     @property
     def _own(self) -> EMA | None:
@@ -273,11 +295,10 @@ class MESA(nn.Module):
     def _next_call(self) -> int:
         """The index of this call. The second pass of a step has those of the first, and so the same loss."""
         now, before, self._pass = current_pass(), self._pass, current_pass()
-        if now is not None and (before is None or before.step is not now.step):
-            # A loop with first_step makes the first pass before the optimizer knows; it is taken for one call.
-            self._calls -= now.second and self._calls > 0
+        ended, self._ended = self._ended, steps()
+        if self._ended != ended:  # a loop may make the first pass before the optimizer knows of it
             self._step_began = self._calls
-        elif now is not None and before is not None and now.second and not before.second:
+        if now is not None and now.second and not (before is not None and before.second and before.step is now.step):
             self._calls = self._step_began
         call, self._calls = self._calls, self._calls + 1
         return call

@@ -57,7 +57,7 @@ class OnlineLabelSmoothing(nn.Module):
     Example:
         >>> import torch, flatmin
         >>> smoothing = flatmin.OnlineLabelSmoothing(num_classes=2)
-        >>> logits, y = torch.tensor([[2.0, 0.0], [1.0, 3.0]]), torch.tensor([0, 1])
+        >>> logits, y = torch.tensor([[2.0, 0.0], [1.0, 3.0]], requires_grad=True), torch.tensor([0, 1])
         >>> smoothing.set_epoch(0)
         >>> loss = torch.nn.functional.cross_entropy(logits, y) + smoothing(logits, y)
         >>> smoothing.set_epoch(1)
@@ -105,13 +105,14 @@ class OnlineLabelSmoothing(nn.Module):
 
         Returns:
             A scalar, float64 if ``logits`` are float64 and float32 otherwise. It is below 0 if the soft labels are
-            closer to the predictions than the hard ones. 0 after ``.eval()``.
+            closer to the predictions than the hard ones. After ``.eval()``, and for logits that need no gradient, as in
+            an evaluation, it is 0 and nothing is counted.
 
         Raises:
             InvalidArgumentError: If a shape or dtype does not fit, or a class index is out of range.
         """
         self._check(logits, y)
-        if not self.training:
+        if not self.training or not logits.requires_grad:  # an evaluation
             return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         now = current_pass()
         if now is None or not now.second:  # counted once a step, at the weights

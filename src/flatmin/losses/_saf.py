@@ -69,13 +69,14 @@ class SAF(nn.Module):
     Example:
         >>> import torch, flatmin
         >>> saf = flatmin.SAF(num_samples=100, num_classes=3, lag=1, start_epoch=1)
-        >>> index, logits = torch.tensor([7, 42]), torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+        >>> index = torch.tensor([7, 42])
+        >>> logits = torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 0.0]], requires_grad=True)
         >>> saf.set_epoch(0)
-        >>> saf(logits, index)
-        tensor(0.)
+        >>> saf(logits, index).item()
+        0.0
         >>> saf.set_epoch(1)
-        >>> saf(2 * logits, index)
-        tensor(0.1854)
+        >>> round(saf(2 * logits, index).item(), 4)
+        0.1854
     """
 
     history: History
@@ -145,14 +146,15 @@ class SAF(nn.Module):
                 the step; there the device itself catches an index out of range.
 
         Returns:
-            A scalar, float64 if ``logits`` are float64 and float32 otherwise; 0 after ``.eval()``.
+            A scalar, float64 if ``logits`` are float64 and float32 otherwise. After ``.eval()``, and for logits that
+            need no gradient, as in an evaluation, it is 0 and nothing is recorded.
 
         Raises:
             InvalidArgumentError: If shapes, dtypes, devices or indices do not fit.
         """
         self._check(logits, index)
         zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
-        if not self.training:
+        if not self.training or not logits.requires_grad:  # an evaluation
             return zero
         self._count(len(index) * self.history.store.ranks.size)
         logits = logits.masked_fill(masked_classes(logits), filling(logits.dtype))
@@ -245,7 +247,12 @@ class SAF(nn.Module):
         if logits.ndim != 2 or logits.shape[1] != self.num_classes or not logits.is_floating_point():
             raise InvalidArgumentError(
                 f"logits must be floating and of shape (batch, {self.num_classes}), "
-                f"got {_describe(logits)}; SAF was made for num_classes={self.num_classes}"
+                f"got {_describe(logits)}; "
+                + (
+                    "SAF remembers one row a sample: for tokens or pixels take flatmin.MESA(model, class_dim=...)"
+                    if logits.ndim > 2
+                    else f"SAF was made for num_classes={self.num_classes}"
+                )
             )
         if index.is_floating_point() and index.ndim == 2:
             raise InvalidArgumentError(

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from .._checks import check_number
 from ..errors import InvalidArgumentError
-from ._trajectory import trajectory_loss
+from ._trajectory import resolve_class_dim, trajectory_loss
 
 
-def logit_squeezing(logits: Tensor, *, coefficient: float = 0.8, temperature: float = 5.0) -> Tensor:
+def logit_squeezing(
+    logits: Tensor, *, coefficient: float = 0.8, temperature: float = 5.0, class_dim: int | None = None
+) -> Tensor:
     """Pulls the logits of each sample together. Try it first: it costs a softmax, and needs no index and no memory.
 
     ``coefficient * T**2 / B * sum_i KL(uniform || softmax(logits_i / T))``
@@ -31,9 +33,11 @@ def logit_squeezing(logits: Tensor, *, coefficient: float = 0.8, temperature: fl
     of -1e9 or -inf makes the loss huge, though still finite.
 
     Args:
-        logits: The network's logits, floating, shape (B, C), C at least 2.
+        logits: The network's logits, floating, shape (B, C), C at least 2, or with more dimensions and ``class_dim``.
         coefficient: Weight of the loss, at least 0.
         temperature: ``T`` > 0.
+        class_dim: Which dimension is the classes': 1 for maps (B, C, H, W), -1 for tokens (B, L, C); the mean is then
+            over all pixels or tokens. None: 1, for logits of two dimensions alone.
 
     Returns:
         A scalar, at least 0; float64 if ``logits`` are float64 and float32 otherwise, inside autocast too. 0 for an
@@ -52,11 +56,11 @@ def logit_squeezing(logits: Tensor, *, coefficient: float = 0.8, temperature: fl
     """
     if not isinstance(logits, Tensor):
         raise InvalidArgumentError(f"logits must be a tensor, got {type(logits).__name__}")
-    if logits.ndim != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+    if not logits.is_floating_point() or logits.shape[resolve_class_dim(logits, class_dim)] < 2:
         raise InvalidArgumentError(
             f"logits must be floating and of shape (batch, classes), with two classes at least, got {logits.dtype} of "
             f"shape {tuple(logits.shape)}; give a binary problem two logits, whose softmax is not constant"
         )
     coefficient = check_number("coefficient", coefficient, least=0)
     temperature = check_number("temperature", temperature, above=0)
-    return coefficient * trajectory_loss(logits, torch.zeros_like(logits), temperature=temperature)
+    return coefficient * trajectory_loss(logits, torch.zeros_like(logits), temperature=temperature, class_dim=class_dim)

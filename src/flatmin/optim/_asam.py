@@ -1,6 +1,6 @@
 """ASAM: SAM in a neighbourhood that does not change when a layer is rescaled. Kwon et al., ICML 2021."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ class ASAM(SharpnessAware):
     perturbed weights, and two more for a moment before the second pass.
 
     Args:
-        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``. Or a
+            list of several, with one perturbation over the parameters of all.
         rho: Length of the perturbation relative to the weights, > 0; default 0.5, the paper's for CIFAR-10; 1 for
             CIFAR-100. About ten times SAM's. Or a function of the base optimizer to it (>= 0, called in each step).
         eta: Added to the absolute weights, >= 0; default 0.01.
@@ -63,7 +64,7 @@ class ASAM(SharpnessAware):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | Sequence[Optimizer],
         *,
         rho: Rho = 0.5,
         eta: float = 0.01,

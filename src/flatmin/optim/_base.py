@@ -3,7 +3,7 @@
 import copy
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from inspect import signature
 from typing import Any, ClassVar, Literal
 
@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 from .._checks import check_choice, check_integer, check_module, check_number
 from ..errors import InvalidArgumentError
 from ._first_pass import Beginning
+from ._memory import Memory
 from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of, rounded_away
 from ._scale import LossScale
 from ._step import Passes, Step
 from ._stepping import Stepping
 from ._surroundings import Surroundings
-from ._wrapper import Memory, Wrapper
+from ._wrapper import Wrapper
 from .schedules import Every, Schedule, as_schedule
 
 
@@ -52,7 +53,8 @@ class SharpnessAware(Stepping, Wrapper):
     to it.
 
     Args:
-        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``. Or a
+            list of several, with one perturbation over the parameters of all.
         rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0. Or a function of the base
             optimizer to it (>= 0, called in each step), such as `RhoByLR`.
         parameters: The tensors to perturb, some of the base optimizer's. None (default): all. All are trained in any
@@ -96,7 +98,7 @@ class SharpnessAware(Stepping, Wrapper):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | Sequence[Optimizer],
         *,
         rho: Rho,
         parameters: Iterable[Tensor] | None = None,
@@ -115,7 +117,7 @@ class SharpnessAware(Stepping, Wrapper):
         self.norm = check_choice("norm", norm, ("rank", "global"))
         self.skipped_steps = 0
         self.step_dropped = False
-        self._subset = check_subset(parameters, base_optimizer)
+        self._subset = check_subset(parameters, self.base_optimizer)
         self._scaling = check_scaling(scaling)
         self._when = as_schedule(when)
         self._when_new = copy.deepcopy(self._when.state_dict())  # to begin anew with a state that has none
@@ -232,7 +234,7 @@ class SharpnessAware(Stepping, Wrapper):
     def __getstate__(self) -> dict[str, Any]:
         self._progress.check_idle("a copy")
         state = super().__getstate__()
-        return {name: value for name, value in state.items() if name not in ("_progress", "_beginnings")}
+        return {name: value for name, value in state.items() if name not in ("_progress", "_beginnings", "_seen")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -257,7 +259,7 @@ class SharpnessAware(Stepping, Wrapper):
         self._beginnings.note(None)
 
     def _begin(self, closure: Callable[..., Any] | None, begun: Beginning | None = None) -> Step:
-        """A new step, of which nothing is done, or with ``begun`` the first pass."""
+        self._memory.forget()  # what a step that was not made would have remembered
         return Step(
             name=type(self).__name__,
             closure=closure,
@@ -270,6 +272,7 @@ class SharpnessAware(Stepping, Wrapper):
             surroundings=self._surroundings,
             beginnings=self._beginnings,
             begun=begun,
+            seen=self._seen,
             local=self.norm == "rank" and (begun is None or begun.inside),
             replay=self._replay,
             max_norm=self.max_norm,

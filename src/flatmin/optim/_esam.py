@@ -5,7 +5,7 @@ Du et al., ICLR 2022.
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -71,7 +71,8 @@ class ESAM(SharpnessAware):
     rise by the weights alone. Memory: one copy of the tensors kept.
 
     Args:
-        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``. Or a
+            list of several, with one perturbation over the parameters of all.
         rho: Length of the perturbation if all tensors were kept, > 0; default 0.05; 0.05 to 0.2 in the paper. Or a
             function of the base optimizer to it (>= 0, called in each step), such as `RhoByLR`.
         beta: Probability with which a tensor is perturbed, in (0, 1]; default 0.6. A step that keeps none is a plain
@@ -121,7 +122,7 @@ class ESAM(SharpnessAware):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | Sequence[Optimizer],
         *,
         rho: Rho = 0.05,
         beta: float = 0.6,

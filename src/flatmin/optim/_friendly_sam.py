@@ -47,7 +47,8 @@ class FriendlySAM(SharpnessAware):
     second pass runs.
 
     Args:
-        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``. Or a
+            list of several, with one perturbation over the parameters of all.
         rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0; default 0.2, the paper's. Or a
             function of the base optimizer to it (>= 0, called in each step), such as `RhoByLR`.
         sigma: Share of the moving mean that is taken off, >= 0; default 1.0. At 0 it is SAM.
@@ -83,7 +84,7 @@ class FriendlySAM(SharpnessAware):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | Sequence[Optimizer],
         *,
         rho: Rho = 0.2,
         sigma: float = 1.0,

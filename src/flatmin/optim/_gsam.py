@@ -3,7 +3,7 @@
 Zhuang et al., ICLR 2022.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -48,7 +48,8 @@ class GSAM(SharpnessAware):
     and averages then. Like the rule, and like pytorch-optimizer's, the projection is one over all parameters.
 
     Args:
-        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``. Or a
+            list of several, with one perturbation over the parameters of all.
         rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0; default 0.04. Or a function of
             the base optimizer to it. The paper's falls with the learning rate, from 0.04 to 0.02 for ResNets and 0.6
             to 0.1 for ViT-B/32: ``flatmin.optim.RhoByLR(0.04, 0.02, lr_max=0.1)``.
@@ -83,7 +84,7 @@ class GSAM(SharpnessAware):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | Sequence[Optimizer],
         *,
         rho: Rho = 0.04,
         alpha: float = 0.01,

@@ -3,7 +3,7 @@
 Liu et al., CVPR 2022.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -45,7 +45,8 @@ class LookSAM(SharpnessAware):
     over all parameters, as in the paper's algebra; pytorch-optimizer projects each tensor by itself.
 
     Args:
-        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``. Or a
+            list of several, with one perturbation over the parameters of all.
         rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0; default 0.05, SAM's. Or a
             function of the base optimizer to it (>= 0, called in each step), such as `RhoByLR`.
         k: Steps from one second pass to the next, at least 1; default 5, the paper's for ViT. Unused if ``when`` is
@@ -81,7 +82,7 @@ class LookSAM(SharpnessAware):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | Sequence[Optimizer],
         *,
         rho: Rho = 0.05,
         k: int = 5,

@@ -1,6 +1,6 @@
 """MSAM: SAM at the price of the base optimizer, perturbed along its momentum. Becker et al. 2024."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class MSAM(SharpnessAware):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | Sequence[Optimizer],
         *,
         rho: Rho = 3.0,
         parameters: Iterable[Tensor] | None = None,

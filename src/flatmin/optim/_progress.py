@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .._passes import end_step
 from ..errors import InvalidArgumentError
 from ._step import NotFiniteError, Passes, Step
 
@@ -21,6 +22,11 @@ class Progress:
         self.under_way: Step | None = None
         self.ready: Step | None = None
         self._passes: Passes | None = None
+
+    @property
+    def prepared(self) -> bool:
+        """Whether a step is ready that is not dropped."""
+        return self.ready is not None and not self.ready.failed
 
     def begin(self, step: Step, passes: Passes) -> None:
         """Begins a step. One that was ready, and not made, is given up."""
@@ -58,6 +64,7 @@ class Progress:
             return True
         self.under_way = self._passes = None
         self.ready = step
+        end_step()
         return False
 
     def take(self) -> Step | None:
@@ -68,6 +75,8 @@ class Progress:
     def close(self) -> None:
         """Gives the step up: what it has moved is put back."""
         passes = self._passes
+        if self.under_way is not None:
+            end_step()
         self.under_way = self._passes = self.ready = None
         if passes is not None:
             passes.close()

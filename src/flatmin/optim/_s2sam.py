@@ -3,7 +3,7 @@
 Ji et al., NeurIPS 2024.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -30,7 +30,8 @@ class S2SAM(SharpnessAware):
     weights during the pass, and the gradient of the step before, of the perturbed parameters.
 
     Args:
-        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``. Or a
+            list of several, with one perturbation over the parameters of all.
         rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0; default 0.05. Or a function of
             the base optimizer to it (>= 0, called in each step), such as `RhoByLR`.
         parameters: The tensors to perturb, some of the base optimizer's. None (default): all. All are trained in any
@@ -59,7 +60,7 @@ class S2SAM(SharpnessAware):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | Sequence[Optimizer],
         *,
         rho: Rho = 0.05,
         parameters: Iterable[Tensor] | None = None,

@@ -1,6 +1,6 @@
 """SAM: the gradient at the worst point nearby. Foret et al., ICLR 2021."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ class SAM(SharpnessAware):
     finite, several processes) is described in `SharpnessAware`.
 
     Args:
-        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``.
+        base_optimizer: The torch optimizer that makes the step: an instance, such as ``torch.optim.SGD(...)``. Or a
+            list of several, with one perturbation over the parameters of all.
         rho: Length of the perturbation, an L2 norm over all perturbed parameters, > 0; default 0.05. Or a function of
             the base optimizer to it (>= 0, called in each step), such as `RhoByLR`.
         parameters: The tensors to perturb, some of the base optimizer's. None (default): all. All are trained in any
@@ -70,7 +71,7 @@ class SAM(SharpnessAware):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        base_optimizer: Optimizer | Sequence[Optimizer],
         *,
         rho: Rho = 0.05,
         parameters: Iterable[Tensor] | None = None,

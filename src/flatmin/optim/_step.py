@@ -16,6 +16,7 @@ from .._rng import CPU, Everywhere, replayed
 from ..errors import InvalidArgumentError
 from ._first_pass import Beginning, Beginnings
 from ._foreach import global_norm, length, scale_, scaled_norm
+from ._mark import Mark, Seen
 from ._perturbation import Scaling, moved
 from ._scale import LossScale
 from ._second_pass import agreed, frozen_buffers, local_gradients
@@ -23,6 +24,12 @@ from ._surroundings import Buffers, OtherGradients, Surroundings
 from .schedules import Schedule, decided
 
 Passes = Generator[None, None, None]  # yields wherever a pass is due; whoever goes over it makes the pass then
+
+
+ADDS = (
+    "the closure adds to gradients that were there before it, of other micro-batches or of a backward() before the "
+    "step, which the second pass would not have: let it begin with optimizer.zero_grad() and go over all micro-batches"
+)
 
 
 class NotFiniteError(Exception):
@@ -48,6 +55,7 @@ class Step:
         surroundings: The network and other optimizers.
         beginnings: Knows how the next step begins, where its first pass is in the user's loop.
         begun: How this one began, if its first pass was over before the optimizer knew; None if it knows the passes.
+        seen: The gradient of the last step, if this optimizer has made it.
         local: Whether to perturb along the gradient of this rank's batch.
         replay: Whether the second pass draws the random numbers of the first.
         max_norm: Norm that the gradient to step with has at most; None for any.
@@ -74,6 +82,7 @@ class Step:
     surroundings: Surroundings
     beginnings: Beginnings
     begun: Beginning | None
+    seen: Seen | None
     local: bool
     replay: bool
     max_norm: float | None
@@ -106,6 +115,7 @@ class Step:
             self._random = next(iter(known), None) or self._random_now()
         self._remember()
         others = self.surroundings.other_gradients(self.every()) if possible else OtherGradients(())
+        mark = Mark(self.every() if self.begun is None else (), self.seen)
         try:
             # Where the gradient decides, it has to be that of the whole batch, or ranks would decide differently.
             wanted = self.local and self.second_runs is True
@@ -114,13 +124,18 @@ class Step:
                 local_gradients(self.surroundings.model, wanted=wanted) as self._ranks,
             ):
                 yield
+            mark.remove_if_untouched()
             self._collect("first")
         except NotFiniteError:
             others.drop()
+            if mark.is_left(self.gradients):
+                raise InvalidArgumentError(ADDS) from None
             raise
         except BaseException:
             others.keep()
             raise
+        finally:
+            mark.remove()
         self.first_norm = self.norm
         if self.second_runs is None:
             self.second_runs = decided(self.when.after(self.index, self.norm), self.index)

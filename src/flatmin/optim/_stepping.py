@@ -7,16 +7,18 @@ from collections.abc import Callable, Generator
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .._distributed import size
 from ..errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
 from ._first_pass import Beginning, Beginnings
+from ._mark import Seen
+from ._memory import Memory
 from ._progress import ORDER, Progress
 from ._step import Passes, Step
 from ._surroundings import Buffers, Surroundings
-from ._wrapper import Memory
 from ._trainers import check_closure
 from .schedules import Schedule
 
@@ -28,7 +30,6 @@ class Stepping(ABC):
     """
 
     max_passes: ClassVar[int]
-    per_sample_closure: ClassVar[bool]
     base_optimizer: Optimizer
     scaler: GradScaler
     norm: str
@@ -46,7 +47,6 @@ class Stepping(ABC):
     _coarse: torch.dtype | None  # of weights that are too coarse for the perturbation, to be warned of
     _drop_warned = False
     _unmade_warned = False
-    _trainer_warned = False
 
     @abstractmethod
     def _gradient(self, step: Step) -> Passes:
@@ -60,9 +60,11 @@ class Stepping(ABC):
     def _scaler_of_loop(self) -> GradScaler | None:
         """A scaler by which the loop has just unscaled the gradients, which the optimizer was not given."""
 
+    _seen: Seen | None  # the gradient of the last step
+
     def _set_up(self) -> None:
         """Makes what belongs to this object, and not to a copy of it."""
-        self._progress = Progress()
+        self._progress, self._seen = Progress(), None
         known = self._surroundings.model if self.max_passes == 2 else None
         self._beginnings = Beginnings(known, replay=self._replay)
 
@@ -83,6 +85,9 @@ class Stepping(ABC):
             InvalidArgumentError: If there is no closure and nothing was prepared, or it leaves no gradient.
             Exception: Whatever the closure raises; the weights are then as they were.
         """
+        if closure is not None and self._progress.prepared:
+            self._run_beside(closure)
+            closure = None
         step = self._step_without_closure() if closure is None else self._make_passes(closure)
         step.settle()
         if self._coarse is not None:
@@ -108,6 +113,7 @@ class Stepping(ABC):
             self._memory.commit()
             self._when.observe(self._steps, step.first_norm)
             self._steps += 1
+        self._seen = None if step.begun is not None or step.failed else Seen(step.parameters)
         return step.loss
 
     @torch.no_grad()
@@ -186,7 +192,6 @@ class Stepping(ABC):
 
     def abandon(self) -> None:
         """Gives up the step that `perturb` or `first_step` has begun: all is as before, the weights bit-identical."""
-        self._memory.forget()
         self._progress.close()
 
     def _passes_beside(self, begun: Beginning) -> Generator[int, None, None]:
@@ -218,7 +223,7 @@ class Stepping(ABC):
 
     def _make_passes(self, closure: Callable[..., Any]) -> Step:
         """A step whose passes the closure has made."""
-        self._check_trainer(closure)
+        check_closure(self, closure)
         step = self._begin(closure)
         with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
@@ -231,18 +236,22 @@ class Stepping(ABC):
         self._after_passes(step)
         return step
 
-    def _check_trainer(self, closure: Callable[..., Any]) -> None:
-        """Refuses, and warns once of, what a trainer does in its closure."""
-        warning = check_closure(
-            closure,
-            name=type(self).__name__,
-            passes=self.max_passes,
-            uses_first=lambda: self._uses_first or self._when.before(self._steps) is None,
-            per_sample=self.per_sample_closure,
-        )
-        if warning is not None and not self._trainer_warned:
-            self._trainer_warned = True
-            warnings.warn(warning, FlatminWarning, stacklevel=5)  # this, _make_passes, step, torch's two wrappers
+    def _run_beside(self, closure: Callable[..., Any]) -> None:
+        """Calls a closure that loops give to every step, and that has nothing to compute where one is prepared."""
+        handles, reached = [], list[Tensor]()
+        for parameter in self._progress.ready.parameters if self._progress.ready is not None else ():
+            handles.append(parameter.register_post_accumulate_grad_hook(reached.append))
+        try:
+            with torch.enable_grad():
+                closure()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if reached:
+            raise InvalidArgumentError(
+                "the closure made a backward pass, and perturb() had prepared the step, which it has spoilt: call "
+                "step() without a closure after perturb() and restore(), or abandon() before step(closure)"
+            )
 
     def _step_without_closure(self) -> Step:
         """The step whose passes were made without a closure."""
@@ -263,7 +272,6 @@ class Stepping(ABC):
         if scaler is None:
             return
         if self._mixes_steps or self._when.before(step.index) is None:
-            self._memory.forget()
             raise InvalidArgumentError(self._needs_scaler("it compares the gradients of different steps"))
         self.scaler = scaler
 
@@ -275,7 +283,6 @@ class Stepping(ABC):
         """The passes are made, and the step is not: it is known whether it is dropped, and how the next one begins."""
         self.step_dropped = bool(step.failed)
         if step.failed:
-            self._memory.forget()
             self.skipped_steps += 1
         unseen = step.begun is not None and not step.begun.seen and self.max_passes == 2
         self._beginnings.note(Buffers(self._surroundings.modules(step.every())) if unseen else None)
@@ -283,7 +290,6 @@ class Stepping(ABC):
     def _give_up_ready(self) -> None:
         """Says that a step was prepared and never made, unless a scaler has left it out as it was not finite."""
         step = self._progress.take()
-        self._memory.forget()
         if step is not None and not step.failed and not self._unmade_warned:
             self._unmade_warned = True
             warnings.warn(

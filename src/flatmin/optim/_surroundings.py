@@ -102,9 +102,9 @@ class OtherGradients:
 
 
 class Surroundings:
-    """Finds the modules that hold an optimizer's parameters, and other optimizers.
+    """Finds the modules that hold an optimizer's parameters, other optimizers, and scalers.
 
-    Both are looked for once, among all objects of the process: an optimizer is told of neither, and torch's hooks on
+    They are looked for once, among all objects of the process: an optimizer is told of none, and torch's hooks on
     all modules make a compiled network compile anew in each step. Nothing is kept alive.
 
     Args:
@@ -115,7 +115,7 @@ class Surroundings:
         self.model = model
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._others: list[weakref.ref[Optimizer]] | None = None  # None: not looked for yet
-        self._scalers: list[weakref.ref[GradScaler]] | None = None  # the same
+        self._scalers: list[weakref.ref[GradScaler]] = []
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return type(self), (self.model,)  # a copy looks for itself
@@ -148,8 +148,7 @@ class Surroundings:
 
     def scaler_of(self, optimizer: Optimizer) -> GradScaler | None:
         """The scaler by which a loop has just unscaled the optimizer's gradients, if there is one."""
-        if self._scalers is None:
-            self._scalers = [weakref.ref(scaler) for scaler in _alive((GradScaler,))]
+        self._look([parameter for group in optimizer.param_groups for parameter in group["params"]])
         for scaler in (reference() for reference in self._scalers):
             if scaler is not None and scaler.is_enabled() and has_unscaled(scaler, optimizer):
                 return scaler
@@ -158,7 +157,8 @@ class Surroundings:
     def _look(self, parameters: list[Tensor]) -> None:
         if self._others is not None:
             return
-        alive = _alive((nn.Module, Optimizer))
+        alive = _alive((nn.Module, Optimizer, GradScaler))
+        self._scalers = [weakref.ref(found) for found in alive if issubclass(type(found), GradScaler)]
         modules = [found for found in alive if issubclass(type(found), nn.Module)]
         optimizers = [found for found in alive if issubclass(type(found), Optimizer)]
         own = set(parameters)

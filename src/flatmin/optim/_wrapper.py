@@ -1,16 +1,17 @@
-"""A torch optimizer around another one, and what it remembers of each parameter beside the other's state."""
+"""A torch optimizer around another one."""
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .._attached import warn_of_unattached
 from ..errors import InvalidArgumentError
+from ._joined import Joined, attributes, loaded, saved
 
 OWN = "flatmin"  # the key of what is not the base optimizer's in a state dict
 
@@ -21,7 +22,7 @@ class Wrapper(Optimizer, ABC):
     They are read from it, and set in it, whenever they are used; so whatever is done to either is done to both.
 
     Args:
-        base_optimizer: The optimizer, an instance.
+        base_optimizer: The optimizer, an instance; or several, which are joined.
 
     Raises:
         InvalidArgumentError: (a ValueError) if it cannot be wrapped.
@@ -29,10 +30,10 @@ class Wrapper(Optimizer, ABC):
 
     base_optimizer: Optimizer
 
-    def __init__(self, base_optimizer: Optimizer) -> None:
-        check_base(base_optimizer)
-        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)  # makes the hooks; sets nothing below
-        self.base_optimizer = base_optimizer
+    def __init__(self, base_optimizer: Optimizer | Sequence[Optimizer]) -> None:
+        base = as_one(base_optimizer)
+        super().__init__(base.param_groups, base.defaults)  # makes the hooks; sets nothing below
+        self.base_optimizer = base
 
     # torch's constructor sets these three, and adds the groups, before there is a base: nothing to do then.
 
@@ -73,26 +74,11 @@ class Wrapper(Optimizer, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the base optimizer's state, and under ``"flatmin"`` what there is beside it."""
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        state: dict[str, Any] = {**self.base_optimizer.state_dict(), OWN: self._own_state()}
-        for after in self._optimizer_state_dict_post_hooks.values():
-            changed = after(self, state)
-            state = state if changed is None else changed
-        return state
+        return saved(self, lambda: {**self.base_optimizer.state_dict(), OWN: self._own_state()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; a plain optimizer's state fits too, and begins at step 0."""
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        warn_of_unattached(state_dict, self.base_optimizer)
-        self._load(
-            {name: part for name, part in state_dict.items() if name != OWN},
-            state_dict.get(OWN, {}),
-        )
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
+        loaded(self, state_dict, self._load_parts)
 
     @abstractmethod
     def _own_state(self) -> dict[str, Any]:
@@ -103,86 +89,42 @@ class Wrapper(Optimizer, ABC):
         """Loads the base optimizer's state, and what `_own_state` returned or nothing."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's own leaves out what a subclass adds; hooks and the step a scheduler has patched belong to this object.
-        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
+        return attributes(self)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """What the base optimizer has beside all that optimizers have, such as ``train`` and ``eval``."""
+            if name.startswith("_") or not self._has_base():
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+            try:
+                return getattr(self.base_optimizer, name)
+            except AttributeError as error:
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its base: {error}") from None
+
+    def _load_parts(self, state_dict: dict[str, Any]) -> None:
+        warn_of_unattached(state_dict, self.base_optimizer)
+        self._load({name: part for name, part in state_dict.items() if name != OWN}, state_dict.get(OWN, {}))
 
     def _has_base(self) -> bool:
         return "base_optimizer" in self.__dict__
 
 
-class Memory:
-    """Tensors by name and parameter. None is ever changed in place, so that states can share them.
-
-    Apart from the base optimizer's state: torch's optimizers set up theirs only where there is none yet.
-    """
-
-    def __init__(self) -> None:
-        self._tensors: dict[str, dict[Tensor, Tensor]] = {}
-        self._staged: list[tuple[str, bool, dict[Tensor, Tensor]]] = []
-
-    def get(self, name: str, parameters: list[Tensor]) -> list[Tensor | None]:
-        """What is remembered of each under ``name``; None where there is nothing."""
-        known = self._tensors.get(name, {})
-        return [known.get(parameter) for parameter in parameters]
-
-    def known(self, name: str, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Those of ``parameters`` of which something is remembered under ``name``, and that."""
-        known = self._tensors.get(name, {})
-        some = [parameter for parameter in parameters if parameter in known]
-        return some, [known[parameter] for parameter in some]
-
-    def put(self, name: str, parameters: list[Tensor], tensors: list[Tensor]) -> None:
-        """Remembers ``tensors`` themselves, not copies, beside those of other parameters, once the step is made."""
-        self._staged.append((name, False, dict(zip(parameters, tensors, strict=True))))
-
-    def replace(self, name: str, parameters: list[Tensor], tensors: list[Tensor]) -> None:
-        """Remembers ``tensors`` in place of all that there was under ``name``, once the step is made."""
-        self._staged.append((name, True, dict(zip(parameters, tensors, strict=True))))
-
-    def commit(self) -> None:
-        """The step is made."""
-        for name, alone, tensors in self._staged:
-            self._tensors[name] = tensors if alone else {**self._tensors.get(name, {}), **tensors}
-        self._staged.clear()
-
-    def forget(self) -> None:
-        """The step is not made."""
-        self._staged.clear()
-
-    def state_dict(self, groups: list[dict[str, Any]]) -> dict[int, dict[str, Tensor]]:
-        """Returns it by the index of the parameter in ``groups``, as torch's optimizers do."""
-        state: dict[int, dict[str, Tensor]] = {}
-        for index, parameter in enumerate(_parameters(groups)):
-            entries = {name: known[parameter] for name, known in self._tensors.items() if parameter in known}
-            if entries:
-                state[index] = entries
-        return state
-
-    @classmethod
-    def from_state(cls, state: Mapping[int, Mapping[str, Tensor]], groups: list[dict[str, Any]]) -> "Memory":
-        """Makes one of what `state_dict` returned, on the device and with the dtype of each parameter.
-
-        Raises:
-            InvalidArgumentError: If it belongs to other parameters.
-        """
-        parameters, memory = _parameters(groups), cls()
-        for index, entries in state.items():
-            if not 0 <= index < len(parameters):
-                raise InvalidArgumentError(
-                    f"state_dict['flatmin'] has a parameter {index}, and there are {len(parameters)}; "
-                    "load it into an optimizer of the same parameters"
-                )
-            parameter = parameters[index]
-            for name, tensor in entries.items():
-                if tensor.shape != parameter.shape:
-                    raise InvalidArgumentError(
-                        f"state_dict['flatmin'] has {name} of shape {tuple(tensor.shape)} for parameter {index} of "
-                        f"shape {tuple(parameter.shape)}; load it into an optimizer of the same parameters"
-                    )
-                own = tensor.detach().to(device=parameter.device, dtype=parameter.dtype)
-                memory.put(name, [parameter], [own])
-        memory.commit()
-        return memory
+def as_one(base: Optimizer | Sequence[Optimizer]) -> Optimizer:
+    """Returns the base optimizer, or several as one."""
+    if not isinstance(base, (list, tuple)):
+        check_base(base)
+        return base  # type: ignore[return-value]  # which is checked
+    wrong = [type(each).__name__ for each in base if not isinstance(each, Optimizer)]
+    if wrong or not base:
+        got = f"{type(base).__name__} of {wrong[0] if wrong else 'nothing'}"
+        raise InvalidArgumentError(
+            f"base_optimizer must be a torch.optim.Optimizer, got {got}; write torch.optim.AdamW(parameters), or a "
+            "list of such optimizers"
+        )
+    for each in base:
+        check_base(each)
+    return base[0] if len(base) == 1 else Joined(base)
 
 
 def check_base(base: object) -> None:
@@ -215,7 +157,3 @@ def check_base(base: object) -> None:
             "base_optimizer has maximize=True, and the weights would be moved to where that is easiest, not worst; "
             "minimize the negative instead"
         )
-
-
-def _parameters(groups: list[dict[str, Any]]) -> list[Tensor]:
-    return [parameter for group in groups for parameter in group["params"]]

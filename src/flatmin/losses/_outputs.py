@@ -1,0 +1,48 @@
+"""What networks take and return: how a batch is given, and where the logits are."""
+
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import InvalidArgumentError
+
+
+def find_logits(returned: Any, output: Callable[[Any], Any] | None) -> Any:
+    """What ``output`` takes of what a network has returned; by itself ``logits`` of a dictionary or an object."""
+    if output is not None:
+        return output(returned)
+    if isinstance(returned, Mapping) and "logits" in returned:
+        return returned["logits"]
+    return getattr(returned, "logits", returned)
+
+
+def as_called(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """Gives a batch that is a mapping as keyword arguments, if the network takes it in this way."""
+    if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
+        batch = dict(args[0])
+        try:
+            signature(network.forward).bind(**batch)
+        except (TypeError, ValueError):  # it takes the mapping itself
+            return args, kwargs
+        return (), batch
+    return args, kwargs
+
+
+def needs_gradient(outputs: Any) -> bool:
+    """Whether a gradient is wanted of any tensor."""
+    return any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(outputs))
+
+
+def first_tensor(outputs: Any) -> Tensor:
+    """The first tensor with a dimension in what a network has returned.
+
+    Raises:
+        InvalidArgumentError: If there is none.
+    """
+    for each in tree_leaves(outputs):
+        if isinstance(each, Tensor) and each.ndim:
+            return each
+    raise InvalidArgumentError(f"logits must be a tensor, or hold one, got {type(outputs).__name__}")
