@@ -13,6 +13,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from flatmin.errors import FlatminWarning
+
 N, B, EPOCHS = 76, 16, 2  # five batches an epoch, the last one smaller; an uneven end for windows of 2 and of 3
 for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -89,13 +91,21 @@ def trainer(*callbacks, **options):
     return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
 
 
-def fit(module, *callbacks, batches=None, validation=None, ckpt_path=None, **options):
-    """Trains the module; returns the trainer. Lightning's own warnings are not looked at."""
-    torch.manual_seed(7)
-    made = trainer(*callbacks, **options)
+@contextlib.contextmanager
+def without_lightnings_warnings():
+    """Inside, those of others are left out, and flatmin's are as they were."""
+    expected = bool(warnings.filters) and warnings.filters[0][0] == "always"  # within pytest.warns
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning|torch.jit|torch._dynamo|torch.utils|torch.optim|pydantic")
-        warnings.filterwarnings("ignore", message=".*(many workers|not resumable|set_vital|LeafSpec|checkpoint ended)")
+        warnings.filterwarnings("ignore", module="lightning|torch|pydantic|contextlib")
+        warnings.filterwarnings("always" if expected else "error", category=FlatminWarning)
+        yield
+
+
+def fit(module, *callbacks, batches=None, validation=None, ckpt_path=None, **options):
+    """Trains the module; returns the trainer."""
+    torch.manual_seed(7)
+    with without_lightnings_warnings():
+        made = trainer(*callbacks, **options)
         made.fit(module, loader() if batches is None else batches, validation, ckpt_path=ckpt_path)
     return made
 

@@ -5,7 +5,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import warnings
 
 import pytest
 
@@ -39,6 +38,7 @@ from tests.integrations._lightning import (
     sam_by_hand,
     trainer,
     windows,
+    without_lightnings_warnings,
 )
 
 one_cycle = lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=20)
@@ -335,14 +335,12 @@ def test_an_error_in_the_second_pass_leaves_trainer_and_weights_as_they_were():
     module, callback = Failing(), SharpnessAware(flatmin.SAM, rho=1.0)
     module.failing, module.before = True, module.net[0].weight.detach().clone()
     made = trainer(callback)
-    with pytest.raises(KeyError, match="second pass"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.raises(KeyError, match="second pass"), without_lightnings_warnings():
         made.fit(module, loader())
     assert difference(module.net, network()) == 0
     assert not {"log", "log_dict", *REPLACED} & {*vars(module), *vars(made.strategy)}
     module.failing = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with without_lightnings_warnings():
         made.fit(module, loader())
     net = network()
     sam_by_hand(net, rho=1.0)
@@ -410,8 +408,7 @@ def test_lightnings_average_with_statistics_made_anew():
 def test_the_learning_rate_can_be_searched():
     module, callback = Net(), SharpnessAware(flatmin.SAM)
     made = trainer(callback, accumulate_grad_batches=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with without_lightnings_warnings():
         L.pytorch.tuner.Tuner(made).lr_find(module, loader(), num_training=10, update_attr=False)
         made.fit(module, loader())
     net = network()
