@@ -87,8 +87,8 @@ def loader(dataset=None, kind=DataLoader, **options):
 
 def trainer(*callbacks, **options):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_epochs": EPOCHS, "devices": 1, **quiet, "enable_model_summary": False, **options}
-    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
+    options = {"max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1, **quiet, "enable_model_summary": False, **options}
+    return L.Trainer(callbacks=list(callbacks), **options)
 
 
 @contextlib.contextmanager

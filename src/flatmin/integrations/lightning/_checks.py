@@ -1,12 +1,15 @@
 """What a Trainer may do that the callbacks cannot be right with; each is refused in a sentence."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from ...errors import InvalidArgumentError
+from ...losses import SAF
+from ...optim import SharpnessAware as Optimizer
 
 
 def kind_of(value: object) -> str:
@@ -14,15 +17,21 @@ def kind_of(value: object) -> str:
     return type(value).__name__
 
 
-def check_kind(callback: L.Callback, trainer: Any) -> None:
-    """Refuses a Trainer of another package, and two callbacks of a kind."""
-    name = kind_of(callback)
+def check_package_of(callback: L.Callback, trainer: Any) -> None:
+    """Refuses a Trainer of another package."""
     if not isinstance(trainer, L.Trainer):
         raise InvalidArgumentError(
-            f"{name} is for lightning.Trainer, got {type(trainer).__module__}.{kind_of(trainer)}: import lightning as L"
+            f"{kind_of(callback)} is for lightning.Trainer, got one of {type(trainer).__module__}: import lightning as L"
         )
-    if sum(isinstance(each, type(callback)) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-        raise InvalidArgumentError(f"the Trainer has two callbacks {name}: keep one of them")
+
+
+def check_without_saf(optimizer: Optimizer, losses: Iterable[Any]) -> None:
+    """Refuses SAF among ``losses``, if the optimizer makes two passes."""
+    if optimizer.max_passes > 1 and any(isinstance(each, SAF) for each in losses):
+        name = kind_of(optimizer)
+        raise InvalidArgumentError(
+            f"SAF is to save the second pass that {name} makes, and has no past in it: use SAF or {name}, not both"
+        )
 
 
 def check_trainer(callback: L.Callback, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -31,8 +40,9 @@ def check_trainer(callback: L.Callback, trainer: L.Trainer, module: L.LightningM
     Raises:
         InvalidArgumentError: With the way out.
     """
-    check_kind(callback, trainer)
     name, kind = kind_of(callback), kind_of(module)
+    if sum(isinstance(each, type(callback)) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        raise InvalidArgumentError(f"the Trainer has two callbacks {name}: keep one of them")
     if not module.automatic_optimization:
         raise InvalidArgumentError(
             f"{name} makes the passes itself, and {kind} does so too (automatic_optimization=False): leave the callback "

@@ -10,7 +10,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 
 from ...errors import InvalidArgumentError
 from ...optim import SharpnessAware as Optimizer
-from ._checks import check_trainer, kind_of
+from ._checks import check_package_of, check_trainer, check_without_saf, kind_of
 from ._passes import OnePass, Passes, TwoPasses
 
 
@@ -59,12 +59,17 @@ class SharpnessAware(L.Callback):
         self.optimizer: Optimizer | None = None
         self._passes: Passes | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses a Trainer of another package."""
+        check_package_of(self, trainer)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wraps the optimizer, before a checkpoint of it is loaded."""
         check_trainer(self, trainer, pl_module)
         given = trainer.strategy.optimizers[0]
         plain = given.optimizer if isinstance(given, LightningOptimizer) else given
         self.optimizer = self._made_of(plain, trainer, pl_module)
+        check_without_saf(self.optimizer, pl_module.modules())
         trainer.strategy.optimizers = [self.optimizer]
         kind = OnePass if self.optimizer.max_passes == 1 else TwoPasses
         self._passes = kind(trainer, pl_module, self.optimizer)

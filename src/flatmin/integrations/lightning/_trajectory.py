@@ -1,6 +1,7 @@
 """The callback that carries SAF or MESA through Lightning's loop."""
 
 import operator
+import warnings
 from typing import Any
 
 import lightning as L
@@ -15,9 +16,7 @@ from ...errors import FlatminWarning, InvalidArgumentError
 from ...indices import Indexed, split
 from ...losses import MESA, SAF
 from ...optim import SharpnessAware as Optimizer
-from ._checks import check_kind, kind_of
-
-import warnings
+from ._checks import check_package_of, check_without_saf, kind_of
 
 
 class TrajectoryLoss(L.Callback):
@@ -82,9 +81,14 @@ class TrajectoryLoss(L.Callback):
         self._pending: dict[str, Any] | None = None  # a checkpoint's, until the loss is made
         self._clear()
 
+    @property
+    def state_key(self) -> str:
+        """Under which the loss is in a checkpoint: one for each name."""
+        return self._generate_state_key(name=self.name)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gives the module the loss."""
-        check_kind(self, trainer)
+        check_package_of(self, trainer)
         self._trainer, self._module = trainer, pl_module
         if hasattr(pl_module, self.name):
             raise InvalidArgumentError(
@@ -109,11 +113,8 @@ class TrajectoryLoss(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses optimizers of two passes for SAF."""
         for optimizer in trainer.optimizers:
-            if isinstance(self.loss, SAF) and isinstance(optimizer, Optimizer) and optimizer.max_passes > 1:
-                raise InvalidArgumentError(
-                    f"SAF is to save the second pass that {kind_of(optimizer)} makes, and has no past in it: use "
-                    f"TrajectoryLoss(flatmin.SAF(...)) or {kind_of(optimizer)}, not both"
-                )
+            if isinstance(optimizer, Optimizer):
+                check_without_saf(optimizer, [self.loss])
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Tells the loss of a new epoch."""
@@ -183,6 +184,12 @@ class TrajectoryLoss(L.Callback):
     def _by_index(self) -> bool:
         return issubclass(self._kind, SAF)
 
+    def _beside_saf(self) -> bool:
+        """Whether another callback is to see the batch with its index."""
+        assert self._trainer is not None
+        callbacks: list[L.Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(each, TrajectoryLoss) and each._by_index() for each in callbacks)
+
     def _make(self, module: L.LightningModule) -> SAF | MESA:
         if issubclass(self._kind, SAF):
             return self._kind(**self.keywords)
@@ -207,7 +214,7 @@ class TrajectoryLoss(L.Callback):
         if self._trainer.training and self._by_index():
             self._check_not_iterable(batch)
             self._index, batch = split(batch, self.key)
-        elif isinstance(batch, Indexed):
+        elif isinstance(batch, Indexed) and (self._by_index() or not self._beside_saf()):
             batch = batch.sample
         return self._transfer(batch, dataloader_idx)
 
