@@ -87,7 +87,14 @@ def loader(dataset=None, kind=DataLoader, **options):
 
 def trainer(*callbacks, **options):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1, **quiet, "enable_model_summary": False, **options}
+    options = {
+        "max_epochs": EPOCHS,
+        "accelerator": "cpu",
+        "devices": 1,
+        **quiet,
+        "enable_model_summary": False,
+        **options,
+    }
     return L.Trainer(callbacks=list(callbacks), **options)
 
 

@@ -41,7 +41,6 @@ from tests.integrations._lightning import (
     without_lightnings_warnings,
 )
 
-one_cycle = lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=20)
 SCHEDULE = {0: 1, 1: 3}
 
 # The Trainer's settings, the network's, and the same by hand.
@@ -120,6 +119,10 @@ def test_every_method_clips_the_gradient_it_steps_with_alone(name):
     assert difference(module.net, other) < 1e-6
 
 
+def one_cycle(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=20)
+
+
 def test_a_scheduler_of_the_plain_optimizer():
     module, net = Net(scheduler=one_cycle), network()
     made = fit(module, SharpnessAware(flatmin.SAM), accumulate_grad_batches=2)
@@ -196,7 +199,11 @@ class Counting(Net):
         self.log("norm", self.net[0].weight.grad.norm(), on_step=False, on_epoch=True, reduce_fx="sum")
 
     def on_train_epoch_end(self):
-        self.counted = self.accuracy._update_count, int(self.accuracy.tp.sum() + self.accuracy.fn.sum()), len(self.values.value)
+        self.counted = (
+            self.accuracy._update_count,
+            int(self.accuracy.tp.sum() + self.accuracy.fn.sum()),
+            len(self.values.value),
+        )
 
 
 class Says(L.Callback):
@@ -367,7 +374,7 @@ class Validating(Net):
 
 @pytest.mark.parametrize("name", CLOSURES)
 def test_others_find_the_weights_where_they_belong(name):
-    """Weights change in a step alone: between the micro-batches of a window, also in a validation, they are the same."""
+    """Weights change in a step alone: between micro-batches, also in a validation, they are the same."""
     accumulate = 1 if EVERY[name].max_passes == 1 else 5
     watching, module = Watching(), Validating()
     fit(
@@ -394,7 +401,9 @@ def test_averages_of_lightnings_follow_the_clean_weights():
         other.load_state_dict(state)
         expected.update_parameters(other)
     ours, theirs = dict(module.net.named_parameters()), dict(expected.module.named_parameters())
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)  # it puts the average into the module
+    assert all(
+        torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours
+    )  # it puts the average into the module
 
 
 def test_lightnings_average_with_statistics_made_anew():

@@ -1,4 +1,4 @@
-"""TrajectoryLoss in Lightning: SAF and MESA are those of an own loop over the same batches, and a resumed run goes on."""
+"""TrajectoryLoss in Lightning: SAF and MESA are those of an own loop over the same batches. Runs that resume."""
 
 import copy
 import pickle
@@ -113,7 +113,9 @@ def test_the_run_is_that_of_an_own_loop(callback, accumulate):
     kind = callback[:4].rstrip(",")
     module, made = Penalised(kind), CALLBACKS[callback]()
     batches = SOURCES["indexed"]() if kind == "saf" else None
-    run = fit(module, made, batches=batches, validation=loader(), accumulate_grad_batches=accumulate, val_check_interval=2)
+    run = fit(
+        module, made, batches=batches, validation=loader(), accumulate_grad_batches=accumulate, val_check_interval=2
+    )
     net, total = own_loop(kind, accumulate)
     assert difference(module.net, net) < 1e-7
     assert module.total == pytest.approx(total, rel=1e-5) != 0
@@ -260,12 +262,16 @@ RESUMED = {
 @pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("when", ["between epochs", "within an epoch"])
 def test_a_resumed_run_is_the_same(name, when, tmp_path):
+    def scheduler(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=30)
+
     def module():
-        scheduler = lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=30)
         return Penalised(name, scheduler=scheduler) if name in ("saf", "mesa") else Net(scheduler=scheduler)
 
+    def batches():
+        return loader(flatmin.indexed(data()) if name == "saf" else data(), Resuming if within else DataLoader)
+
     within = when == "within an epoch"
-    batches = lambda: loader(flatmin.indexed(data()) if name == "saf" else data(), Resuming if within else DataLoader)
     whole, first, second = module(), module(), module()
     fit(whole, RESUMED[name](), batches=batches(), max_epochs=4)
     options = {"every_n_train_steps": 13} if within else {"save_on_train_epoch_end": True}
@@ -286,5 +292,3 @@ def test_a_checkpoint_without_the_loss_begins_it_anew(tmp_path):
     module = Penalised()
     fit(module, saf(), batches=SOURCES["indexed"](), ckpt_path=tmp_path / "saved.ckpt", max_epochs=3)
     assert module.total > 0
-
-

@@ -50,8 +50,8 @@ def check_closure(optimizer: Any, closure: Callable[..., Any]) -> None:
         return
     if trainer.gradient_clip_val and (_uses_first(optimizer) or trainer.gradient_clip_algorithm == "value"):
         raise InvalidArgumentError(
-            f"Lightning's gradient_clip_val clips the first gradient of {name} too, which changes the step: {CALLBACK}, "
-            f"or make it {name}(..., max_norm={trainer.gradient_clip_val})"
+            f"Lightning's gradient_clip_val clips the first gradient of {name} too, which changes the step: {CALLBACK}"
+            f", or make it {name}(..., max_norm={trainer.gradient_clip_val})"
         )
     if optimizer not in _warned:
         _warned.add(optimizer)

@@ -1,8 +1,8 @@
 """Callbacks for Lightning's Trainer: SAM and its family, SAF and MESA around a LightningModule that stays as it is."""
 
-from ._package import check_package
+from . import _package
 
-check_package()
+_package.check_package()
 
 from ._sharpness import SharpnessAware as SharpnessAware  # noqa: E402  # without the package: a sentence
 from ._trajectory import TrajectoryLoss as TrajectoryLoss  # noqa: E402

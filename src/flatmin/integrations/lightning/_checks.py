@@ -21,7 +21,7 @@ def check_package_of(callback: L.Callback, trainer: Any) -> None:
     """Refuses a Trainer of another package."""
     if not isinstance(trainer, L.Trainer):
         raise InvalidArgumentError(
-            f"{kind_of(callback)} is for lightning.Trainer, got one of {type(trainer).__module__}: import lightning as L"
+            f"{kind_of(callback)} is for lightning.Trainer, got {type(trainer).__module__}'s: import lightning as L"
         )
 
 
@@ -45,9 +45,9 @@ def check_trainer(callback: L.Callback, trainer: L.Trainer, module: L.LightningM
         raise InvalidArgumentError(f"the Trainer has two callbacks {name}: keep one of them")
     if not module.automatic_optimization:
         raise InvalidArgumentError(
-            f"{name} makes the passes itself, and {kind} does so too (automatic_optimization=False): leave the callback "
-            "out, return flatmin.SAM(base) from configure_optimizers, and call optimizer.step(closure), where the "
-            "closure calls zero_grad() and manual_backward(loss) and returns the loss"
+            f"{name} makes the passes itself, and {kind} does so too (automatic_optimization=False): leave the "
+            "callback out, return flatmin.SAM(base) from configure_optimizers, and call optimizer.step(closure), where "
+            "the closure calls zero_grad() and manual_backward(loss) and returns the loss"
         )
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise InvalidArgumentError(

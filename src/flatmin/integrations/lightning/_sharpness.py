@@ -145,12 +145,14 @@ def _check_method(method: Callable[..., Optimizer], keywords: dict[str, Any]) ->
         inspect.signature(method).bind(None, **keywords)
     except TypeError as error:
         name = getattr(method, "__name__", "the method")
-        raise InvalidArgumentError(f"SharpnessAware gives its keywords to {name}, which refuses them: {error}") from None
+        raise InvalidArgumentError(
+            f"SharpnessAware gives its keywords to {name}, which refuses them: {error}"
+        ) from None
 
 
 def _check_class(method: type[Optimizer]) -> None:
     if method.per_sample_closure:
         raise InvalidArgumentError(
-            f"{method.__name__} needs the loss of each sample, which training_step does not return: use flatmin.SAM, or "
-            "to pay less flatmin.LookSAM or when=flatmin.optim.Every(2)"
+            f"{method.__name__} needs the loss of each sample, which training_step does not return: use flatmin.SAM, "
+            "or to pay less flatmin.LookSAM or when=flatmin.optim.Every(2)"
         )

@@ -2,6 +2,7 @@
 
 import operator
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -55,6 +56,16 @@ class TrajectoryLoss(L.Callback):
         >>> trainer = L.Trainer(callbacks=[saf], accelerator="cpu", logger=False)
     """
 
+    loss: SAF | MESA | None
+    _trainer: L.Trainer | None
+    _module: L.LightningModule | None
+    _transfer: Callable[..., Any] | None  # the module's, in whose place the callback's is
+    _handle: RemovableHandle | None
+    _index: Tensor | None  # of the batch that is trained
+    _epoch: int | None  # that the loss was told of
+    _called: bool  # in this fit
+    _warned: bool
+
     def __init__(
         self,
         loss: SAF | MESA | type[SAF] | type[MESA],
@@ -74,7 +85,8 @@ class TrajectoryLoss(L.Callback):
             )
         if network is not None and not issubclass(kind, MESA):
             raise InvalidArgumentError("network is for flatmin.MESA; SAF needs none")
-        self.loss: SAF | MESA | None = None if isinstance(loss, type) else loss
+        self.loss = None if isinstance(loss, type) else loss
+        self._given = self.loss
         self.network, self.key, self.keywords = network, key, keywords
         self.name = ("saf" if issubclass(kind, SAF) else "mesa") if name is None else name
         self._kind: type[SAF] | type[MESA] = kind
@@ -101,7 +113,7 @@ class TrajectoryLoss(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes the loss, if it is not, and follows the optimizer."""
-        self.loss = loss = self._make(pl_module) if self.loss is None else self.loss
+        self.loss = loss = self._make(pl_module) if self._given is None else self._given
         loss.to(pl_module.device)
         loss.train()
         if self._pending is not None:
@@ -165,12 +177,7 @@ class TrajectoryLoss(L.Callback):
         return {**kept, "_trainer": None, "_module": None, "_transfer": None, "_handle": None}
 
     def _clear(self) -> None:
-        self._trainer: L.Trainer | None = None
-        self._module: L.LightningModule | None = None
-        self._transfer: Any = None
-        self._handle: RemovableHandle | None = None
-        self._index: Tensor | None = None
-        self._epoch: int | None = None
+        self._trainer = self._module = self._transfer = self._handle = self._index = self._epoch = None
         self._called = self._warned = False
 
     def _remove(self) -> None:
@@ -211,6 +218,7 @@ class TrajectoryLoss(L.Callback):
     def _without_index(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """In place of the module's hook, which is called on the CPU: takes the index off the batch."""
         assert self._trainer is not None
+        assert self._transfer is not None
         if self._trainer.training and self._by_index():
             self._check_not_iterable(batch)
             self._index, batch = split(batch, self.key)
