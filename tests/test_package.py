@@ -16,13 +16,16 @@ import flatmin
 ROOT = Path(flatmin.__file__).parent
 PUBLIC = [
     "flatmin",
+    "flatmin.integrations.lightning",
     *(f"flatmin.{name}" for name in ("averages", "history", "indices", "losses", "optim", "sharpness")),
     "flatmin.lab",
     *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report", "results")),
 ]
-# Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory the second.
+# Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory and among
+# the integrations the second.
 SHARED = {"errors", "_attached", "_checks", "_distributed", "_files", "_interrupts", "_passes", "_rng", "_warn"}
 LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
+BROUGHT_BY = {"integrations/lightning": ("torchmetrics",)}  # what an integration's package needs itself
 RESULTS = {"errors", "_files", "lab/results"}
 PROBLEMS = {*SHARED, *LIBRARY, "lab/recipe", "lab/problems"}
 METHODS = {*SHARED, *LIBRARY, "lab/methods"}
@@ -46,6 +49,8 @@ ALLOWED = {
     "averages": SHARED,
     "sharpness": SHARED,
     "indices": SHARED,
+    "integrations/__init__": set(),
+    "integrations/lightning": {*SHARED, *LIBRARY},
     "losses": {*SHARED, "averages", "history"},
     "lab/__init__": COMPARISON,
     "lab/recipe": SHARED,
@@ -78,7 +83,7 @@ def test_all_is_sorted_and_each_symbol_is_documented(name: str) -> None:
 def room(path: Path) -> str:
     """The room that a file or folder under src/flatmin belongs to; the empty string for the package itself."""
     parts = [part.removesuffix(".py") for part in path.relative_to(ROOT).parts]
-    return "/".join(parts[:2] if parts[:1] == ["lab"] and len(parts) > 1 else parts[:1])
+    return "/".join(parts[:2] if len(parts) > 1 and parts[0] in ("lab", "integrations") else parts[:1])
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -111,7 +116,8 @@ def test_who_imports_whom(path: Path) -> None:
             assert name in ALLOWED[here] | {here}, f"{here} must not import {name}"
         else:
             light = name in ("torch", "typing_extensions") or name in sys.stdlib_module_names  # torch needs the latter
-            allowed = light or here.startswith("lab/") or here == "__main__"
+            theirs = here.startswith("integrations/") and name in (here.split("/")[1], *BROUGHT_BY.get(here, ()))
+            allowed = light or theirs or here.startswith("lab/") or here == "__main__"
             assert allowed, f"{here} must not import {name}; use errors.require where it is needed"
 
 

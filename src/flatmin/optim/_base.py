@@ -93,7 +93,7 @@ class SharpnessAware(Stepping, Wrapper):
     _closure = "def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); return loss"
     _without_closure = (
         "; or make the passes in a loop: for _ in optimizer.passes(): ..., or use perturb, restore and step, or "
-        "first_step, second_step"
+        "first_step, second_step; in Lightning, the callback flatmin.integrations.lightning.SharpnessAware()"
     )
 
     def __init__(
@@ -275,7 +275,7 @@ class SharpnessAware(Stepping, Wrapper):
             beginnings=self._beginnings,
             begun=begun,
             seen=self._seen,
-            local=self.norm == "rank" and begun is None,
+            local=self.norm == "rank" and (begun is None or begun.inside),
             replay=self._replay,
             max_norm=self.max_norm,
             scale=LossScale(self.scaler, self, outside=begun is not None),

@@ -140,7 +140,7 @@ class Step:
             self.second_runs = decided(self.when.after(self.index, self.norm), self.index)
         if not self.second_runs:
             others.keep()
-        elif self.begun is None:
+        elif self.begun is None or self.begun.inside:
             others.drop()
         else:  # what was set aside has the first gradient in it
             self._others = others

@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from ._memory import Memory
 from ._progress import ORDER, Progress
 from ._step import Passes, Step
 from ._surroundings import Buffers, Surroundings
+from ._trainers import check_closure
 from .schedules import Schedule
 
 
@@ -35,6 +36,7 @@ class Stepping(ABC):
     skipped_steps: int
     step_dropped: bool
     _mixes_steps: ClassVar[bool] = False  # whether the gradients of different steps are added up
+    _uses_first: ClassVar[bool] = False  # whether the length of the first gradient matters, beside its direction
     _closure: ClassVar[str]  # for errors
     _without_closure: ClassVar[str]
     _steps: int  # that were made
@@ -198,8 +200,36 @@ class Stepping(ABC):
         self._progress.advance(step)
         self._after_passes(step)
 
+    def _passes_beside(self, begun: Beginning) -> Generator[int, None, None]:
+        """The passes of a step of a trainer's, which makes the step by `step` without a closure, and may clip before.
+
+        As in a loop over `passes`, but the first pass may have begun before: of several micro-batches its last one is
+        made in the loop, and the second pass is of all of them. As with `perturb`, gradients are left as the trainer's
+        scaler expects them. To leave the loop gives the step up.
+
+        Args:
+            begun: How the step began, with ``inside``.
+
+        Yields:
+            The index of the pass, from 0.
+        """
+        self._give_up_ready()
+        step = self._begin(None, begun)
+        self._progress.begin(step, self._gradient(step))
+        try:
+            for index in itertools.count():
+                with torch.no_grad():
+                    if not self._progress.advance(step):
+                        break
+                yield index
+        except BaseException:
+            self._progress.close()
+            raise
+        self._after_passes(step)
+
     def _make_passes(self, closure: Callable[..., Any]) -> Step:
         """A step whose passes the closure has made."""
+        check_closure(self, closure)
         step = self._begin(closure)
         with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
