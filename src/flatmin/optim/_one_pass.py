@@ -16,7 +16,9 @@ from ._base import SharpnessAware
 from ._displaced import Displaced
 from ._foreach import length
 from ._perturbation import Rho, Scaling, unit
-from ._step import LossScale, Passes, Step
+from ._scale import LossScale
+from ._step import Passes, Step
+from ._trainers import check_closure
 
 
 class OnePass(SharpnessAware):
@@ -133,6 +135,8 @@ class OnePass(SharpnessAware):
 
     def _make_passes(self, closure: Callable[..., Any]) -> Step:
         seen = self._begun is not None
+        if not seen:
+            check_closure(self, closure)
 
         def watched() -> Any:
             untouched = _untouched(self.owned())
