@@ -116,11 +116,18 @@ def _unraisable(found: Any) -> None:
     global _first
     if found.exc_type is KeyboardInterrupt and _first is not None:
         _first = None
-        soon = threading.Timer(0.01, _thread.interrupt_main, [_number])  # here it would be swallowed again
+        soon = threading.Timer(0.01, _send_again)  # here it would be swallowed again
         soon.daemon = True
         soon.start()
     else:
         sys.__unraisablehook__(found)
+
+
+def _send_again() -> None:
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, _number)  # also wakes it
+    else:  # Windows
+        _thread.interrupt_main(_number)
 
 
 def _is_command() -> bool:
