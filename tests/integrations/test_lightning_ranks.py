@@ -57,6 +57,7 @@ def trained(port):
         "rank": ("", SharpnessAware(flatmin.SAM, rho=0.05), 2),
         "global": ("", SharpnessAware(flatmin.SAM, rho=0.05, norm="global"), 2),
         "rank, one batch": ("", SharpnessAware(flatmin.SAM, rho=0.05), 1),
+        "one pass": ("", SharpnessAware(flatmin.S2SAM, rho=0.05), 2),
         "saf": ("saf", TrajectoryLoss(flatmin.SAF(70, 10, lag=1, **loss)), 1),
         "saf, sharded": (
             "saf",
@@ -93,7 +94,7 @@ def results():
     return run_ranks(trained, RANKS, port, timeout=150)
 
 
-CASES = ("rank", "global", "rank, one batch", "saf", "saf, sharded", "mesa", "average")
+CASES = ("rank", "global", "rank, one batch", "one pass", "saf", "saf, sharded", "mesa", "average")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -150,6 +151,30 @@ def test_sam_is_that_of_one_process(results, case):
             weight.grad = (a + b) / 2
         base.step()
     got = results[0][case][0]
+    assert all(torch.allclose(got[name], value, atol=1e-6) for name, value in net.state_dict().items())
+
+
+def test_one_pass_is_that_of_one_process(results):
+    """S2-SAM perturbs along the gradient of the step before, which is that of both ranks."""
+    x, y = (tensor[:70] for tensor in data().tensors)
+    net, before = network(), None
+    weights = list(net.parameters())
+    base = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
+    for _, ranks in steps([each["one pass"][1] for each in results], 2, 1):
+        kept = [weight.detach().clone() for weight in weights]
+        if before is not None:
+            norm = torch.sqrt(sum((g**2).sum() for g in before))
+            with torch.no_grad():
+                for weight, g in zip(weights, before, strict=True):
+                    weight += 0.05 * g / (norm + 1e-12)
+        losses = sum(F.cross_entropy(net(x[index]), y[index]) for parts in ranks for index in parts) / 2 / RANKS
+        before = torch.autograd.grad(losses, weights)
+        with torch.no_grad():
+            for weight, value, g in zip(weights, kept, before, strict=True):
+                weight.copy_(value)
+                weight.grad = g.clone()
+        base.step()
+    got = results[0]["one pass"][0]
     assert all(torch.allclose(got[name], value, atol=1e-6) for name, value in net.state_dict().items())
 
 

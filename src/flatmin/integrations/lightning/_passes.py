@@ -190,8 +190,8 @@ class OnePass(Passes):
             return self.theirs["training_step"](*args, **kwargs)
         self.optimizer.perturb()
         output = self.theirs["training_step"](*args, **kwargs)
-        if loss_of(output) is None:
-            self.settle()
+        if loss_of(output) is None:  # no backward pass comes
+            self.optimizer.restore()
         return output
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
