@@ -130,7 +130,7 @@ class TwoPasses(Passes):
     def _renewed(self) -> Window:
         """The window, without what is left of a step that was never made: Lightning clears the gradients then."""
         first = self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0
-        if first and self._window.batches:
+        if first and current_pass() is None:
             self._window = Window()
         return self._window
 
