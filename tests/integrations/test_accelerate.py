@@ -40,10 +40,15 @@ def sgd(net):
     return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 
 
-def accelerator(accumulate=1, precision="no"):
-    """Accelerate as in a new process; float16, which it has on no CPU, with torch's scaler."""
+def reset():
+    """Has Accelerate as in a new process."""
     accelerate.state.AcceleratorState._reset_state(True)
     accelerate.state.GradientState._reset_state()
+
+
+def accelerator(accumulate=1, precision="no"):
+    """An accelerator, as in a new process; float16, which Accelerate has on no CPU, with torch's scaler."""
+    reset()
     half = precision == "fp16"
     made = accelerate.Accelerator(
         cpu=True, gradient_accumulation_steps=accumulate, mixed_precision="no" if half else precision
@@ -57,8 +62,7 @@ def accelerator(accumulate=1, precision="no"):
 @pytest.fixture(autouse=True)
 def _reset():
     yield
-    accelerate.state.AcceleratorState._reset_state(True)
-    accelerate.state.GradientState._reset_state()
+    reset()
 
 
 def order(epoch):

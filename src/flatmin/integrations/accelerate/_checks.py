@@ -32,8 +32,10 @@ def check_accelerator(accelerator: object) -> Accelerator:
 
 
 def check_model(model: Any, accelerator: Any) -> None:
-    """Refuses a model that is not what ``prepare`` returned."""
-    if not any(model is each for each in accelerator._models):
+    """Refuses a model that is not what ``prepare`` returned, around the one that it was given perhaps."""
+    inside = list(model.modules()) if isinstance(model, nn.Module) else []
+    known = any(module is each for module in inside for each in accelerator._models)
+    if not (known and getattr(model, "_is_accelerate_prepared", False)):
         raise InvalidArgumentError(
             f"model ({type(model).__name__}) is not what accelerator.prepare returned: "
             "model, optimizer, loader = accelerator.prepare(model, optimizer, loader), and then sharpness_aware"
