@@ -50,4 +50,5 @@ def main(method: str = "sam", epochs: int = 10) -> float:
 
 
 if __name__ == "__main__":
-    print(f"test accuracy {100 * main(sys.argv[1] if len(sys.argv) > 1 else 'sam'):.2f} %")
+    chosen = sys.argv[1] if len(sys.argv) > 1 else "sam"
+    print(f"test accuracy {100 * main(chosen):.2f} %")
