@@ -16,6 +16,7 @@ import flatmin
 ROOT = Path(flatmin.__file__).parent
 PUBLIC = [
     "flatmin",
+    "flatmin.integrations.accelerate",
     "flatmin.integrations.lightning",
     *(f"flatmin.{name}" for name in ("averages", "history", "indices", "losses", "optim", "sharpness")),
     "flatmin.lab",
@@ -50,6 +51,7 @@ ALLOWED = {
     "sharpness": SHARED,
     "indices": SHARED,
     "integrations/__init__": set(),
+    "integrations/accelerate": {*SHARED, *LIBRARY},
     "integrations/lightning": {*SHARED, *LIBRARY},
     "losses": {*SHARED, "averages", "history"},
     "lab/__init__": COMPARISON,

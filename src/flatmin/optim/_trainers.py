@@ -1,5 +1,6 @@
 """Says what goes wrong where a trainer calls ``step`` with a closure in which it does more than a pass."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -9,13 +10,16 @@ from weakref import WeakSet
 from ..errors import FlatminWarning, InvalidArgumentError
 
 CALLBACK = "add the callback flatmin.integrations.lightning.SharpnessAware() to the Trainer"
+DEPTH = 20  # frames between accelerate's step and this: torch's wrappers, a scheduler's, the scaler's
 _warned: "WeakSet[Any]" = WeakSet()  # optimizers
 
 
 def check_closure(optimizer: Any, closure: Callable[..., Any]) -> None:
-    """Refuses a closure of Lightning's with which the step would be wrong, and warns once where only its logs are.
+    """Refuses a closure of a trainer's with which the step would be wrong, and warns once where only its logs are.
 
-    Lightning clips and logs within the closure, so that each pass does, and accumulates outside of it.
+    Lightning clips and logs within the closure, so that each pass does, and accumulates outside of it. Accelerate
+    calls no closure for micro-batches between two steps, and scales the loss by a scaler that the optimizer was not
+    given.
 
     Args:
         optimizer: Whose step it is, one of flatmin's.
@@ -24,6 +28,7 @@ def check_closure(optimizer: Any, closure: Callable[..., Any]) -> None:
     Raises:
         InvalidArgumentError: If the step would be wrong.
     """
+    _check_prepared(optimizer)
     if not (isinstance(closure, partial) and len(closure.args) == 3 and _is_lightning(closure.func)):
         return
     name, module = type(optimizer).__name__, closure.args[0]
@@ -61,6 +66,34 @@ def check_closure(optimizer: Any, closure: Callable[..., Any]) -> None:
             FlatminWarning,
             stacklevel=6,  # this, _make_passes, step, torch's two wrappers
         )
+
+
+def _check_prepared(optimizer: Any) -> None:
+    """Refuses ``step(closure)`` of what accelerate's ``prepare`` returned, under accumulation or with its scaler."""
+    accelerate: Any = sys.modules.get("accelerate.optimizer")
+    prepared: Any = getattr(accelerate, "AcceleratedOptimizer", None)
+    frame = None if prepared is None else sys._getframe(1)
+    for _ in range(DEPTH):
+        if frame is None or frame.f_code is prepared.step.__code__:
+            break
+        frame = frame.f_back
+    else:
+        return
+    caller = None if frame is None else frame.f_locals.get("self")
+    if caller is None or caller.optimizer is not optimizer:
+        return
+    name, count = type(optimizer).__name__, caller.gradient_state.num_steps
+    what = f"gradient_accumulation_steps={count}, of which the closure sees the last micro-batch alone"
+    if count == 1:
+        if caller.scaler is None or not caller.scaler.is_enabled():
+            return
+        what = "a scaler, which takes no closures"
+    raise InvalidArgumentError(
+        f"{name}.step(closure) was called by accelerate's optimizer with {what}: make the step by "
+        "flatmin.integrations.accelerate.sharpness_aware(accelerator, model, optimizer, loss=...), or, with a closure "
+        f"that goes over all micro-batches, by optimizer.optimizer.step(closure) with {name}(..., "
+        "scaler=accelerator.scaler)"
+    )
 
 
 def _uses_first(optimizer: Any) -> bool:
