@@ -20,7 +20,8 @@ PUBLIC = [
     "flatmin.lab",
     *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report", "results")),
 ]
-# Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory the second.
+# Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory
+# and among the integrations the second.
 SHARED = {"errors", "_attached", "_checks", "_distributed", "_files", "_interrupts", "_passes", "_rng", "_warn"}
 LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
 RESULTS = {"errors", "_files", "lab/results"}
@@ -46,6 +47,8 @@ ALLOWED = {
     "sharpness": SHARED,
     "indices": SHARED,
     "losses": {*SHARED, "averages", "history"},
+    "integrations/__init__": set(),
+    "integrations/transformers": {*SHARED, *LIBRARY},
     "lab/__init__": COMPARISON,
     "lab/recipe": SHARED,
     "lab/results": RESULTS,
@@ -77,7 +80,7 @@ def test_all_is_sorted_and_each_symbol_is_documented(name: str) -> None:
 def room(path: Path) -> str:
     """The room that a file or folder under src/flatmin belongs to; the empty string for the package itself."""
     parts = [part.removesuffix(".py") for part in path.relative_to(ROOT).parts]
-    return "/".join(parts[:2] if parts[:1] == ["lab"] and len(parts) > 1 else parts[:1])
+    return "/".join(parts[:2] if parts[0:1] in (["lab"], ["integrations"]) and len(parts) > 1 else parts[:1])
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -110,7 +113,7 @@ def test_who_imports_whom(path: Path) -> None:
             assert name in ALLOWED[here] | {here}, f"{here} must not import {name}"
         else:
             light = name in ("torch", "typing_extensions") or name in sys.stdlib_module_names  # torch needs the latter
-            allowed = light or here.startswith("lab/") or here == "__main__"
+            allowed = light or here.startswith(("lab/", "integrations/")) or here == "__main__"
             assert allowed, f"{here} must not import {name}; use errors.require where it is needed"
 
 
