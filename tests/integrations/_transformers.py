@@ -1,6 +1,7 @@
 """Tiny models with random weights, their data, and methods written out by hand over a Trainer's own micro-batches."""
 
 import copy
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -109,6 +110,16 @@ def arguments(folder, **options):
     return TrainingArguments(output_dir=str(folder), **{**known, **options})
 
 
+class Micro(NamedTuple):
+    """What a Trainer gave to a pass."""
+
+    inputs: dict
+    items: object
+    state: torch.Tensor
+    index: torch.Tensor | None
+    epoch: float
+
+
 class Noting(Sharpness, Trainer):
     """Notes each micro-batch, with the state of torch's generator before it, and where steps are made."""
 
@@ -118,8 +129,8 @@ class Noting(Sharpness, Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         clean = {name: value for name, value in inputs.items() if name != "flatmin_index"}
-        index = inputs.get("flatmin_index")
-        self.noted[-1].append((clean, num_items_in_batch, torch.get_rng_state(), index, self.state.epoch))
+        noted = clean, num_items_in_batch, torch.get_rng_state(), inputs.get("flatmin_index"), self.state.epoch
+        self.noted[-1].append(Micro(*noted))
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.noted.append([])
@@ -156,40 +167,93 @@ def difference(one, other):
     return max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
 
 
-def sam_by_hand(model, windows, *, rho=0.05, lr=0.1, clip=None, dtype=None, scale=1.0, penalty=None):
-    """SAM around SGD with momentum 0.9, written out; ``penalty(outputs, micro-batch)`` is added to each loss."""
+def by_hand(
+    model, windows, *, rho=0.05, lr=0.1, clip=None, dtype=None, scale=1.0, penalty=None, loss=None, after=lambda: None
+):
+    """SAM around SGD with momentum 0.9, written out; with ``rho`` of None SGD alone.
+
+    ``penalty(outputs, micro-batch)`` is added to the model's own loss, or to ``loss(outputs, micro-batch)``.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     momenta = [None] * len(parameters)
 
     def gradients(window):
         model.zero_grad()
         for batch in window:
-            inputs, items, state, *_ = batch
-            torch.set_rng_state(state)
+            torch.set_rng_state(batch.state)
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-                outputs = model(**inputs, num_items_in_batch=items)
-            loss = outputs.loss.float()
-            loss = loss if penalty is None else loss + penalty(outputs, batch)
-            (scale * loss).backward()
+                outputs = model(**batch.inputs, num_items_in_batch=batch.items)
+            value = outputs.loss.float() if loss is None else loss(outputs, batch)
+            value = value if penalty is None else value + penalty(outputs, batch)
+            (scale * value).backward()
         return [parameter.grad / scale for parameter in parameters]
 
     for window in windows:
-        first = gradients(window)
-        norm = torch.cat([each.flatten() for each in first]).norm()
         before = [parameter.detach().clone() for parameter in parameters]
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, first, strict=True):
-                parameter += rho * gradient / (norm + 1e-12)
-        second = gradients(window)
+        if rho is not None:
+            first = gradients(window)
+            norm = torch.cat([each.flatten() for each in first]).norm()
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, first, strict=True):
+                    parameter += rho * gradient / (norm + 1e-12)
+        found = gradients(window)
         if clip is not None:
-            total = torch.cat([each.flatten() for each in second]).norm()
-            second = [each * min(1.0, float(clip / (total + 1e-6))) for each in second]
+            total = torch.cat([each.flatten() for each in found]).norm()
+            found = [each * min(1.0, float(clip / (total + 1e-6))) for each in found]
         with torch.no_grad():
-            for number, (parameter, weight, gradient) in enumerate(zip(parameters, before, second, strict=True)):
+            for number, (parameter, weight, gradient) in enumerate(zip(parameters, before, found, strict=True)):
                 momentum = gradient if momenta[number] is None else 0.9 * momenta[number] + gradient
                 momenta[number] = momentum
                 parameter.copy_(weight - lr * momentum)
+        after()
     return model
+
+
+def saf_by_hand(windows, *, coefficient=1.0, temperature=5.0):
+    """SAF with lag 1 from epoch 1 on, as a penalty for `by_hand`."""
+    history = {}
+    total = {id(batch): sum(len(each.index) for each in window) for window in windows for batch in window}
+
+    def penalty(outputs, batch):
+        epoch, logits = int(batch.epoch or 0), outputs.logits.float()
+        rows = batch.index.tolist()
+        past = [history.get((epoch - 1, row)) for row in rows]
+        for row, each in zip(rows, logits.detach(), strict=True):
+            history[epoch, row] = each.clone()
+        if epoch < 1:
+            return 0.0
+        assert all(each is not None for each in past)
+        return coefficient * trajectory(logits, torch.stack(past), temperature).sum() / total[id(batch)]
+
+    return penalty
+
+
+def mesa_by_hand(model, windows, *, kind="sequence", decay=0.9, coefficient=1.0, temperature=5.0, dtype=None):
+    """MESA from epoch 0 on: a penalty for `by_hand`, and what is to be done after each step."""
+    average = copied(model).eval()
+    for parameter in average.parameters():
+        parameter.requires_grad = False
+
+    def counted(batch):
+        labels = batch.inputs["labels"]
+        if kind == "causal":
+            return F.pad(labels[:, 1:] != -100, (0, 1), value=False)
+        return labels != -100
+
+    total = {id(batch): sum(int(counted(each).sum()) for each in window) for window in windows for batch in window}
+
+    def penalty(outputs, batch):
+        inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
+        with torch.no_grad(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            target = average(**inputs).logits
+        return coefficient * trajectory(outputs.logits, target, temperature)[counted(batch)].sum() / total[id(batch)]
+
+    def after():
+        with torch.no_grad():
+            for old, new in zip(average.parameters(), model.parameters(), strict=True):
+                old.mul_(decay).add_(new, alpha=1 - decay)
+
+    return {"penalty": penalty, "after": after}
 
 
 def copied(model):
