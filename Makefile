@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
 
-.PHONY: demo test lint types unit browser format clean
+.PHONY: demo test lint types unit browser stress format clean
 demo: $(VENV)/cli.done
 	$(BIN)/flatmin compare --log-sharpness 3 --look 21
 
@@ -27,6 +27,11 @@ browser:
 	@if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 		(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver) >/dev/null 2>&1 \
 		|| echo 'chromium could not be installed: the tests in a browser are skipped'; fi
+
+# Kills of every word of the command at random moments; fails if anything is wrong afterwards.
+KILLS ?= 120
+stress: $(VENV)/dev.done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py --kills $(KILLS) --out benchmarks/results/kills.json
 
 format: $(VENV)/dev.done
 	$(BIN)/ruff check --fix .

@@ -10,6 +10,7 @@ standard deviation between them, which says what a share too small costs).
 
 import argparse
 import json
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from statistics import fmean, stdev
@@ -32,16 +33,19 @@ DRAWS = 5
 MOMENTUM, WEIGHT_DECAY, LR = 0.9, 5e-4, 0.1
 
 
+def parts(count: int, size: int) -> Iterator[slice]:
+    """Slices of ``size`` that cover ``count``."""
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """In percent, in evaluation mode."""
     was = model.training
     model.eval()
     with torch.no_grad():
-        right = sum(
-            (model(part).argmax(1) == of).sum().item() for part, of in zip(x.split(1000), y.split(1000), strict=True)
-        )
+        right = sum((model(x[part]).argmax(1) == y[part]).sum().item() for part in parts(len(y), 1000))
     model.train(was)
-    return 100 * right / len(y)
+    return 100.0 * float(right) / len(y)
 
 
 def average_row(ema: EMA, train: Tensor, test: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def average_row(ema: EMA, train: Tensor, test: tuple[Tensor, Tensor], generator:
         for _ in range(DRAWS if size < len(train) else 1):
             chosen = train[torch.randperm(len(train), generator=generator)[:size]]
             fresh = deepcopy(ema)
-            fresh.refresh(chosen.split(BATCH))
+            fresh.refresh(chosen[part] for part in parts(size, BATCH))
             draws.append(accuracy(fresh, *test))
         row[f"fresh {size}"] = {"mean": fmean(draws), "between draws": stdev(draws) if len(draws) > 1 else None}
     own = deepcopy(ema)
@@ -77,9 +81,11 @@ def train_seed(seed: int) -> list[dict[str, Any]]:
         ema.attach(optimizer)
     rows = []
     for epoch in range(1, EPOCHS + 1):
-        for index in torch.randperm(len(x), generator=generator)[: steps * BATCH].split(BATCH):
+        order = torch.randperm(len(x), generator=generator)
+        for part in parts(steps * BATCH, BATCH):
             optimizer.zero_grad()
-            F.cross_entropy(model(x[index]), y[index]).backward()
+            loss = F.cross_entropy(model(x[order[part]]), y[order[part]])
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         if epoch in LOOKED_AT:

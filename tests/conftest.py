@@ -2,6 +2,13 @@
 
 import gc
 
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--fuzz 20`` draws twenty times as many random cases in tests/fuzz."""
+    parser.addoption("--fuzz", type=int, default=1, metavar="N", help="Draw N times as many cases in tests/fuzz.")
+
 
 def pytest_collection_finish() -> None:
     """Optimizers look for the network among all objects, once each: among those that tests make, and not torch's."""

@@ -23,12 +23,13 @@ import flatmin
 from flatmin.lab import cli
 from flatmin.lab.cli._shared import app
 from flatmin.lab.methods.registry import METHODS, get_method, resolve_settings
+from flatmin.lab.methods.settings import parse_settings
 from tests.registry import restored
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-PROSE = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"))]
+PROSE = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md"))]
 
 
 class Block(NamedTuple):
@@ -207,7 +208,24 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
 
 
-@pytest.mark.parametrize("block", python_of("docs/optimizers.md"), ids=named)
+OPTIMIZERS = python_of("docs/optimizers.md")
+ONE_PASS = [block for block in OPTIMIZERS if "flatmin.MSAM" in block.code]
+
+
+@pytest.mark.parametrize("block", ONE_PASS, ids=named)
+def test_the_loop_of_a_one_pass_method_is_that_of_its_closure(block: Block) -> None:
+    known, plain = surroundings(), surroundings()
+    torch.manual_seed(1)
+    run(block.code, known, named(block))
+    optimizer, model = flatmin.MSAM(plain["base"], rho=3.0), plain["model"]
+    torch.manual_seed(1)
+    for x, y in plain["loader"]:
+        optimizer.step(lambda x=x, y=y: (optimizer.zero_grad(), F.cross_entropy(model(x), y).backward()))
+    for ours, theirs in zip(known["model"].parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("block", [block for block in OPTIMIZERS if block not in ONE_PASS], ids=named)
 def test_the_code_makes_the_step_that_a_closure_makes(block: Block, on_the_cpu) -> None:
     code, known, plain = block.code, surroundings(num_classes=3), surroundings(num_classes=3)
     plain["optimizer"].step(plain["closure"])
@@ -300,10 +318,10 @@ def test_the_command_takes_the_line(page: str, line: str) -> None:
     for method in (given.get("methods") or given.get("method") or "base").split(","):
         get_method(method.strip())
     for setting in given.get("set_") or []:
-        target, _, values = setting.partition("=")
-        method, _, hyperparameter = target.partition(".")
-        for value in values.split(","):
-            resolve_settings(get_method(method), {hyperparameter: value}, epochs=60)
+        for method, tried in parse_settings([setting]).items():
+            for hyperparameter, values in tried.items():
+                for value in values:
+                    resolve_settings(get_method(method), {hyperparameter: value}, epochs=60)
     if given.get("experiment") and "/" in given["experiment"]:
         assert (ROOT / given["experiment"]).exists()
 

@@ -16,20 +16,23 @@ import flatmin
 ROOT = Path(flatmin.__file__).parent
 PUBLIC = [
     "flatmin",
+    *(f"flatmin.integrations.{name}" for name in ("lightning", "transformers")),
     *(f"flatmin.{name}" for name in ("averages", "history", "indices", "losses", "optim", "sharpness")),
     "flatmin.lab",
     *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report", "results")),
 ]
-# Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory
-# and among the integrations the second.
+# Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory and among
+# the integrations the second.
 SHARED = {"errors", "_attached", "_checks", "_distributed", "_files", "_interrupts", "_passes", "_rng", "_warn"}
 LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
+# What an integration's package needs itself.
+BROUGHT_BY = {"integrations/lightning": ("torchmetrics",), "integrations/transformers": ("accelerate",)}
 RESULTS = {"errors", "_files", "lab/results"}
 PROBLEMS = {*SHARED, *LIBRARY, "lab/recipe", "lab/problems"}
 METHODS = {*SHARED, *LIBRARY, "lab/methods"}
 TRAINING = {*PROBLEMS, *METHODS, "lab/training"}
 RUNS = {*TRAINING, *RESULTS, "lab/runs"}
-REPORT = {*RESULTS, "lab/report"}
+REPORT = {*RESULTS, "_interrupts", "lab/report"}
 COMPARISON = {*RUNS, *REPORT, "lab/comparison"}
 ALLOWED = {
     "errors": set(),
@@ -38,6 +41,7 @@ ALLOWED = {
     "_distributed": {"errors", "_checks"},
     "_files": {"errors", "_checks", "_interrupts"},
     "_interrupts": set(),
+    "_command": {"_interrupts"},
     "_passes": set(),
     "_rng": {"errors", "_checks"},
     "_warn": set(),
@@ -46,9 +50,10 @@ ALLOWED = {
     "averages": SHARED,
     "sharpness": SHARED,
     "indices": SHARED,
-    "losses": {*SHARED, "averages", "history"},
     "integrations/__init__": set(),
+    "integrations/lightning": {*SHARED, *LIBRARY},
     "integrations/transformers": {*SHARED, *LIBRARY},
+    "losses": {*SHARED, "averages", "history"},
     "lab/__init__": COMPARISON,
     "lab/recipe": SHARED,
     "lab/results": RESULTS,
@@ -58,9 +63,9 @@ ALLOWED = {
     "lab/runs": RUNS,
     "lab/comparison": COMPARISON,
     "lab/report": REPORT,
-    "lab/cli": {*COMPARISON, "", "lab/cli"},
-    "__init__": {"errors", *LIBRARY},
-    "__main__": {"lab/cli"},
+    "lab/cli": {*COMPARISON, "", "_command", "lab/cli"},
+    "__init__": {"errors", "_command", *LIBRARY},
+    "__main__": {"_command", "lab/cli"},
 }
 
 
@@ -80,7 +85,7 @@ def test_all_is_sorted_and_each_symbol_is_documented(name: str) -> None:
 def room(path: Path) -> str:
     """The room that a file or folder under src/flatmin belongs to; the empty string for the package itself."""
     parts = [part.removesuffix(".py") for part in path.relative_to(ROOT).parts]
-    return "/".join(parts[:2] if parts[0:1] in (["lab"], ["integrations"]) and len(parts) > 1 else parts[:1])
+    return "/".join(parts[:2] if len(parts) > 1 and parts[0] in ("lab", "integrations") else parts[:1])
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -113,7 +118,8 @@ def test_who_imports_whom(path: Path) -> None:
             assert name in ALLOWED[here] | {here}, f"{here} must not import {name}"
         else:
             light = name in ("torch", "typing_extensions") or name in sys.stdlib_module_names  # torch needs the latter
-            allowed = light or here.startswith(("lab/", "integrations/")) or here == "__main__"
+            theirs = here.startswith("integrations/") and name in (here.split("/")[1], *BROUGHT_BY.get(here, ()))
+            allowed = light or theirs or here.startswith("lab/") or here == "__main__"
             assert allowed, f"{here} must not import {name}; use errors.require where it is needed"
 
 

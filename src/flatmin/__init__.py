@@ -1,5 +1,6 @@
 """flatmin: train PyTorch networks into flat minima at the price of the plain optimizer."""
 
+from . import _command as _command  # before torch is imported, which takes seconds
 from . import averages as averages
 from . import errors as errors
 from . import history as history

@@ -2,20 +2,21 @@
 
 import sys
 
+from . import _command
+
 
 def main() -> None:
     """Runs the command; without the packages it needs, says what to install."""
+    _command.begin()
     try:
         from .lab import cli
     except ImportError as error:
+        _command.ended()
         if error.name is None or error.name.split(".")[0] == "flatmin":
             raise
         print(f"flatmin: the command needs {error.name}; pip install 'flatmin[cli]'", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("flatmin: interrupted before anything was done", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(cli.run())
+        _command.leave(2)
+    _command.leave(cli.run())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Each names the argument, the value it got and the way out::
         ├── DataError                             a data file or folder that is missing, empty or damaged
         ├── ExperimentError                       an experiment file that cannot be used
         ├── NonFiniteLossError (ArithmeticError)  a loss that is infinite or not a number, where one is to be measured
+        │   └── DivergedError                         a training without a finite loss from its first step on
         ├── OutputError (OSError)                 a folder that cannot be written
         └── MissingDependencyError (ImportError)  an optional package that is not installed
 
@@ -18,6 +19,7 @@ Each names the argument, the value it got and the way out::
 """
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
 
 
@@ -43,6 +45,18 @@ class ExperimentError(FlatminError):
 
 class NonFiniteLossError(FlatminError, ArithmeticError):
     """A loss, or a derivative of it, is infinite or not a number, and so cannot be measured."""
+
+
+class DivergedError(NonFiniteLossError):
+    """A training has had no finite loss from its first step on.
+
+    Attributes:
+        metrics: What is known of its first epoch, by name, for a comparison that goes on without it.
+    """
+
+    def __init__(self, message: str, metrics: Mapping[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.metrics = dict(metrics or {})
 
 
 class OutputError(FlatminError, OSError):

@@ -208,7 +208,7 @@ def test_mesas_target_has_the_statistics_of_the_share_it_runs_on(kind, fraction)
     seen = []
     net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     before, random = copy.deepcopy(mesa.average.state_dict()), torch.get_rng_state()
-    logits = torch.zeros(16, C, dtype=torch.float64)
+    logits = torch.zeros(16, C, dtype=torch.float64, requires_grad=True)
     loss = mesa(logits, x)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(mesa.average.state_dict()[name], value) for name, value in before.items())

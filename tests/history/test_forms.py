@@ -441,7 +441,7 @@ def test_one_codec_serves_many_histories_which_share_nothing(codec: Codec, row_b
     assert not storages[0] & storages[1]
     for epoch in range(3):
         safs[0].set_epoch(epoch)
-        safs[0](outputs(epoch, 9, 10), torch.arange(9))
+        safs[0](live(outputs(epoch, 9, 10)), torch.arange(9))
     assert all(torch.equal(a, b) for a, b in zip(untouched, safs[1].history.buffers(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(untouched, safs[0].history.buffers(), strict=True))
 

@@ -115,7 +115,7 @@ def test_a_process_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
     script = f"""
         import os, signal, flatmin, torch
         saf = flatmin.SAF(1000, 100, path={str(tmp_path)!r})
-        saf(torch.zeros(4, 100), torch.arange(4))
+        saf(torch.zeros(4, 100, requires_grad=True), torch.arange(4))
         print("made", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainingArguments, Trainer
 
 from flatmin.integrations.transformers import Sharpness
 
@@ -107,7 +107,7 @@ def arguments(folder, **options):
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(output_dir=str(folder), **{**known, **options})
+    return Seq2SeqTrainingArguments(output_dir=str(folder), **{**known, **options})
 
 
 class Micro(NamedTuple):

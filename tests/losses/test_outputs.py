@@ -345,6 +345,11 @@ class TestSigmoid:
         assert mesa(model(X), X, labels=labels).item() == pytest.approx(binary_oracle(now, then), rel=1e-12)
 
 
+def test_what_was_chosen_is_printed():
+    assert "link" not in repr(flatmin.MESA(nn.Linear(3, C)))
+    assert "class_dim=-1, distance=features" in repr(flatmin.MESA(nn.Linear(3, C), class_dim=-1, distance="features"))
+
+
 class TestDistance:
     def test_features_of_a_network(self):
         model = Wrapped("dict")

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .._interrupts import held
 from ..errors import OutputError
 from ._open import open_descriptor
 
@@ -28,10 +29,11 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        _held.discard(file)
-        with suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)
-        file.close()
+        with held():
+            _held.discard(file)
+            with suppress(OSError):
+                (folder / LOCK).unlink(missing_ok=True)
+            file.close()
 
 
 def _lock(folder: Path) -> Any:

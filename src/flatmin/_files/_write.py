@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .._interrupts import held
 from ..errors import OutputError
 from ._open import open_descriptor, open_file
 
@@ -31,8 +32,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_new(path: Path, content: bytes, *, durable: bool = False) -> os.stat_result:
-    """Writes a new file in place of whatever file or link lies there, and returns its status.
+def write_new(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Writes a new file in place of whatever file or link lies there.
 
     Args:
         path: The file.
@@ -47,7 +48,8 @@ def write_new(path: Path, content: bytes, *, durable: bool = False) -> os.stat_r
         _write(descriptor, content)
         if durable:
             os.fsync(descriptor)
-        return os.fstat(descriptor)
+        if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+            raise OSError(errno.EBUSY, "another process is writing it at the moment")
     finally:
         os.close(descriptor)
 
@@ -88,6 +90,7 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+@held()
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file in one piece: a crash leaves the old content or the new, and never a part.
 
@@ -98,9 +101,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     fresh = path.with_name(path.name + ".new")
     try:
-        written = write_new(fresh, content, durable=True)
-        if not os.path.samestat(written, os.lstat(fresh)):
-            raise OSError(errno.EBUSY, "another process is writing it at the moment")
+        write_new(fresh, content, durable=True)
         fresh.replace(path)
         sync(path.parent)
     except OSError as error:
@@ -127,6 +128,7 @@ def write_lines(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(plain(value)) + "\n" for value in values).encode())
 
 
+@held()
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """Adds ``value`` to such a file. On a full disk, the lines before it stay and nothing of it is left.
 

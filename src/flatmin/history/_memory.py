@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._interrupts import held
 from ..errors import InvalidArgumentError, OutputError
 
 
@@ -31,6 +32,7 @@ def zeros(shape: Sequence[int], *, what: str, device: str | None = None) -> Tens
         ) from error
 
 
+@held()
 def scratch_file(folder: Path, shape: Sequence[int]) -> Tensor:
     """Returns zeros, uint8, memory-mapped from a nameless file in ``folder`` that reserves all its room at once.
 

@@ -6,16 +6,22 @@ from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
 
-from .._checks import check_choice, check_integer, check_number
+from .._checks import Bounds, check_choice
 from ..errors import InvalidArgumentError
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-def _option(default: Any, text: str) -> Any:
-    """A field that the command makes an option of, with its help text."""
-    return field(default=default, metadata={"help": text})
+LR, DECAY = Bounds(above=0, most=1e30), Bounds(least=0, most=1e8)  # a float32 must hold their product
+SEED = Bounds(integer=True, least=0, most=2**32 - 1)  # scikit-learn and numpy take no larger ones
+
+
+def _option(default: Any, text: str, bounds: Bounds | None = None) -> Any:
+    """A field that the command makes an option of, with its help text and the bounds of a number."""
+    said, _, else_ = text.partition("  [default")
+    text = f"{said} ({bounds})" + (f"  [default{else_}" if else_ else "") if bounds else text
+    return field(default=default, metadata={"help": text, "bounds": bounds})
 
 
 @dataclass(frozen=True)
@@ -63,66 +69,78 @@ class Recipe:
     model: str = _option(
         "cnn", "cnn | cnn1d (for mnist1d) | resnet18 | wrn-28-10 | pyramidnet-110 | timm/NAME | torchvision/NAME."
     )
-    epochs: int = _option(60, "Epochs of training.")
+    epochs: int = _option(60, "Epochs of training.", Bounds(integer=True, least=1))
     batch_size: int = _option(
         128,
         "Samples in a batch, all processes together; the last is dropped if a process would get fewer than two of it.",
+        Bounds(integer=True, least=2, hint="; batch norm needs two samples"),
     )
     optimizer: str = _option("sgd", "sgd | adamw; the learning rate follows a cosine down to 0.")
-    lr: float | None = _option(None, "Learning rate at the start.  [default: 0.1 for sgd, 0.001 for adamw]")
-    momentum: float = _option(0.9, "Momentum of sgd; first beta of adamw.")
-    weight_decay: float | None = _option(None, "Weight decay.  [default: 0.0005 for sgd, 0.05 for adamw]")
+    lr: float | None = _option(None, "Learning rate at the start.  [default: 0.1 for sgd, 0.001 for adamw]", LR)
+    momentum: float = _option(0.9, "Momentum of sgd; first beta of adamw.", Bounds(least=0, below=1))
+    weight_decay: float | None = _option(None, "Weight decay.  [default: 0.0005 for sgd, 0.05 for adamw]", DECAY)
     crop: bool = _option(False, "Crop training images at random, shifted by up to an eighth of their size.")
     flip: bool = _option(False, "Flip training images left to right at random.")
-    label_noise: float = _option(0.0, "Share of the training labels that are replaced by a wrong class.")
-    train_samples: int = _option(0, "Train on this many samples, drawn by the seed; 0: all.")
-    validation: float = _option(
-        0.0, "Share of the training set to hold out and test on instead of the test set, to choose settings."
+    label_noise: float = _option(
+        0.0, "Share of the training labels that are replaced by a wrong class.", Bounds(least=0, below=1)
     )
-    image_size: int = _option(32, "Side in pixels to which the images of folder: are scaled and cropped.")
+    train_samples: int = _option(
+        0, "Train on this many samples, drawn by the seed; 0: all.", Bounds(integer=True, least=0)
+    )
+    validation: float = _option(
+        0.0,
+        "Share of the training set to hold out and test on instead of the test set, to choose settings.",
+        Bounds(least=0, below=1),
+    )
+    image_size: int = _option(
+        32,
+        "Side in pixels to which the images of folder: are scaled and cropped.",
+        Bounds(integer=True, least=4, most=4096),
+    )
     log_sharpness: int = _option(
-        0, "Measure SAM's sharpness after every N-th epoch and the last: four passes over 512 samples; 0: never."
+        0,
+        "Measure SAM's sharpness after every N-th epoch and the last: four passes over 512 samples; 0: never.",
+        Bounds(integer=True, least=0),
     )
     log_curvature: int = _option(
         0,
         "Measure the Hessian's largest eigenvalue after every N-th epoch and the last: about forty passes over 512 "
         "samples; 0: never.",
+        Bounds(integer=True, least=0),
     )
     precision: str = _option(
         "float32", "float32 | bfloat16 | float16; the last two by autocast, float16 with a gradient scaler."
     )
     device: str = _option("auto", "auto | cpu | cuda | cuda:1 | mps.")
-    workers: int = _option(0, "Processes that load data, for folder: and experiment files.")
+    workers: int = _option(
+        0, "Processes that load data, for folder: and experiment files.", Bounds(integer=True, least=0, most=1024)
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.experiment, PathLike):
+            object.__setattr__(self, "experiment", fspath(self.experiment))
+        if self.experiment is not None:
+            _check_kind("experiment", self.experiment, str, "the path of a file")
+        for name in ("data", "model", "optimizer", "precision", "device"):
+            _check_kind(name, getattr(self, name), str, "a text")
+        for name in ("crop", "flip"):
+            _check_kind(name, getattr(self, name), bool, "True or False")
         for name in ("data", "model"):
             if self.experiment is not None and getattr(self, name) != getattr(Recipe, name):
                 raise InvalidArgumentError(
                     f"{name} and an experiment file exclude each other: the file defines its own"
                 )
-        for name in ("experiment", "data", "model", "device"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and not (name == "experiment" and value is None):
-                raise InvalidArgumentError(f"{name} must be a string, got {value!r:.80}")
-        for name in ("crop", "flip"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidArgumentError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
-        check_integer("epochs", self.epochs, least=1)
-        check_integer("batch_size", self.batch_size, least=2, hint="; batch norm needs two samples")
-        check_integer("train_samples", self.train_samples, least=0)
-        check_integer("image_size", self.image_size, least=4)
-        check_integer("workers", self.workers, least=0)
-        check_integer("log_sharpness", self.log_sharpness, least=0)
-        check_integer("log_curvature", self.log_curvature, least=0)
-        check_number("momentum", self.momentum, least=0, below=1)
-        check_number("label_noise", self.label_noise, least=0, below=1)
-        check_number("validation", self.validation, least=0, below=1)
-        if self.lr is not None:
-            check_number("lr", self.lr, above=0)
-        if self.weight_decay is not None:
-            check_number("weight_decay", self.weight_decay, least=0)
+        for known in dataclasses.fields(self):
+            value, bounds = getattr(self, known.name), known.metadata["bounds"]
+            if bounds is not None and not (value is None and known.default is None):
+                bounds.check(known.name, value)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("precision", self.precision, PRECISIONS)
+
+
+def _check_kind(name: str, value: Any, kind: type, said: str) -> None:
+    if not isinstance(value, kind):
+        raise InvalidArgumentError(f"{name} must be {said}, got {value!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +151,7 @@ class Run:
     and the augmentation, so runs of different methods with the same seed differ in the method alone.
 
     Raises:
-        InvalidArgumentError: If a hyperparameter has the name of a part of the recipe.
+        InvalidArgumentError: If the seed is out of its bounds, or a hyperparameter is called as a part of the recipe.
     """
 
     recipe: Recipe
@@ -142,6 +160,7 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        SEED.check("seed", self.seed)
         taken = {"method", "seed", *(field.name for field in dataclasses.fields(Recipe))}
         for name in taken & set(self.settings):
             raise InvalidArgumentError(

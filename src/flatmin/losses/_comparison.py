@@ -48,6 +48,11 @@ class Comparison:
         if distance is not None and link != "softmax":
             raise InvalidArgumentError(f"link={link!r} and distance={distance!r} exclude each other: leave one out")
 
+    def chosen(self) -> dict[str, Any]:
+        """The arguments that are not the defaults, to be printed."""
+        values = {"class_dim": self.class_dim, "link": self.link, "distance": self.distance}
+        return {name: value for name, value in values.items() if value not in (None, "softmax")}
+
     def outputs(self, returned: Any) -> Any:
         """The logits, or features, in what a network has returned."""
         return find_logits(returned, self.output)

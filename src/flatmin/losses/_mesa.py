@@ -272,7 +272,8 @@ class MESA(nn.Module):
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""
         names = ("coefficient", "temperature", "decay", "start_epoch", "fraction", "interval", "autocast", "statistics")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        shown = {name: getattr(self, name) for name in names}
+        return ", ".join(f"{name}={value}" for name, value in {**shown, **self._comparison.chosen()}.items())
 
     def _nothing(self, logits: Any) -> Tensor:
         tensor = first_tensor(logits)

@@ -93,7 +93,7 @@ class SharpnessAware(Stepping, Wrapper):
     _closure = "def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); return loss"
     _without_closure = (
         "; or make the passes in a loop: for _ in optimizer.passes(): ..., or use perturb, restore and step, or "
-        "first_step, second_step"
+        "first_step, second_step; in Lightning, the callback flatmin.integrations.lightning.SharpnessAware()"
     )
 
     def __init__(
@@ -158,6 +158,8 @@ class SharpnessAware(Stepping, Wrapper):
             ...     optimizer.zero_grad()
             ...     weight.square().sum().backward()
         """
+        self._check_idle("another step")
+        self._give_up_ready()
         step = self._begin(None)
         with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
@@ -194,7 +196,7 @@ class SharpnessAware(Stepping, Wrapper):
             ...     weight.square().sum().backward()
             ...     optimizer.second_step(zero_grad=True)
         """
-        wanted = self.perturb()
+        wanted = self._perturb()
         if not wanted:
             self.step()
         self._over = not wanted
@@ -213,7 +215,7 @@ class SharpnessAware(Stepping, Wrapper):
         """
         over, self._over = self._over, False
         if self._progress.under_way is not None:
-            self.restore()
+            self._restore()
             self.step()
         elif not over:
             raise InvalidArgumentError("second_step comes after first_step, which has not been called")
@@ -232,7 +234,7 @@ class SharpnessAware(Stepping, Wrapper):
         return f"{type(self).__name__}({', '.join(shown)}) around {self.base_optimizer!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        self._progress.check_idle("a copy")
+        self._check_idle("a copy")
         state = super().__getstate__()
         return {name: value for name, value in state.items() if name not in ("_progress", "_beginnings", "_seen")}
 
@@ -241,7 +243,7 @@ class SharpnessAware(Stepping, Wrapper):
         self._set_up()
 
     def _own_state(self) -> dict[str, Any]:
-        self._progress.check_idle("state_dict")
+        self._check_idle("state_dict")
         return {
             "step": self._steps,
             "state": self._memory.state_dict(self.param_groups),
@@ -249,7 +251,7 @@ class SharpnessAware(Stepping, Wrapper):
         }
 
     def _load(self, base: dict[str, Any], own: dict[str, Any]) -> None:
-        self._progress.check_idle("load_state_dict")
+        self._check_idle("load_state_dict")
         steps = check_integer("state_dict['flatmin']['step']", own.get("step", 0), least=0)
         memory = Memory.from_state(own.get("state", {}), self.param_groups)
         self.base_optimizer.load_state_dict(base)
@@ -273,7 +275,7 @@ class SharpnessAware(Stepping, Wrapper):
             beginnings=self._beginnings,
             begun=begun,
             seen=self._seen,
-            local=self.norm == "rank" and begun is None,
+            local=self.norm == "rank" and (begun is None or begun.inside),
             replay=self._replay,
             max_norm=self.max_norm,
             scale=LossScale(self.scaler, self, outside=begun is not None),

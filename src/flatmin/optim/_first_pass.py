@@ -24,11 +24,13 @@ class Beginning:
         buffers: The network's; None if nobody knows them.
         random: The states of the generators before each of its forward passes; empty if nobody knows them.
         seen: Whether the hook has seen that pass.
+        inside: Whether the optimizer is told of that pass, or of its last micro-batch, while it is made.
     """
 
     buffers: Buffers | None = None
     random: list[Everywhere] = field(default_factory=list)
     seen: bool = False
+    inside: bool = False
 
 
 class Beginnings:

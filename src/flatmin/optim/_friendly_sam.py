@@ -80,6 +80,7 @@ class FriendlySAM(SharpnessAware):
     """
 
     _mixes_steps = True
+    _uses_first = True
 
     def __init__(
         self,

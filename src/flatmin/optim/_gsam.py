@@ -80,6 +80,8 @@ class GSAM(SharpnessAware):
         >>> optimizer = flatmin.GSAM(base, rho=flatmin.optim.RhoByLR(0.04, 0.02, lr_max=0.1), alpha=0.01)
     """
 
+    _uses_first = True
+
     def __init__(
         self,
         base_optimizer: Optimizer | Sequence[Optimizer],

@@ -78,6 +78,8 @@ class LookSAM(SharpnessAware):
         >>> optimizer = flatmin.LookSAM(base, rho=0.05, k=5, alpha=0.7)
     """
 
+    _uses_first = True
+
     def __init__(
         self,
         base_optimizer: Optimizer | Sequence[Optimizer],

@@ -8,9 +8,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..errors import InvalidArgumentError
-from ._base import SharpnessAware
+from ._one_pass import OnePass
 from ._perturbation import Rho, Scaling
-from ._step import Passes, Step
+from ._step import Step
 
 NAMES = ("momentum_buffer", "exp_avg")  # what torch's optimizers, and those that follow them, call their momentum
 
@@ -27,7 +27,7 @@ def momenta(parameters: list[Tensor], state: Mapping[Tensor, Mapping[str, Any]])
     return known, found
 
 
-class MSAM(SharpnessAware):
+class MSAM(OnePass):
     """MSAM: steps with the gradient taken ``rho`` ahead along the momentum; one forward-backward pass a step.
 
     ::
@@ -55,10 +55,10 @@ class MSAM(SharpnessAware):
             loss is not scaled. Call ``scaler.update()`` after each step.
         max_norm: Clips the gradient that the base optimizer steps with to this L2 norm, > 0. None (default): no
             clipping. The gradient that makes the perturbation is never clipped.
-        model: The network, the outermost module; all its buffers then stand still in the second pass and in a step that
-            is dropped. None (default): those of torch's normalisation layers do, which are looked for, and DDP modules
-            are found as they are called. Give it if other buffers move in a forward pass (spectral norm, codebooks, own
-            layers), and for a compiled model, of which torch warns otherwise.
+        model: The network that your loop calls. ``loss.backward()`` and ``step()`` then need no closure: its forward
+            passes in training mode are at the perturbed weights, which are put back when backward is over. All its
+            buffers are put back in a step that is dropped. None (default): `step` needs a closure, and the buffers of
+            torch's normalisation layers are put back.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used; in the second step if the base optimizer
@@ -66,11 +66,14 @@ class MSAM(SharpnessAware):
 
     Example:
         >>> import torch, flatmin
-        >>> base = torch.optim.SGD(torch.nn.Linear(4, 3).parameters(), lr=0.1, momentum=0.9)
-        >>> optimizer = flatmin.MSAM(base, rho=3.0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = flatmin.MSAM(base, rho=3.0, model=model)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(2, 4)).square().mean().backward()
+        ...     optimizer.step()
     """
-
-    max_passes = 1
 
     def __init__(
         self,
@@ -93,7 +96,7 @@ class MSAM(SharpnessAware):
             model=model,
         )
 
-    def _gradient(self, step: Step) -> Passes:
+    def _direction(self, step: Step) -> tuple[list[Tensor], list[Tensor], float]:
         state = self.base_optimizer.state
         known, found = momenta(step.candidates(), state)
         if step.index > 0 and not found and not momenta(list(state), state)[0]:
@@ -101,4 +104,4 @@ class MSAM(SharpnessAware):
                 f"base_optimizer {type(self.base_optimizer).__name__} keeps none of {', '.join(NAMES)}, along which "
                 "MSAM perturbs; give SGD a momentum, or use S2SAM"
             )
-        yield from step.only_pass(known, found, sign=-1)
+        return known, found, -1.0

@@ -33,7 +33,7 @@ def moved(
     eps: float,
     norm: float | None = None,
     check: Callable[[list[Tensor], list[Tensor], list[Tensor]], None] | None = None,
-) -> Iterator[None]:
+) -> Iterator[list[Tensor]]:
     """Inside, ``parameters`` are moved by ``rho`` along ``directions``; on leaving they are bit-identical to before.
 
     Args:
@@ -44,6 +44,9 @@ def moved(
         eps: Added to ``n``.
         norm: The norm of the directions, where it is known.
         check: Looks at the moved weights, copies of the weights, and ``s``.
+
+    Yields:
+        Copies of the weights as they were.
     """
     offsets, divisor = scaling(parameters, directions, norm) if parameters else ([], 0.0)
     weights = clones(parameters)
@@ -54,7 +57,7 @@ def moved(
         offsets.clear()
         directions.clear()
         torch.clear_autocast_cache()  # an autocast around the step holds casts of the weights as they were
-        yield
+        yield weights
     finally:
         with torch.no_grad():  # a step that is given up comes here by itself
             copy_(parameters, weights)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ._base import SharpnessAware
 from ._foreach import clones
+from ._one_pass import OnePass
 from ._perturbation import Rho, Scaling
-from ._step import Passes, Step
+from ._step import Step
 
 
-class S2SAM(SharpnessAware):
+class S2SAM(OnePass):
     """S2-SAM: steps with the gradient taken ``rho`` up the slope of the step before; one forward-backward pass a step.
 
     ::
@@ -42,21 +42,24 @@ class S2SAM(SharpnessAware):
             loss is not scaled. Call ``scaler.update()`` after each step.
         max_norm: Clips the gradient that the base optimizer steps with to this L2 norm, > 0. None (default): no
             clipping. The gradient that makes the perturbation is never clipped.
-        model: The network, the outermost module; all its buffers then stand still in the second pass and in a step that
-            is dropped. None (default): those of torch's normalisation layers do, which are looked for, and DDP modules
-            are found as they are called. Give it if other buffers move in a forward pass (spectral norm, codebooks, own
-            layers), and for a compiled model, of which torch warns otherwise.
+        model: The network that your loop calls. ``loss.backward()`` and ``step()`` then need no closure: its forward
+            passes in training mode are at the perturbed weights, which are put back when backward is over. All its
+            buffers are put back in a step that is dropped. None (default): `step` needs a closure, and the buffers of
+            torch's normalisation layers are put back.
 
     Raises:
         InvalidArgumentError: (a ValueError) if an argument cannot be used.
 
     Example:
         >>> import torch, flatmin
-        >>> base = torch.optim.SGD(torch.nn.Linear(4, 3).parameters(), lr=0.1, momentum=0.9)
-        >>> optimizer = flatmin.S2SAM(base, rho=0.05)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = flatmin.S2SAM(base, rho=0.05, model=model)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(2, 4)).square().mean().backward()
+        ...     optimizer.step()
     """
-
-    max_passes = 1
 
     def __init__(
         self,
@@ -79,7 +82,9 @@ class S2SAM(SharpnessAware):
             model=model,
         )
 
-    def _gradient(self, step: Step) -> Passes:
-        yield from step.only_pass(*self._memory.known("gradient", step.candidates()))
+    def _direction(self, step: Step) -> tuple[list[Tensor], list[Tensor], float]:
+        return *self._memory.known("gradient", step.candidates()), 1.0
+
+    def _made(self, step: Step) -> None:
         parameters, gradients = step.to_perturb()
         self._memory.replace("gradient", parameters, clones(gradients))

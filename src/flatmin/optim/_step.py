@@ -2,9 +2,8 @@
 
 import operator
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +112,7 @@ class Step:
         if possible and self.replay:
             known = self.begun.random[:1] if self.begun is not None else []
             self._random = next(iter(known), None) or self._random_now()
-        self._remember()
+        self.remember()
         others = self.surroundings.other_gradients(self.every()) if possible else OtherGradients(())
         mark = Mark(self.every() if self.begun is None else (), self.seen)
         try:
@@ -141,7 +140,7 @@ class Step:
             self.second_runs = decided(self.when.after(self.index, self.norm), self.index)
         if not self.second_runs:
             others.keep()
-        elif self.begun is None:
+        elif self.begun is None or self.begun.inside:
             others.drop()
         else:  # what was set aside has the first gradient in it
             self._others = others
@@ -189,13 +188,25 @@ class Step:
 
     def only_pass(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> Passes:
         """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
-        self._remember()
-        perturbed = self.rho > 0 and len(parameters) > 0
-        move = partial(moved, rho=sign * self.rho, eps=1e-12, check=self.check)
-        with move(parameters, directions, self.scaling) if perturbed else nullcontext():
+        self.remember()
+        with self.along(parameters, directions, sign=sign):
             yield
         self._collect("only")
         self.scale.remove(self.gradients, last=True)
+
+    def along(
+        self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0, norm: float | None = None
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Inside, the weights are moved along ``directions``, whose norm may be known, if there are any; `moved`."""
+        if self.rho == 0 or not parameters:
+            return nullcontext([])
+        check, self.check = self.check, None
+        return moved(parameters, directions, self.scaling, rho=sign * self.rho, eps=1e-12, norm=norm, check=check)
+
+    def remember(self) -> None:
+        """Copies the buffers, if it is not done."""
+        if self.before is None:
+            self.before = Buffers(self.surroundings.modules(self.every()))
 
     def candidates(self) -> list[Tensor]:
         """All parameters that may be perturbed, with a gradient or without; not those that are frozen now."""
@@ -244,11 +255,6 @@ class Step:
             factor = self.max_norm / (length(gradients) + 1e-6)  # as clip_grad_norm_ does
             if factor < 1:
                 scale_(gradients, factor)
-
-    def _remember(self) -> None:
-        """Copies the buffers, if it is not done."""
-        if self.before is None:
-            self.before = Buffers(self.surroundings.modules(self.every()))
 
     def _random_now(self) -> Everywhere:
         return Everywhere.on({CPU, *(parameter.device for parameter in self.every())})

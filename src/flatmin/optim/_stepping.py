@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from ._memory import Memory
 from ._progress import ORDER, Progress
 from ._step import Passes, Step
 from ._surroundings import Buffers, Surroundings
+from ._trainers import check_closure
 from .schedules import Schedule
 
 
@@ -35,6 +36,7 @@ class Stepping(ABC):
     skipped_steps: int
     step_dropped: bool
     _mixes_steps: ClassVar[bool] = False  # whether the gradients of different steps are added up
+    _uses_first: ClassVar[bool] = False  # whether the length of the first gradient matters, beside its direction
     _closure: ClassVar[str]  # for errors
     _without_closure: ClassVar[str]
     _steps: int  # that were made
@@ -114,30 +116,29 @@ class Stepping(ABC):
         self._seen = None if step.begun is not None or step.failed else Seen(step.parameters)
         return step.loss
 
-    @torch.no_grad()
     def perturb(self) -> bool:
         """Moves the weights to where the second gradient is to be taken, after the first backward pass.
 
-        For loops that somebody else owns: whoever does may make several micro-batches a pass, unscale, clip, and call
-        ``scaler.step(optimizer)``. The order is ``backward(); perturb(); backward(); restore(); step()``, and where
-        this returns False, ``backward(); perturb(); step()``. `passes` and `step` with a closure do the same, and see
-        the first pass too; here it is over before the optimizer knows of it. With ``model=`` it is seen nevertheless:
-        dropout takes the same masks in both passes, of several micro-batches too, and a step that is dropped puts all
-        buffers back. Without, the second pass draws other numbers, and the very first step cannot put buffers back.
+        For loops that somebody else owns, of several micro-batches a pass perhaps, who may unscale, clip and call
+        ``scaler.step(optimizer)`` in between. The order is ``backward(); perturb(); backward(); restore(); step()``,
+        and where this returns False, ``backward(); perturb(); step()``. Own loops should prefer `passes`, and `step`
+        with a closure, which see the first pass; here it is over before the optimizer knows of it. With ``model=`` it
+        is seen nevertheless. Without, dropout takes other masks in the second, and a step that is dropped puts
+        buffers back to where they were after the step before, which the first of all cannot.
 
-        Gradients are cleared for the second pass, also those of what other optimizers train. Under
-        ``DistributedDataParallel`` the first gradient is averaged by now, so that ``norm="global"`` is needed.
+        Gradients are cleared for the second pass, also those of what other optimizers train, and what the second pass
+        does not reach of these is put back.
 
-        With a ``GradScaler`` of the loop's, give it as ``scaler=``, and scale the loss in both passes. The loop
-        unscales, by ``scaler.unscale_(optimizer)`` after `restore`, or ``scaler.step(optimizer)``; to unscale before
-        `perturb` or `restore` is right too.
+        With a ``GradScaler`` of the loop's, give it as ``scaler=``, and scale the loss in both passes. The loop may
+        unscale before `perturb`, before `restore`, and before `step`, or leave it to ``scaler.step(optimizer)``.
 
         Returns:
             Whether a second backward pass is wanted, and `restore` after it. Where not, because of ``when``, or since
             a gradient is not finite, ``.grad`` is what the base optimizer is to step with.
 
         Raises:
-            InvalidArgumentError: If there is no gradient, or a step is under way already.
+            InvalidArgumentError: If there is no gradient, a step is under way already, or, on several processes, if
+                ``norm`` is ``"rank"``, since the first gradient is averaged by then.
 
         Example:
             >>> import torch, flatmin
@@ -150,12 +151,29 @@ class Stepping(ABC):
             >>> optimizer.step()
             >>> optimizer.zero_grad()
         """
+        return self._perturb()
+
+    def restore(self) -> None:
+        """Puts the weights back, bit-identical, after the second backward pass; ``.grad`` is what to step with.
+
+        Raises:
+            InvalidArgumentError: If there was no `perturb`, or there is no gradient: the weights are as they were then
+                too, and the step is given up. `abandon` does that without a word.
+        """
+        self._restore()
+
+    def abandon(self) -> None:
+        """Gives up the step that `perturb` or `first_step` has begun: all is as before, the weights bit-identical."""
+        self._progress.close()
+
+    @torch.no_grad()
+    def _perturb(self) -> bool:
         if self.norm == "rank" and size() > 1:
             raise InvalidArgumentError(
                 "perturb and first_step come after the gradients are averaged, and norm='rank' is for those of one "
                 f"rank; make it {type(self).__name__}(..., norm='global'), or use passes() or a closure"
             )
-        self._progress.check_idle("perturb()")
+        self._check_idle("perturb()")
         self._give_up_ready()
         self.scaler = self._scaler_of_loop() or self.scaler
         step = self._begin(None, begun=self._beginnings.take())
@@ -169,13 +187,7 @@ class Stepping(ABC):
         return wanted
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Puts the weights back, bit-identical, after the second backward pass; ``.grad`` is what to step with.
-
-        Raises:
-            InvalidArgumentError: If there was no `perturb`, or there is no gradient: the weights are as they were then
-                too, and the step is given up. `abandon` does that without a word.
-        """
+    def _restore(self) -> None:
         step = self._progress.under_way
         if step is None or step.begun is None:
             why = "which has not been called"
@@ -188,12 +200,36 @@ class Stepping(ABC):
         self._progress.advance(step)
         self._after_passes(step)
 
-    def abandon(self) -> None:
-        """Gives up the step that `perturb` or `first_step` has begun: all is as before, the weights bit-identical."""
-        self._progress.close()
+    def _passes_beside(self, begun: Beginning) -> Generator[int, None, None]:
+        """The passes of a step of a trainer's, which makes the step by `step` without a closure, and may clip before.
+
+        As in a loop over `passes`, but the first pass may have begun before: of several micro-batches its last one is
+        made in the loop, and the second pass is of all of them. As with `perturb`, gradients are left as the trainer's
+        scaler expects them. To leave the loop gives the step up.
+
+        Args:
+            begun: How the step began, with ``inside``.
+
+        Yields:
+            The index of the pass, from 0.
+        """
+        self._give_up_ready()
+        step = self._begin(None, begun)
+        self._progress.begin(step, self._gradient(step))
+        try:
+            for index in itertools.count():
+                with torch.no_grad():
+                    if not self._progress.advance(step):
+                        break
+                yield index
+        except BaseException:
+            self._progress.close()
+            raise
+        self._after_passes(step)
 
     def _make_passes(self, closure: Callable[..., Any]) -> Step:
         """A step whose passes the closure has made."""
+        check_closure(self, closure)
         step = self._begin(closure)
         with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
@@ -209,7 +245,8 @@ class Stepping(ABC):
     def _run_beside(self, closure: Callable[..., Any]) -> None:
         """Calls a closure that loops give to every step, and that has nothing to compute where one is prepared."""
         handles, reached = [], list[Tensor]()
-        for parameter in self._progress.ready.parameters if self._progress.ready is not None else ():
+        parameters: list[Any] = [] if self._progress.ready is None else self._progress.ready.parameters
+        for parameter in parameters:
             handles.append(parameter.register_post_accumulate_grad_hook(reached.append))
         try:
             with torch.enable_grad():
@@ -218,6 +255,7 @@ class Stepping(ABC):
             for handle in handles:
                 handle.remove()
         if reached:
+            self._progress.close()
             raise InvalidArgumentError(
                 "the closure made a backward pass, and perturb() had prepared the step, which it has spoilt: call "
                 "step() without a closure after perturb() and restore(), or abandon() before step(closure)"
@@ -225,7 +263,7 @@ class Stepping(ABC):
 
     def _step_without_closure(self) -> Step:
         """The step whose passes were made without a closure."""
-        self._progress.check_idle("step()")
+        self._check_idle("step()")
         step = self._progress.take()
         if step is None:
             raise InvalidArgumentError(
@@ -249,6 +287,9 @@ class Stepping(ABC):
         name = type(self).__name__
         return f"{name} has to know the GradScaler of the loop, since {why}: {name}(..., scaler=scaler)"
 
+    def _check_idle(self, what: str) -> None:
+        self._progress.check_idle(what)
+
     def _after_passes(self, step: Step) -> None:
         """The passes are made, and the step is not: it is known whether it is dropped, and how the next one begins."""
         self.step_dropped = bool(step.failed)
@@ -266,5 +307,5 @@ class Stepping(ABC):
                 f"a step of {type(self).__name__} was prepared by perturb() and was not made: call step() before the "
                 f"next perturb(), the order is {ORDER}; or abandon() to leave it out on purpose (warned once)",
                 FlatminWarning,
-                stacklevel=4,  # _give_up_ready, perturb, torch's wrapper
+                stacklevel=5,  # _give_up_ready, _perturb, torch's wrapper, perturb
             )

@@ -28,7 +28,7 @@ WRONG_VALUES = {
     "--method sam --rho 0": "rho must be a finite number > 0, got 0.0",
     "--method sam --rho -0.1": "rho must be",
     "--method base --rho 0.1": "base has no hyperparameter 'rho'",
-    "--smoothing 1": "smoothing must be in [0, 1), got 1.0",
+    "--smoothing 1": "smoothing must be a finite number >= 0 and < 1, got 1.0",
     "--label-noise 1": "label_noise must be a finite number >= 0 and < 1, got 1.0",
     "--epochs 0": "epochs must be an integer of at least 1, got 0",
     "--epochs many": "--epochs",

@@ -108,6 +108,27 @@ class TestRows:
         assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=lambda kind: kind.name)
+def test_ctrl_c_once_the_comparison_is_done_is_one_line_and_exit_code_2(flatmin, monkeypatch, kind):
+    class Done:
+        def __init__(self, recipe, rows, folder, **_):
+            self.found = Outcome(recipe, rows)
+
+        def run(self):
+            self.found.metrics = {row.label: {0: {"test_accuracy": 0.9}} for row in self.found.rows}
+            return self.found
+
+    def interrupted(sources):
+        signal.raise_signal(kind)
+
+    monkeypatch.setattr("flatmin.lab.comparison.compare.Comparison", Done)
+    monkeypatch.setattr("flatmin.lab.report.write_report", interrupted)
+    found = flatmin("compare", "--out", "run")
+    said = "flatmin: warning: interrupted while writing the report; the comparison itself is complete, kept in run\n"
+    assert (found.code, found.err) == (2, said)
+    assert "1 finished seed: too few" in found.out
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
 class TestTheRealThing:
     def test_table_files_and_verdict(self, flatmin, experiment):

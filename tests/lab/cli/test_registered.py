@@ -95,10 +95,13 @@ def test_trained_resumed_and_measured_in_fresh_processes(flatmin, path):
 def test_resumed_from_the_copy_of_the_file_where_it_is_gone(flatmin, path):
     assert fresh("train", path, "--method", "squared", "--epochs", 1, "--out", "run").returncode == 0
     Path(path).unlink()
-    found = fresh("train", "--resume", "run")
+    refused = flatmin("train", "--resume", "run")
+    assert refused.code == 2
+    assert "run/experiment.py came with the run" in refused.err
+    found = fresh("train", "--resume", "run", "--trust-experiment")
     assert (found.returncode, found.stderr) == (0, "")
     assert "the run is finished" in found.stdout
-    assert fresh("sharpness", "run", "--samples", 8, "--eigenvalues", 0).returncode == 0
+    assert fresh("sharpness", "run", "--samples", 8, "--eigenvalues", 0, "--trust-experiment").returncode == 0
 
 
 def test_options_that_differ_from_the_runs_own_are_refused(flatmin, path):

@@ -1,6 +1,7 @@
 """The commands that measure saved runs."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,10 @@ def test_what_cannot_be_measured_is_said_in_a_line(flatmin, run, experiment, tmp
         other.replace("BatchNorm1d(8)", "BatchNorm1d(9)").replace("(8, 3)", "(9, 3)")
     )
     (tmp_path / "other.py").write_text((tmp_path / "base" / "experiment.py").read_text())
+    assert "other.py has changed since the run began" in flatmin("sharpness", folder).err
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["experiment_digest"] = sha256((tmp_path / "other.py").read_bytes()).hexdigest()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     found = flatmin("sharpness", folder)
     assert found.code == 2
     assert "not a checkpoint of this run's network: model.0.weight" in found.err

@@ -3,11 +3,10 @@
 import json
 import math
 import signal
-from concurrent.futures import Future, wait
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from flatmin.errors import DataError, InvalidArgumentError
 from flatmin.lab.comparison import run as run_module
@@ -15,6 +14,7 @@ from flatmin.lab.comparison.outcome import Outcome
 from flatmin.lab.comparison.rows import make_rows
 from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.timing import Cost
+from flatmin.lab.comparison.workers import Stopped
 from flatmin.lab.recipe import Recipe
 from flatmin.lab.results import Row
 from flatmin.lab.training.trainer import Trainer
@@ -56,33 +56,37 @@ def verdict_of(found):
 
 
 class Inline:
-    """Runs in this process, and at once, what a pool would run in others."""
+    """Runs in this process, and at once, what workers would run in others."""
 
-    def __init__(self, jobs, context, initializer, arguments):
-        run_module._ticks, run_module._stop, _ = arguments
+    def __init__(self, function, jobs, threads):
+        self.function, self.results, self.unfinished = function, {}, 0
+        self.ticks, self.error = 0, None
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        run_module._ticks = run_module._stop = None
-
-    def submit(self, function, *arguments):
-        future = Future()
+    def submit(self, name, *arguments):
+        self.unfinished += 1
         try:
-            future.set_result(function(*arguments))
+            self.results[name] = self.function(*arguments, self.tick, lambda: None)
         except Exception as error:
-            future.set_exception(error)
-        return future
+            self.error = error
 
-    def shutdown(self, **_):
+    def tick(self, count):
+        self.ticks += count
+
+    def wait(self, seconds):
+        if self.error is not None:
+            raise self.error
+        self.unfinished = 0
+        ticks, self.ticks = self.ticks, 0
+        return ticks
+
+    def stop(self, hurry):
         pass
 
 
 @pytest.fixture
 def run_comparison(tmp_path, monkeypatch, experiment):
     """Runs a comparison of tiny runs in this process; returns its outcome and what it wrote."""
-    monkeypatch.setattr(run_module, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(run_module, "Workers", Inline)
     folder = tmp_path / "comparison"
     folder.mkdir()
 
@@ -361,17 +365,14 @@ class TestComparison:
             return {"test_accuracy": 0.5}
 
         class Late(Inline):
-            def submit(self, function, *arguments):
-                try:
-                    return super().submit(function, *arguments)
-                except KeyboardInterrupt:
-                    return Future()  # never done
+            def submit(self, name, *arguments):
+                with suppress(KeyboardInterrupt):  # never done
+                    super().submit(name, *arguments)
 
-        def wait(futures, **_):
-            raise KeyboardInterrupt
+            def wait(self, seconds):
+                raise KeyboardInterrupt
 
-        monkeypatch.setattr(run_module, "ProcessPoolExecutor", Late)
-        monkeypatch.setattr(run_module, "wait", wait)
+        monkeypatch.setattr(run_module, "Workers", Late)
         monkeypatch.setattr(run_module, "train_run", train)
         found, results, _ = run_comparison(seeds=3)
         assert found.interrupted is results["interrupted"] is True
@@ -381,15 +382,23 @@ class TestComparison:
     def test_ctrl_c_comes_between_two_waits_and_never_within_one(self, run_comparison, monkeypatch):
         done = []
 
-        def within(futures, **options):  # it takes the lock of each run's, and would not give them back
-            signal.raise_signal(signal.SIGINT)
-            done.append(True)
-            return wait(futures, **options)
+        class Signalled(Inline):
+            def wait(self, seconds):
+                signal.raise_signal(signal.SIGINT)
+                done.append("waited")
+                return super().wait(seconds)
 
-        monkeypatch.setattr(run_module, "wait", within)
+            def stop(self, hurry):
+                assert not hurry()
+                signal.raise_signal(signal.SIGINT)  # twice at once counts as once
+                assert not hurry()
+                done.append("stopped")
+
+        monkeypatch.setattr(run_module, "Workers", Signalled)
         found, results, _ = run_comparison(seeds=2)
-        assert done
+        assert done == ["waited", "stopped"]
         assert found.interrupted is results["interrupted"] is True
+        assert found.seeds == [0, 1]
 
     def test_progress_is_told(self, run_comparison):
         said = []
@@ -405,29 +414,20 @@ class TestComparison:
         with pytest.raises(DataError, match="outside the 3 classes: 9"):
             run_comparison(seeds=1)
 
-    def test_a_worker_leaves_ctrl_c_to_the_command(self, monkeypatch):
-        handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-        monkeypatch.setattr(run_module, "_ticks", None)
-        monkeypatch.setattr(run_module, "_stop", None)
-        try:
-            run_module._start_worker("ticks", "stop", 1)
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-            assert (run_module._ticks, run_module._stop, torch.get_num_threads()) == ("ticks", "stop", 1)
-        finally:
-            signal.signal(signal.SIGINT, handler)
-            torch.set_num_threads(threads)
+    def test_a_run_stops_at_its_next_step_when_it_is_told(self, make_run, tmp_path, experiment):
+        stop = []
 
-    def test_a_worker_stops_at_its_next_step_when_it_is_told(self, monkeypatch, make_run, tmp_path, experiment):
-        stop = SimpleNamespace(is_set=lambda: False)
-        monkeypatch.setattr(run_module, "_stop", stop)
-        monkeypatch.setattr(
-            run_module, "_ticks", SimpleNamespace(put=lambda one: setattr(stop, "is_set", lambda: True))
-        )
-        with pytest.raises(run_module._Stopped):
-            run_module._train_one(make_run("base", experiment=experiment, epochs=50), tmp_path / "run")
+        def check():
+            if stop:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            run_module._train_one(
+                make_run("base", experiment=experiment, epochs=50), tmp_path / "run", stop.append, check
+            )
         assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
-        with pytest.raises(run_module._Stopped):
-            run_module._train_one(make_run("base", experiment=experiment), tmp_path / "other")
+        with pytest.raises(Stopped):
+            run_module._train_one(make_run("base", experiment=experiment), tmp_path / "other", stop.append, check)
         assert not (tmp_path / "other").exists()
 
 

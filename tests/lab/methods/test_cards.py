@@ -107,7 +107,7 @@ def test_help_says_which_methods_have_it_with_which_default():
     )
     assert option_help("smoothing", cards).endswith("[default: 0.1 for smoothing; 0 for all others]")
     assert option_help("mean_momentum", cards).endswith("[default: not given for saf]")
-    assert all(option_help(name, cards).startswith(text) for name, (_, text) in HYPERPARAMETERS.items())
+    assert all(option_help(name, cards).startswith(text) for name, (_, text, _) in HYPERPARAMETERS.items())
 
 
 def test_a_card_is_frozen_and_so_are_its_hyperparameters():

@@ -8,6 +8,7 @@ import flatmin
 from flatmin.errors import InvalidArgumentError
 from flatmin.lab.methods import COMPARED, FORMER_NAMES, METHODS, Ingredients, get_method, resolve_settings
 from flatmin.lab.methods.hyperparameters import HYPERPARAMETERS
+from flatmin.lab.methods.stand_in import check_settings, put_together
 
 
 def assemble(name, **given):
@@ -177,3 +178,34 @@ def test_squeezing_is_label_smoothing_at_temperature_1_and_the_variance_of_the_l
     uniform = nn.functional.cross_entropy(logits, torch.full((6, 3), 1 / 3, dtype=torch.float64))
     torch.testing.assert_close(penalty(1.0) + torch.log(torch.tensor(3.0, dtype=torch.float64)), uniform)
     torch.testing.assert_close(penalty(1e3), logits.var(dim=1, correction=0).mean() / 2, rtol=1e-3, atol=0)
+
+
+OWN = [(card, name) for card in METHODS.values() for name, known in card.hyperparameters.items() if known.bounds]
+
+
+@pytest.mark.parametrize(("card", "name"), OWN, ids=[f"{card.name}.{name}" for card, name in OWN])
+def test_the_bounds_that_the_help_states_are_those_of_the_classes(card, name):
+    """The method is put together with what is just within them, and refuses by itself what is just outside."""
+    bounds = card.hyperparameters[name].bounds
+    step = 1 if bounds.integer else 1e-6
+    low = bounds.least if bounds.least is not None else bounds.above
+    inside = low if bounds.least is not None else low + step
+    one_of = {"decay": {"ema_epochs": None}, "ema_epochs": {"decay": None}, "rho": {"rho_min": 0.0}}.get(name, {})
+    one_of = {key: value for key, value in one_of.items() if key in card.hyperparameters}
+    settings = {**resolve_settings(card, {}, epochs=9), **one_of, name: inside}
+    check_settings(card, settings, 9, own=True)
+    ends = (low if bounds.above is not None else low - step, bounds.below, 1.1 if bounds.most == 1 else None)
+    for outside in (end for end in ends if end is not None):
+        for own in (True, False):  # by the card and by the class
+            with pytest.raises(InvalidArgumentError):
+                check_settings(card, {**settings, name: outside}, 9, own=own)
+        if name != "smoothing":  # the criterion's
+            with pytest.raises(InvalidArgumentError):
+                put_together(card, {**settings, name: outside}, 9)
+
+
+def test_a_setting_is_checked_without_drawing_a_random_number():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    resolve_settings(METHODS["sam"], {"rho": 0.3}, epochs=3)
+    assert torch.equal(torch.get_rng_state(), before)

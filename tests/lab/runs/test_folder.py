@@ -1,6 +1,7 @@
 """Run folders, never two runs in one."""
 
 import platform
+import signal
 from datetime import datetime as real_datetime
 
 import pytest
@@ -116,3 +117,24 @@ class TestAfterAnError:
             (tmp_path / "new" / "theirs").write_text("")
             raise KeyError
         assert [path.name for path in (tmp_path / "new").iterdir()] == ["theirs"]
+
+
+def test_ctrl_c_while_it_is_made_leaves_none(tmp_path, monkeypatch):
+    real = folder_module._new_folder
+
+    def interrupted(wanted, *, numbered):
+        signal.raise_signal(signal.SIGINT)
+        return real(wanted, numbered=numbered)
+
+    monkeypatch.setattr(folder_module, "_new_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "a" / "b", "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_somebody_elses_folder_of_that_name_is_left_alone(tmp_path):
+    with pytest.raises(KeyboardInterrupt), run_folder(str(tmp_path / "run"), "x") as folder:
+        folder.rename(tmp_path / "moved")
+        (folder / "runs").mkdir(parents=True)
+        raise KeyboardInterrupt
+    assert (tmp_path / "run" / "runs").exists()

@@ -521,7 +521,9 @@ class TestConfiguration:
         with pytest.raises(Ended):
             train_run(run, folder, on_step=ending_after(6))
         Path(experiment).unlink()
-        found = read_run(folder)
+        with pytest.raises(ExperimentError, match=rf"is not there; {folder}/experiment.py .* --trust-experiment"):
+            read_run(folder)
+        found = read_run(folder, trust_experiment=True)
         assert found.recipe.experiment == str(folder / "experiment.py")
         resume_run(found, folder)
         sys.modules.pop("experiment", None)

@@ -1,5 +1,6 @@
 """A run on disk: complete, repeatable, and kept as far as it came."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def test_the_config_has_the_run_the_command_versions_and_hardware(folder, make_r
     run = make_run("mesa", seed=4, experiment=experiment, label_noise=0.2)
     train_run(run, folder)
     config = json.loads((folder / "config.json").read_text())
+    assert config.pop("experiment_digest") == hashlib.sha256(Path(experiment).read_bytes()).hexdigest()
     assert {"command", "method", "settings", "seed", "recipe", "versions", "hardware"} == config.keys()
     assert Run.from_json(config) == run
     assert "torch" in config["versions"]

@@ -312,7 +312,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("smoothing", [-0.1, 1.0, math.nan])
     def test_smoothing_out_of_bounds(self, make_trainer, smoothing):
-        with pytest.raises(InvalidArgumentError, match="smoothing must be in"):
+        with pytest.raises(InvalidArgumentError, match="smoothing must be a finite number >= 0 and < 1"):
             make_trainer("base", settings={"smoothing": smoothing})
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..._attached import attach
 from ..._distributed import broadcast_buffers, unwrapped
@@ -80,7 +81,14 @@ def _counted_labels(trainer: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         return shifted
     if not isinstance(labels, Tensor):
         return None
-    return labels[..., 1:] if trainer._loss_shifts_labels else labels
+    return labels[..., 1:] if _shifts(trainer) else labels
+
+
+def _shifts(trainer: Any) -> bool:
+    """Whether the model's loss compares each position with the next token; the Trainer does not know it of GPT-2."""
+    network = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return trainer._loss_shifts_labels or any(kind.__name__ in names for kind in type(network).__mro__)
 
 
 def _where(trainer: Any, inputs: Mapping[str, Any], outputs: Any) -> Tensor | None:
@@ -91,8 +99,9 @@ def _where(trainer: Any, inputs: Mapping[str, Any], outputs: Any) -> Tensor | No
     if alone or labels is None or labels.is_floating_point():
         return None
     where = labels.ne(IGNORED)
-    if "shift_labels" not in inputs and trainer._loss_shifts_labels:  # nothing follows the last token
-        where = torch.cat([where, torch.zeros_like(where[..., :1])], dim=-1)
+    if "shift_labels" not in inputs and _predicts_next(trainer):
+        where = where if trainer._loss_shifts_labels else where[..., 1:]
+        where = torch.cat([where, torch.zeros_like(where[..., :1])], dim=-1)  # nothing follows the last token
     shape = list(logits.shape)
     del shape[resolve_class_dim(logits, compare.class_dim)]
     return where if list(where.shape) == shape else None

@@ -5,7 +5,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from ...indices import IndexedDataset, indexed, split
 from ...indices._collate import Collate
 from ...losses import MESA, SAF
 from ...optim import SharpnessAware
+from ...optim._first_pass import Beginning
+from ...optim._surroundings import Buffers
 from ._checks import (
     check_network,
     check_order,
@@ -35,6 +37,7 @@ from ._penalty import follow, penalty_of, share_of
 KEY = "flatmin_index"  # where the index is in a batch
 FILE = "flatmin.pt"  # in a checkpoint
 _OF_TRL = ("_metrics", "_total_train_tokens")  # what its trainers count in compute_loss
+Micro = tuple[Any, Any, Everywhere | None]  # what a micro-batch is called with, and the generators before it
 
 
 class Sharpness:
@@ -87,7 +90,8 @@ class Sharpness:
     _get_collator_with_removed_columns: Any
     _remove_unused_columns: Any
 
-    _window: list[tuple[Any, Any, Everywhere | None]]  # the micro-batches of the step, and the generators before each
+    _window: list[Micro]  # the micro-batches of the step
+    _begun: Beginning | None  # how it began
     _index: Tensor | None  # of the samples of the last one
     _training: bool  # whether a pass is being made
     _added: bool  # whether the penalty was added since the last step
@@ -189,28 +193,36 @@ class Sharpness:
 
     def _make_passes(self, optimizer: SharpnessAware, model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
         """The passes of a micro-batch: the first, or with the last of a step all that are due."""
-        one = optimizer.max_passes == 1
-        if one and not self._window:
+        if optimizer.max_passes == 1:
             optimizer.perturb()
-        random = None
-        if optimizer._replay and not one:
-            random = Everywhere.on({CPU, *(p.device for group in optimizer.param_groups for p in group["params"])})
-        self._window.append((inputs, num_items, random))
-        loss = self._pass(model, inputs, num_items)
-        if not self.accelerator.sync_gradients:
+            loss = self._pass(model, inputs, num_items)
+            optimizer.restore()
             return loss
-        window, self._window = self._window, []
-        if one:
-            optimizer.restore()
-        elif optimizer.perturb():
-            with self._quiet():
-                for number, (inputs, num_items, random) in enumerate(window, start=1):
-                    if random is not None:
-                        random.set()
-                    with self.accelerator.no_sync(model) if number < len(window) else nullcontext():
-                        self._pass(model, inputs, num_items)
-            optimizer.restore()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        random = Everywhere.on({CPU, *(each.device for each in parameters)}) if optimizer._replay else None
+        if self._begun is None:
+            buffers = Buffers(optimizer._surroundings.modules(parameters))
+            self._begun = Beginning(buffers, [] if random is None else [random], seen=True, inside=True)
+        self._window.append((inputs, num_items, random))
+        if not self.accelerator.sync_gradients:
+            return self._pass(model, inputs, num_items)
+        begun, window = self._begun, self._window
+        self._begun, self._window = None, []
+        with closing(optimizer._passes_beside(begun)) as passes:
+            next(passes)
+            loss = self._pass(model, inputs, num_items)
+            for _ in passes:
+                self._second_pass(model, window)
         return loss
+
+    def _second_pass(self, model: nn.Module, window: list[Micro]) -> None:
+        """The second pass, over all micro-batches; with several ranks gradients are averaged in the last."""
+        with self._quiet():
+            for number, (inputs, num_items, random) in enumerate(window, start=1):
+                if random is not None:
+                    random.set()
+                with self.accelerator.no_sync(model) if number < len(window) else nullcontext():
+                    self._pass(model, inputs, num_items)
 
     def _pass(self, model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
         self._training = True
@@ -276,7 +288,7 @@ class Sharpness:
 
     def _settle(self) -> None:
         """Begins anew, whatever a run that was interrupted has left."""
-        self._window = []
+        self._window, self._begun = [], None
         self._index = None
         self._training = False
         self._added = False

@@ -1,14 +1,12 @@
 """Runs the command: its options, its errors as one line, its exit codes."""
 
 import os
-import signal
-import threading
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from ... import __version__
+from ... import __version__, _command
 from ...errors import FlatminError
 from ..training import torchrun
 from . import _compare as _compare  # each adds its command
@@ -38,28 +36,24 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows ``flatmin`` on the command line; None for this process's own.
     """
-    command = typer.main.get_command(app)
-    # A plain kill ends a run as Ctrl-C does: what was done is kept and said.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with speaking(quiet=torchrun.rank() > 0):  # the first rank speaks for all
+    # A plain kill ends a run as Ctrl-C does: what was done is kept and said. The first rank speaks for all.
+    with _command.commanded(), speaking(quiet=torchrun.rank() > 0):
         try:
-            code = command.main(args=arguments, prog_name="flatmin", standalone_mode=False)
+            code = typer.main.get_command(app).main(args=arguments, prog_name="flatmin", standalone_mode=False)
             return code if isinstance(code, int) else 0
         except (FlatminError, Interrupted) as error:
             message = str(error)
             if "flatmin.errors." in message:  # from a loader's worker: its traceback, and then what was said
                 message = message.rpartition("flatmin.errors.")[2].partition(": ")[2]
-        except KeyboardInterrupt:
-            message = "interrupted before anything was done"
         except Exception as error:
             # typer's own usage errors, whatever version of click they come from
             format_message = getattr(error, "format_message", None)
             if format_message is None and torchrun.claim_failure():
                 raise
             message = "" if format_message is None else format_message()
-    # Of several ranks the first to fail says why; what the others meet then is only that it has gone.
-    if not torchrun.claim_failure():
-        os._exit(2)  # at once: torch would wait for the one that is gone
-    err_console.print(f"flatmin: {' '.join(message.split())}", markup=False)
-    return 2
+        _command.ended()
+        # Of several ranks the first to fail says why; what the others meet then is only that it has gone.
+        if not torchrun.claim_failure():
+            os._exit(2)  # at once: torch would wait for the one that is gone
+        err_console.print(f"flatmin: {' '.join(message.split())}", markup=False)
+        return 2

@@ -4,11 +4,13 @@ from typing import Annotated
 
 import typer
 
+from ... import _command
+from ..comparison.compare import BOUNDS
 from ..comparison.compare import compare as run_comparison
 from ..methods import COMPARED, METHODS
 from ..recipe import Recipe
 from ..results.values import count_of
-from ._options import parse_settings, with_options
+from ._options import bounded, parse_settings, with_options
 from ._shared import Interrupted, app, interruptible
 from ._terminal import Display, print_result
 
@@ -34,27 +36,27 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Seeds.  [default: as many as fit in --minutes, at least 5]", min=1)
+        int | None, bounded(BOUNDS["seeds"], help="Seeds.  [default: as many as fit in --minutes, at least 5]")
     ] = None,
     select: Annotated[
         int | None,
-        typer.Option(
+        bounded(
+            BOUNDS["select"],
             help="Compare only the best of each method's --set values, chosen first on a held-out fifth of the "
             "training set, with this many seeds of their own.",
-            min=1,
         ),
     ] = None,
     look: Annotated[
         int,
-        typer.Option(
+        bounded(
+            BOUNDS["look"],
             help="Also measure the sharpness of the first seed's networks, and the loss around them at this many "
             "points along each of two directions; 0: do not.",
-            min=0,
         ),
     ] = 0,
-    minutes: Annotated[float, typer.Option(help="Time for everything, if --seeds is not given.", min=0.1)] = 3.0,
+    minutes: Annotated[float, bounded(BOUNDS["minutes"], help="Time for everything, if --seeds is not given.")] = 3.0,
     jobs: Annotated[
-        int | None, typer.Option(help="Runs at a time.  [default: one a core; one on an accelerator]", min=1)
+        int | None, bounded(BOUNDS["jobs"], help="Runs at a time.  [default: one a core; one on an accelerator]")
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder of the comparison.  [default: a new one under runs/]")] = None,
 ) -> None:
@@ -67,7 +69,7 @@ def compare(
     """
     settings = parse_settings(set_ or [])
     names = None if methods is None else [name.strip() for name in methods.split(",")]
-    with interruptible(), Display() as display:
+    with Display() as display, interruptible(lambda: "nothing was done"):
         result = run_comparison(
             recipe,
             methods=names,
@@ -83,3 +85,5 @@ def compare(
     print_result(result)
     if result.interrupted:
         raise Interrupted(f"{count_of(len(result.seeds), 'seed')} finished, kept in {result.folder}")
+    if _command.interrupted():  # after the comparison itself, of which a warning has told
+        raise typer.Exit(2)

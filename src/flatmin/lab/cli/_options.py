@@ -3,18 +3,52 @@
 import dataclasses
 import inspect
 import shlex
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ...errors import InvalidArgumentError
+from ..._checks import Bounds
+from ...errors import ExperimentError, FlatminError, InvalidArgumentError
 from ..methods import METHODS
 from ..methods import parse_settings as parse_settings
 from ..methods.hyperparameters import HYPERPARAMETERS, option_help
 from ..problems.load import import_experiment
 from ..recipe import Recipe, Run
+from ._terminal import err_console
+
+Debug = Annotated[bool, typer.Option("--debug", help="Where an experiment file is wrong, show its traceback too.")]
+
+
+def bounded(bounds: Bounds, *names: str, help: str, **more: Any) -> Any:
+    """An option of a number, which is refused out of its bounds before the command begins, and whose help has them."""
+    text, _, default = help.partition("  [default")
+
+    def check(parameter: typer.CallbackParam, value: Any) -> Any:
+        try:
+            return None if value is None else bounds.check(str(parameter.name), value)
+        except InvalidArgumentError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    text = f"{text} ({bounds})" + (f"  [default{default}" if default else "")
+    return typer.Option(*names, help=text, callback=check, **more)
+
+
+@contextmanager
+def running_user_code(debug: bool) -> Iterator[None]:
+    """Lets nothing that a user's file does end the command but as an error; ``debug`` shows where it came from."""
+    try:
+        try:
+            yield
+        except SystemExit as error:  # from a place that is not seen to be the file's
+            raise ExperimentError(f"sys.exit({error.code!r}) was called while the command was running") from error
+    except FlatminError as error:
+        if debug and error.__cause__ is not None:
+            err_console.print("".join(traceback.format_exception(error.__cause__)).rstrip(), markup=False)
+        raise
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -32,7 +66,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         option = typer.Argument(help=text) if field.name == "experiment" else typer.Option(help=text)
         recipe.append(_parameter(field.name, Annotated[hints[field.name], option], field.default))
     if "settings" in own:
-        for name, (kind, _) in HYPERPARAMETERS.items():
+        for name, (kind, *_) in HYPERPARAMETERS.items():
             option = typer.Option(help=option_help(name, METHODS.values()))
             settings.append(_parameter(name, Annotated[kind | None, option], None))
 
@@ -42,12 +76,14 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             given = {parameter.name: values[parameter.name] for parameter in settings}
             arguments["settings"] = {name: value for name, value in given.items() if value is not None}
         made = Recipe(**{parameter.name: values[parameter.name] for parameter in recipe})
-        if values.get("resume") is None:
-            import_experiment(made)
-        command(recipe=made, **arguments)
+        with running_user_code(values["debug"]):
+            if values.get("resume") is None:
+                import_experiment(made)
+            command(recipe=made, **arguments)
 
     rest = [parameter for name, parameter in own.items() if name not in ("recipe", "settings")]
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*rest, *settings, *recipe)]
+    debug = _parameter("debug", Debug, False)
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*rest, *settings, *recipe, debug)]
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions have it, by their description
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

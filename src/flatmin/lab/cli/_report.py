@@ -5,8 +5,10 @@ from typing import Annotated
 import typer
 
 from ..report import write_figures, write_report, write_tensorboard
+from ..report._write import page_of
+from ..results.files import check_path
 from ..results.values import count_of
-from ._shared import app
+from ._shared import app, interruptible, state_of
 from ._terminal import out_console
 
 
@@ -35,11 +37,15 @@ def report(
     It shows the verdict, accuracy against cost, paired differences, curves by epoch, loss landscapes, Hessian spectra,
     measures of sharpness, memory, and how everything was made, each plot with its numbers.
     """
-    page = write_report(runs, out)
-    if figures is not None:
-        count = len(write_figures(runs, figures))
-        out_console.print(f"{count} files with figures: {figures}", markup=False)
-    if tensorboard is not None:
-        count = len(write_tensorboard(runs, tensorboard))
-        out_console.print(f"{count_of(count, 'run')} for tensorboard --logdir {tensorboard}", markup=False)
+    for name, value in (("figures", figures), ("tensorboard", tensorboard)):  # before anything is written
+        if value is not None:
+            check_path(name, value)
+    with interruptible(state_of(page_of(runs, out))):
+        page = write_report(runs, out)
+        if figures is not None:
+            count = len(write_figures(runs, figures))
+            out_console.print(f"{count} files with figures: {figures}", markup=False)
+        if tensorboard is not None:
+            count = len(write_tensorboard(runs, tensorboard))
+            out_console.print(f"{count_of(count, 'run')} for tensorboard --logdir {tensorboard}", markup=False)
     out_console.print(f"The report, for any browser: {page}", markup=False)

@@ -6,18 +6,27 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..runs.measure import NOTE, Measure, measure_sharpness
-from ._shared import TrustExperiment, app
+from ..results import SHARPNESS
+from ..results.files import check_path
+from ..runs.measure import BOUNDS, NOTE, Measure, measure_sharpness
+from ..runs.resume import find_run
+from ._options import Debug, bounded, running_user_code
+from ._shared import TrustExperiment, app, interruptible, state_of
 from ._terminal import Display, out_console
 
 
 @app.command()
 def sharpness(
     run: Annotated[Path, typer.Argument(help="The folder of a run, or one of its checkpoints.")],
-    rho: Annotated[float, typer.Option(help="Length of SAM's step; the adaptive measure takes ten times it.")] = 0.05,
-    samples: Annotated[int, typer.Option(help="Training samples to measure on, at most.", min=1)] = 1024,
-    seed: Annotated[int, typer.Option(help="Draws samples, directions and vectors.", min=0)] = 0,
-    eigenvalues: Annotated[int, typer.Option(help="How many of the Hessian's largest; 0 for none.", min=0)] = 1,
+    rho: Annotated[
+        float, bounded(BOUNDS["rho"], help="Length of SAM's step; the adaptive measure takes ten times it.")
+    ] = 0.05,
+    samples: Annotated[int, bounded(BOUNDS["samples"], help="Training samples to measure on, at most.")] = 1024,
+    seed: Annotated[int, bounded(BOUNDS["seed"], help="Draws samples, directions and vectors.")] = 0,
+    eigenvalues: Annotated[
+        int,
+        bounded(BOUNDS["eigenvalues"], help="How many of the Hessian's largest, fewer than weights; 0 for none."),
+    ] = 1,
     trace: Annotated[bool, typer.Option("--trace", help="Estimate the Hessian's trace.")] = False,
     density: Annotated[bool, typer.Option("--density", help="Find the density of its eigenvalues; slow.")] = False,
     float64: Annotated[bool, typer.Option("--float64", help="Compute in double precision.")] = False,
@@ -26,13 +35,15 @@ def sharpness(
     ] = False,
     device: Annotated[str | None, typer.Option(help="Where to measure.  [default: where the run was]")] = None,
     trust_experiment: TrustExperiment = False,
+    debug: Debug = False,
 ) -> None:
     """Measure how sharp the minimum of a run is, and write sharpness.json into its folder.
 
     Every measure is taken on raw and on normalised logits, since softer or harder predictions change the first
     whatever the minimum is like.
     """
-    with Display() as display:
+    place = find_run(check_path("run", run))[0] / SHARPNESS
+    with running_user_code(debug), Display() as display, interruptible(state_of(place)):
         found = measure_sharpness(
             run,
             rho=rho,

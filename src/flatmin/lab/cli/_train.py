@@ -8,11 +8,13 @@ import typer
 
 from ...errors import InvalidArgumentError
 from ..methods import METHODS, get_method, parse_own_settings
-from ..recipe import Recipe
+from ..recipe import SEED, Recipe
+from ..results.files import check_path
 from ..runs.resume import find_run, read_run
+from ..runs.train import CHECKPOINT_MINUTES
 from ..runs.train import resume as resume_one
 from ..runs.train import train as train_one
-from ._options import check_resumed, given_options, with_options
+from ._options import bounded, check_resumed, given_options, with_options
 from ._shared import TrustExperiment, app, interruptible
 from ._terminal import out_console
 
@@ -36,14 +38,15 @@ def train(
             "repeated.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws split, initial weights, order and augmentation.", min=0)] = 0,
+    seed: Annotated[int, bounded(SEED, help="Draws split, initial weights, order and augmentation.")] = 0,
     out: Annotated[str | None, typer.Option(help="Folder of the run.  [default: a new one under runs/]")] = None,
     resume: Annotated[
         str | None,
         typer.Option(help="Continue the run in this folder, or from one of its checkpoints, with its own options."),
     ] = None,
     checkpoint_minutes: Annotated[
-        float, typer.Option(help="How long an epoch goes on without a checkpoint; 0 for one after every step.", min=0)
+        float,
+        bounded(CHECKPOINT_MINUTES, help="How long an epoch goes on without a checkpoint; 0 for one after every step."),
     ] = 10.0,
     trust_experiment: TrustExperiment = False,
 ) -> None:
@@ -55,14 +58,14 @@ def train(
     flatmin train ...; the batch size is that of all together.
     """
     if resume is not None:
-        _resume(Path(resume), given_options(context), checkpoint_minutes, trust_experiment)
+        _resume(check_path("resume", resume), given_options(context), checkpoint_minutes, trust_experiment)
         return
     if trust_experiment:
         raise InvalidArgumentError("--trust-experiment is for --resume; EXPERIMENT is run without it")
     own = parse_own_settings(get_method(method), set_ or [])
     for name in own.keys() & settings.keys():
         raise InvalidArgumentError(f"{name} is given twice, by --set and by --{name.replace('_', '-')}: give it once")
-    with interruptible():
+    with interruptible(lambda: "no epoch was done"):
         done = train_one(
             recipe,
             method=method,
@@ -81,8 +84,8 @@ def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float, trust_
     run = read_run(folder, trust_experiment=trust_experiment)
     place = {name: given.pop(name) for name in ("device", "workers") if name in given}
     own = parse_own_settings(get_method(run.method), given.pop("set_", None) or [])
-    for name in ("resume", "checkpoint_minutes", "trust_experiment"):
-        given.pop(name, None)
+    beside = ("resume", "checkpoint_minutes", "trust_experiment", "debug")
+    given = {name: value for name, value in given.items() if name not in beside}
     check_resumed(run, folder, {**given, **own})
     shown: list[dict[str, float]] = []
     show = _show(run.recipe.epochs)
@@ -91,7 +94,7 @@ def _resume(path: Path, given: dict[str, Any], checkpoint_minutes: float, trust_
         shown.append(metrics)
         show(metrics)
 
-    with interruptible():
+    with interruptible(lambda: "no epoch was done"):
         done = resume_one(
             path, checkpoint_minutes=checkpoint_minutes, trust_experiment=trust_experiment, on_epoch=note, **place
         )

@@ -4,19 +4,21 @@ import dataclasses
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..._checks import check_integer, check_number
+from ..._checks import Bounds
 from ...errors import FlatminWarning, InvalidArgumentError
 from ..methods import COMPARED
 from ..problems.load import import_experiment
 from ..recipe import Recipe, as_recipe
-from ..results import METRICS, SELECTION, ComparisonResult
+from ..results import RESULTS, SELECTION, ComparisonResult
+from ..results.files import check_path
 from ..results.values import is_diverged
-from ..runs.folder import run_folder
+from ..runs.folder import holds_work, run_folder
 from ..runs.measure import write_landscape, write_sharpness
 from ..runs.saved import open_saved
 from ..runs.train import RunInterrupted, warn_if_idle
@@ -29,6 +31,14 @@ from .select import select as select_rows
 
 LOOKING = 0.2  # share of the time that is left for sharpness and landscapes, where they are wanted
 LOOKED_AT = 512  # training samples on which they are measured
+
+BOUNDS = {  # of the arguments, and of the command's options
+    "seeds": Bounds(integer=True, least=1, most=10_000),
+    "select": Bounds(integer=True, least=1, most=10_000),
+    "look": Bounds(integer=True, least=0, most=10_000),
+    "minutes": Bounds(above=0, most=525_600),  # a year
+    "jobs": Bounds(integer=True, least=1, most=1024),
+}
 
 OnProgress = Callable[[int, int, str], None]
 
@@ -95,6 +105,8 @@ def compare(
         raise InvalidArgumentError("compare starts its own processes: run it without torchrun; jobs says how many")
     check_main_guard()
     recipe = as_recipe(recipe)
+    if out is not None:
+        check_path("out", out)
     _check_numbers(seeds=seeds, select=select, look=look, minutes=minutes, jobs=jobs)
     if select is not None and recipe.validation > 0:
         raise InvalidArgumentError("select holds out samples itself: leave out validation or select")
@@ -107,17 +119,14 @@ def compare(
             "saf.coefficient=0.3,0.8"
         )
     tell = on_progress or (lambda done, planned, word: None)
-    with run_folder(out, "compare") as folder:
+    with _interruptible() as here, run_folder(out, "compare") as folder:
+        here.append(folder)
         for row in rows:
             warn_if_idle(row.label, row.settings, recipe.epochs)
         selection = None
         if select is not None:
             chosen_in = folder / SELECTION
-            try:
-                rows, selection = select_rows(recipe, rows, chosen_in, seeds=select, jobs=jobs, on_progress=tell)
-            except KeyboardInterrupt:
-                kept = f"kept in {chosen_in}" if any(chosen_in.rglob(METRICS)) else "no epoch was done"
-                raise RunInterrupted(f"the settings were not chosen yet, {kept}") from None
+            rows, selection = select_rows(recipe, rows, chosen_in, seeds=select, jobs=jobs, on_progress=tell)
         comparison = Comparison(
             recipe,
             rows,
@@ -129,7 +138,7 @@ def compare(
             on_progress=tell,
         )
         result = comparison.run().result(folder)
-        if result.interrupted and not any(folder.rglob(METRICS)):
+        if result.interrupted and not holds_work(folder):
             raise RunInterrupted("no epoch was done")
         _warn_of_diverged(result)
         if look and not result.interrupted:
@@ -137,6 +146,25 @@ def compare(
             sound = [row for row in rows if not is_diverged(result.metrics[row.label][first])]
             _look_at([comparison.run_folder(row, first) for row in sound], look, tell)
         return dataclasses.replace(result, page=write_page(folder)) if result.seeds else result
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[Path]]:
+    """Says after Ctrl-C what was kept in the folder, which is given to the list once it is made."""
+    here: list[Path] = []
+    try:
+        yield here
+    except RunInterrupted:
+        raise
+    except KeyboardInterrupt:
+        said = "no epoch was done"
+        for folder in here:
+            chosen_in = folder / SELECTION
+            if (folder / RESULTS).exists():
+                said = f"what was done is kept in {folder}"
+            elif holds_work(chosen_in):
+                said = f"the settings were not chosen yet, kept in {chosen_in}"
+        raise RunInterrupted(said) from None
 
 
 def _warn_of_diverged(result: ComparisonResult) -> None:
@@ -152,11 +180,11 @@ def _warn_of_diverged(result: ComparisonResult) -> None:
 
 
 def _check_numbers(*, seeds: int | None, select: int | None, look: int, minutes: float, jobs: int | None) -> None:
-    for name, value in (("seeds", seeds), ("select", select), ("jobs", jobs)):
+    given = {"seeds": seeds, "select": select, "look": look, "minutes": minutes, "jobs": jobs}
+    for name, value in given.items():
         if value is not None:
-            check_integer(name, value, least=1)
-    check_number("minutes", minutes, above=0)
-    if check_integer("look", look, least=0) == 1:
+            BOUNDS[name].check(name, value)
+    if look == 1:
         raise InvalidArgumentError("look must be at least 2 points along each direction, or 0, got 1")
 
 
@@ -193,7 +221,8 @@ def _look_at(folders: Sequence[Path], points: int, tell: OnProgress) -> None:
             write_landscape(saved, batches, points=points, on_progress=tell)
     except KeyboardInterrupt:
         warnings.warn(
-            "interrupted while measuring sharpness and landscapes; the comparison itself is complete",
+            "interrupted while measuring sharpness and landscapes; the comparison itself is complete, kept in "
+            f"{folders[0].parent.parent}",
             FlatminWarning,
             stacklevel=2,
         )
@@ -203,11 +232,14 @@ def write_page(folder: Path) -> Path | None:
     """Writes a comparison's report; without Plotly there is none, and an error is only warned of."""
     if importlib.util.find_spec("plotly") is None:
         return None
-    from ..report import write_report
-
     try:
+        from ..report import write_report
+
         return write_report([folder])
-    except (Exception, KeyboardInterrupt) as error:  # the results are there, whatever befalls the page
+    except KeyboardInterrupt:
+        what = "interrupted while writing the report; the comparison itself is complete, kept in"
+        warnings.warn(f"{what} {folder}", FlatminWarning, stacklevel=2)
+    except Exception as error:  # the results are there, whatever befalls the page
         reason = " ".join(str(error).split()) or type(error).__name__
         warnings.warn(f"the report could not be written: {reason}", FlatminWarning, stacklevel=2)
-        return None
+    return None

@@ -8,6 +8,8 @@ from ...errors import InvalidArgumentError
 from ..methods import get_method, resolve_settings
 from ..results import Row
 
+LONGEST = 200  # characters of a label, which names a folder
+
 
 def make_rows(methods: Sequence[str], settings: Mapping[str, Mapping[str, Sequence[Any]]], *, epochs: int) -> list[Row]:
     """Makes the rows of a comparison: each method with every combination of the values given for it.
@@ -41,6 +43,12 @@ def make_rows(methods: Sequence[str], settings: Mapping[str, Mapping[str, Sequen
             given = dict(zip(tried, values, strict=True))
             label = " ".join([name, *(f"{key}={_say(value)}" for key, value in given.items())])
             rows.append(Row(label, name, resolve_settings(get_method(name), given, epochs=epochs)))
+    for row in rows:
+        if len(row.label) > LONGEST or "/" in row.label or "\0" in row.label:
+            raise InvalidArgumentError(
+                f"a row names a folder, so it must be without / and of at most {LONGEST} characters, got "
+                f"{row.label!r:.60}"
+            )
     labels = [row.label for row in rows]
     if len(set(labels)) != len(labels):
         raise InvalidArgumentError(f"a setting is given twice: the rows are {', '.join(labels)}")

@@ -1,34 +1,30 @@
 """Runs a comparison: times the steps, trains every row with every seed on several processes, writes the results."""
 
-import multiprocessing
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..._files import write_json
+from ..._files import append_line, write_json
 from ..._interrupts import held
-from ...errors import FlatminError, InvalidArgumentError
-from ...indices import with_indices
+from ...errors import DivergedError, FlatminError, FlatminWarning, InvalidArgumentError, OutputError
 from ..methods import METHODS
 from ..problems.load import load_problem
-from ..problems.problem import class_numbers
 from ..recipe import Recipe, Run
-from ..results import LEAST_SEEDS, RESULTS, RUNS, Row, run_name
+from ..results import LEAST_SEEDS, METRICS, RESULTS, RUNS, Row, run_name
+from ..runs.present import identity
 from ..runs.record import command_line, environment
 from ..runs.run import read_experiment, train_run, write_config
 from ..training.device import resolve_device
 from ..training.trainer import Trainer
 from .outcome import Outcome
 from .timing import measure_rows
+from .workers import Check, Tick, WorkerDiedError, Workers
 
 
 class Comparison:
@@ -94,6 +90,7 @@ class Comparison:
             "jobs": self.jobs,
         }
         write_config(self.folder, config, read_experiment(outcome.recipe))
+        made = identity(self.folder)
         try:
             if self.timed:
                 self._measure()
@@ -103,11 +100,28 @@ class Comparison:
         except KeyboardInterrupt:
             outcome.interrupted = True
         finally:
+            if identity(self.folder) != made:
+                raise OutputError(
+                    f"{self.folder}: the folder was removed or moved while the comparison ran, so it ends; what was "
+                    "written of its runs has gone with it"
+                )
             write_json(
                 self.folder / RESULTS,
                 {"command": command_line(), **environment(), **outcome.result().to_json()},
             )
+        self._warn_of_removed()
         return outcome
+
+    def _warn_of_removed(self) -> None:
+        done = [(row, seed) for row in self.outcome.rows for seed in self.outcome.metrics.get(row.label, {})]
+        gone = [found.name for row, seed in done if not (found := self.run_folder(row, seed)).exists()]
+        if gone:
+            warnings.warn(
+                f"removed while the comparison ran: {', '.join(gone)}; their results are kept in "
+                f"{self.folder / RESULTS}, but not their epochs and checkpoints",
+                FlatminWarning,
+                stacklevel=3,
+            )
 
     def _measure(self) -> None:
         """Builds every row once, so that mistakes show now, and times the steps of all."""
@@ -119,12 +133,10 @@ class Comparison:
         try:
             base = Trainer(Run(recipe, rows[0].method, rows[0].settings), problem)
             device = base.device
-            index, (x, y) = next(iter(with_indices(base.loader)))
-            y = class_numbers(y, problem.num_classes)
             costs, trainers = measure_rows(
                 rows,
                 lambda row: Trainer(Run(recipe, row.method, row.settings), problem),
-                (index, x.to(device), y.to(device)),
+                base.first_batch(),
                 seconds=4.0 * self.minutes,
                 on_round=lambda number: self._tell(0, 0, "timing the steps"),
             )
@@ -148,62 +160,44 @@ class Comparison:
 
     def _train_all(self, deadline: float) -> None:
         """Trains seed by seed, all rows of one before the next; adds seeds while there is time for another."""
-        context = multiprocessing.get_context("spawn")
-        ticks, stop = context.SimpleQueue(), context.Event()
         planned = self.seeds or LEAST_SEEDS
         rows, epochs = self.outcome.rows, self.outcome.recipe.epochs
         started, done = time.monotonic(), 0
-        workers = ProcessPoolExecutor(self.jobs, context, _start_worker, (ticks, stop, self.threads))
-        # Ctrl-C in the middle of `wait`, which takes a lock of each run's, would leave the pool locked for ever.
-        with held() as signals, workers as pool:
-            futures: dict[Future[dict[str, float]], tuple[Row, int]] = {}
+        workers = Workers(_train_one, self.jobs, self.threads)
+        with held() as signals:  # Ctrl-C acts where it is asked for, and leaves no process behind
             try:
                 for number in range(planned):
-                    futures.update(self._submit(pool, number))
-                waiting = set(futures)
-                while waiting:
-                    finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                    while not ticks.empty():
-                        done += ticks.get()
-                    for future in finished:
-                        row, seed = futures[future]
-                        self.outcome.metrics.setdefault(row.label, {})[seed] = future.result()
+                    self._submit(workers, number)
+                while workers.unfinished:
+                    done += workers.wait(0.2)
+                    self._collect(workers)
                     complete = len(self.outcome.seeds)
                     self._tell(done, planned * len(rows) * epochs, f"{complete} of {planned} seeds done")
                     signals.check()
                     runs = done / epochs
-                    if self.seeds is None and len(waiting) <= self.jobs and runs > 0:
+                    if self.seeds is None and workers.unfinished <= self.jobs and runs > 0:
                         now = time.monotonic()
-                        if now + (now - started) / runs * (len(waiting) + len(rows)) < deadline:
-                            more = self._submit(pool, planned)
-                            futures.update(more)
-                            waiting |= set(more)
+                        if now + (now - started) / runs * (workers.unfinished + len(rows)) < deadline:
+                            self._submit(workers, planned)
                             planned += 1
-            except BaseException as error:
-                stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                self._collect(futures)
-                if isinstance(error, BrokenProcessPool):
-                    raise FlatminError(
-                        "a run was killed, perhaps because memory ran out: try --jobs 1; finished runs are in "
-                        f"{self.folder}"
-                    ) from error
-                raise
+            except WorkerDiedError as error:
+                raise FlatminError(
+                    "a run was killed, perhaps because memory ran out: try --jobs 1; finished runs are in "
+                    f"{self.folder}"
+                ) from error
+            finally:
+                workers.stop(hurry=lambda: signals.noted)
+                self._collect(workers)
 
-    def _submit(self, pool: ProcessPoolExecutor, number: int) -> dict[Future[dict[str, float]], tuple[Row, int]]:
-        submitted = {}
+    def _submit(self, workers: Workers, number: int) -> None:
         for row in self.outcome.rows:
             seed = self.first_seed + number
             run = Run(self.outcome.recipe, row.method, row.settings, seed)
-            with _interrupts_blocked():  # in the process that this starts too, if it does
-                submitted[pool.submit(_train_one, run, self.run_folder(row, seed))] = (row, seed)
-        return submitted
+            workers.submit((row.label, seed), run, self.run_folder(row, seed))
 
-    def _collect(self, futures: "Mapping[Future[dict[str, float]], tuple[Row, int]]") -> None:
-        """Keeps what was done when something ended the comparison early."""
-        for future, (row, seed) in futures.items():
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self.outcome.metrics.setdefault(row.label, {})[seed] = future.result()
+    def _collect(self, workers: Workers) -> None:
+        for (label, seed), metrics in workers.results.items():
+            self.outcome.metrics.setdefault(label, {})[seed] = metrics
 
 
 def _cores() -> int:
@@ -211,45 +205,21 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Keeps Ctrl-C from this thread, and for good from the processes that it starts; not on Windows."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Stopped(Exception):  # noqa: N818 - not an error
-    """Raised in a worker's step when the comparison has been ended."""
-
-
-_ticks: Any = None
-_stop: Any = None
-
-
-def _start_worker(ticks: Any, stop: Any, threads: int) -> None:
-    global _ticks, _stop
-    _ticks, _stop = ticks, stop
-    # Ctrl-C reaches every process of the terminal; only the main one acts on it, and tells the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-
-
-def _train_one(run: Run, folder: Path) -> dict[str, float]:
-    def check() -> None:
-        if _stop.is_set():
-            raise _Stopped
-
+def _train_one(run: Run, folder: Path, tick: Tick, check: Check) -> dict[str, float]:
+    """Trains a run in a process of its own."""
     check()
-    folder.mkdir(parents=True)
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        folder.mkdir()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror})") from error
     # Not durable: many short epochs would spend their time waiting for the disk.
     try:
-        return train_run(run, folder, on_epoch=lambda metrics: _ticks.put(1), on_step=check, durable=False)
+        return train_run(run, folder, on_epoch=lambda metrics: tick(1), on_step=check, durable=False)
+    except DivergedError as error:  # a result like that of a run that diverges later: the others go on
+        append_line(folder / METRICS, error.metrics)
+        tick(run.recipe.epochs)
+        return error.metrics
     except InvalidArgumentError as error:
         if run.method in METHODS:
             raise

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from ..._checks import Bounds
 from ...errors import InvalidArgumentError
 from .method import Assembled, Ingredients
 
@@ -21,6 +22,7 @@ class Hyperparameter:
         default: Its value where none is given; None for a choice that the method makes itself.
         kind: ``int``, ``float`` or ``str``, which reads a value that was typed.
         help: A sentence on what it is, for the command's help.
+        bounds: What a number may be; None for any.
 
     Raises:
         InvalidArgumentError: (a ValueError) if ``kind`` is none of the three, or ``default`` is not of it.
@@ -33,6 +35,7 @@ class Hyperparameter:
     default: Value
     kind: type
     help: str = ""
+    bounds: Bounds | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in (int, float, str):
@@ -58,7 +61,7 @@ class Hyperparameter:
         return self.kind(text)
 
 
-SMOOTHING = Hyperparameter(0.0, float, "Label smoothing of the criterion.")
+SMOOTHING = Hyperparameter(0.0, float, "Label smoothing of the criterion.", Bounds(least=0, below=1))
 
 
 @dataclass(frozen=True, eq=False)

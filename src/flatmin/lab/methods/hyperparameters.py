@@ -1,4 +1,4 @@
-"""What the hyperparameters of flatmin's own methods are: type and help text of each, once.
+"""What the hyperparameters of flatmin's own methods are: type, help text and bounds of each, once.
 
 Their defaults, and which method has them, stand in the cards.
 """
@@ -6,43 +6,65 @@ Their defaults, and which method has them, stand in the cards.
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..._checks import Bounds
 from .card import SMOOTHING, Card, Hyperparameter, signature_defaults
 
-HYPERPARAMETERS: dict[str, tuple[type, str]] = {
-    "smoothing": (SMOOTHING.kind, SMOOTHING.help),
-    "rho": (float, "Length of the perturbation; gsam: at the highest learning rate."),
-    "rho_min": (float, "rho at a learning rate of 0."),
-    "subset": (str, "Which parameters are perturbed: all | norm (normalisation layers only)."),
+POSITIVE = Bounds(above=0)
+FROM_ZERO = Bounds(least=0)
+SHARE = Bounds(above=0, most=1)
+MOMENTUM = Bounds(least=0, below=1)
+COUNT = Bounds(integer=True, least=1)
+
+HYPERPARAMETERS: dict[str, tuple[type, str, Bounds | None]] = {
+    "smoothing": (SMOOTHING.kind, SMOOTHING.help, SMOOTHING.bounds),
+    "rho": (float, "Length of the perturbation; gsam: at the highest learning rate.", Bounds(above=0, most=1e18)),
+    "rho_min": (float, "rho at a learning rate of 0.", FROM_ZERO),
+    "subset": (str, "Which parameters are perturbed: all | norm (normalisation layers only).", None),
     "when": (
         str,
         "Steps in which the second pass runs: always | every:K | late:SHARE | sometimes:PROBABILITY | adaptive.",
+        None,
     ),
-    "norm": (str, "On several processes, along whose gradient to perturb: rank (each its own) | global."),
-    "eta": (float, "Added to each weight's size."),
-    "beta": (float, "Probability with which a tensor is perturbed."),
-    "gamma": (float, "Share of the samples in the second pass."),
-    "alpha": (float, "gsam: weight of the part that is removed; look_sam: of the part that is reused."),
-    "k": (int, "look_sam: steps from one second pass to the next; lawa: epochs whose ends are averaged."),
-    "sigma": (float, "Share of the gradients' moving mean that is subtracted."),
-    "lam": (float, "Momentum of that mean."),
-    "coefficient": (float, "Weight of the method's loss; online_label_smoothing: of the soft labels."),
-    "temperature": (float, "Temperature of the method's loss."),
-    "start_epoch": (int, "First epoch, from 0, in which the method acts."),
-    "lag": (int, "Epochs between logits and the past ones they are compared with."),
-    "history": (str, "Form of the history: dense | half | int8 | int6 | int4 | topk | lowrank | mean | auto."),
+    "norm": (str, "On several processes, along whose gradient to perturb: rank (each its own) | global.", None),
+    "eta": (float, "Added to each weight's size.", FROM_ZERO),
+    "beta": (float, "Probability with which a tensor is perturbed.", SHARE),
+    "gamma": (float, "Share of the samples in the second pass.", SHARE),
+    "alpha": (
+        float,
+        "gsam: weight of the part that is removed; look_sam: of the part that is reused.",
+        FROM_ZERO,
+    ),
+    "k": (int, "look_sam: steps from one second pass to the next; lawa: epochs whose ends are averaged.", COUNT),
+    "sigma": (float, "Share of the gradients' moving mean that is subtracted.", FROM_ZERO),
+    "lam": (float, "Momentum of that mean.", MOMENTUM),
+    "coefficient": (float, "Weight of the method's loss; online_label_smoothing: of the soft labels.", FROM_ZERO),
+    "temperature": (float, "Temperature of the method's loss.", POSITIVE),
+    "start_epoch": (int, "First epoch, from 0, in which the method acts.", Bounds(integer=True, least=0)),
+    "lag": (
+        int,
+        "Epochs between logits and the past ones they are compared with.",
+        Bounds(integer=True, least=1, most=10_000),
+    ),
+    "history": (str, "Form of the history: dense | half | int8 | int6 | int4 | topk | lowrank | mean | auto.", None),
     "mean_momentum": (
         float,
         "Momentum of a running mean of past logits, in place of those lag epochs ago.",
+        MOMENTUM,
     ),
-    "ema_epochs": (float, "Horizon of the average in epochs; where not given, a fifth of the run, at least 2."),
-    "decay": (float, "Decay of the average, in place of ema_epochs."),
-    "fraction": (float, "Share of each batch on which the average is run."),
+    "ema_epochs": (
+        float,
+        "Horizon of the average in epochs; where not given, a fifth of the run, at least 2.",
+        POSITIVE,
+    ),
+    "decay": (float, "Decay of the average, in place of ema_epochs.", Bounds(above=0, below=1)),
+    "fraction": (float, "Share of each batch on which the average is run.", SHARE),
     "statistics": (
         str,
         "Batch-norm statistics of the average: averaged | fresh (made anew from training samples after each epoch) | "
         "batch (mesa alone: those of each batch).",
+        None,
     ),
-    "interval": (int, "The average is run in every interval-th step; the loss is 0 in the others."),
+    "interval": (int, "The average is run in every interval-th step; the loss is 0 in the others.", COUNT),
 }
 
 
@@ -71,7 +93,8 @@ def option_help(name: str, cards: Iterable[Card]) -> str:
         f"{_say(default)} for {'all others' if whole and some is most else ', '.join(some)}"
         for default, some in sorted(by_default.items(), key=lambda item: whole and item[1] is most)
     ]
-    return f"{HYPERPARAMETERS[name][1]}  [default: {'; '.join(parts)}]"
+    _, text, bounds = HYPERPARAMETERS[name]
+    return f"{text}{f' ({bounds})' if bounds else ''}  [default: {'; '.join(parts)}]"
 
 
 def _say(default: Any) -> str:

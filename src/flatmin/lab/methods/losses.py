@@ -39,7 +39,8 @@ def _mesa(given: Ingredients, settings: Settings) -> Assembled:
 def _online_label_smoothing(given: Ingredients, settings: Settings) -> Assembled:
     smoothing = OnlineLabelSmoothing(given.num_classes, coefficient=settings["coefficient"])
     smoothing.to(_device(given))
-    return Assembled(given.optimizer, smoothing, lambda logits, y, index, inputs: smoothing(logits, y), size(smoothing))
+    kept = size(smoothing) + smoothing.sums.nbytes
+    return Assembled(given.optimizer, smoothing, lambda logits, y, index, inputs: smoothing(logits, y), kept)
 
 
 def _logit_squeezing(given: Ingredients, settings: Settings) -> Assembled:

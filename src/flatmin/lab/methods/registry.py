@@ -13,6 +13,7 @@ from ..._checks import check_choice, nearest
 from ...errors import InvalidArgumentError
 from . import averages, losses, plain, sam_family
 from .card import Card
+from .stand_in import check_settings
 
 # Names that methods once had, under which committed results have them.
 FORMER_NAMES: Mapping[str, str] = MappingProxyType(
@@ -128,8 +129,8 @@ def resolve_settings(method: Card, given: Mapping[str, Any], *, epochs: int) -> 
         epochs: Length of the run, to which some defaults are tied.
 
     Raises:
-        InvalidArgumentError: (a ValueError) if a name is none of the method's hyperparameters, or two exclude each
-            other.
+        InvalidArgumentError: (a ValueError) if a name is none of the method's hyperparameters, a value is out of its
+            bounds, or two exclude each other.
 
     Example:
         >>> resolve_settings(METHODS["ema"], {}, epochs=60)["ema_epochs"]
@@ -142,4 +143,6 @@ def resolve_settings(method: Card, given: Mapping[str, Any], *, epochs: int) -> 
                 f"{method.name} has no hyperparameter {name!r}{nearest(name, tuple(defaults))}; "
                 f"it has {', '.join(defaults)}"
             )
-    return method.complete({**defaults, **given}, given, epochs)
+    settings = method.complete({**defaults, **given}, given, epochs)
+    check_settings(method, settings, epochs, own=method.name not in _origins)
+    return settings

@@ -146,6 +146,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _gsam(base: Optimizer, *, rho: float, rho_min: float, alpha: float, **more: Any) -> GSAM:
     """GSAM whose rho falls with the learning rate of the base optimizer, which is now at its highest."""
     check_number("rho", rho, above=0)
+    if check_number("rho_min", rho_min, least=0) > rho:
+        raise InvalidArgumentError(f"rho_min must be at most rho, {rho:g}, got {rho_min!r}: rho falls to it; give both")
     lr = float(base.param_groups[0]["lr"])
     return GSAM(base, rho=RhoByLR(rho, rho_min, lr_max=lr) if rho_min != rho else rho, alpha=alpha, **more)
 

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from ..._checks import nearest
-from ...errors import InvalidArgumentError, require
+from ...errors import DataError, FlatminError, InvalidArgumentError, require
 from ..recipe import Recipe
 from .data import Split, load_digits, load_folder, load_idx, load_mnist1d
 from .experiment import from_experiment
 from .experiment import import_experiment as import_experiment
 from .models import create_model, input_dimensions
 from .problem import Problem, base_optimizer, check_size, held_out, reduced, with_noise
+from .source import Source
 
 
 def load_problem(recipe: Recipe, seed: int) -> Problem:
@@ -33,7 +34,12 @@ def load_problem(recipe: Recipe, seed: int) -> Problem:
 
 
 def _from_names(recipe: Recipe, seed: int) -> Problem:
-    split = _load_data(recipe, seed)
+    try:
+        split = _load_data(recipe, seed)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FlatminError):
+            raise
+        raise DataError(f"data {recipe.data!r:.100} cannot be read: {error}") from error
     _check_fit(recipe, split.input_shape)
     check_size(recipe.data, split.train)
     channels = split.input_shape[0]
@@ -45,6 +51,7 @@ def _from_names(recipe: Recipe, seed: int) -> Problem:
         lambda: create_model(recipe.model, channels, split.num_classes),
         None,
         lambda parameters: base_optimizer(recipe, parameters),
+        Source(name=f"model {recipe.model!r} on inputs of shape {split.input_shape} ({recipe.data!r})"),
     )
 
 

@@ -1,9 +1,8 @@
 """A problem: the data, the network, the criterion and the plain optimizer."""
 
 import copy
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,10 +10,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from ..._checks import check_number
 from ...errors import DataError, InvalidArgumentError
 from ..recipe import Recipe
 from .batches import size_of
 from .data import add_label_noise, random_crop, random_flip
+from .source import Source
 
 # Added to the seed to draw which samples are held out or left out: with the seed alone, those held out would be the
 # very samples whose labels the seed has made wrong.
@@ -32,6 +33,7 @@ class Problem:
         make_model: Returns a new network.
         criterion: Maps ``(logits, y)`` to the mean loss of a batch; None for the cross entropy.
         make_optimizer: Maps the parameters to the plain optimizer.
+        source: Where they come from, through which all of them are called.
     """
 
     train: "Dataset[Any]"
@@ -40,6 +42,7 @@ class Problem:
     make_model: Callable[[], nn.Module]
     criterion: Callable[[Tensor, Tensor], Tensor] | None
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    source: Source = field(default_factory=Source)
 
     def sizes(self) -> dict[str, int]:
         """The sizes by which a changed data set is noticed."""
@@ -59,8 +62,10 @@ def base_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> Optimi
     return AdamW(parameters, lr=recipe.lr or 1e-3, betas=(recipe.momentum, 0.999), weight_decay=decay)
 
 
-def class_numbers(labels: Any, num_classes: int) -> Tensor:
+def class_numbers(labels: Any, num_classes: int, prefix: str = "") -> Tensor:
     """Checks a batch of labels on the CPU, before it goes to the device, and returns it as int64.
+
+    ``prefix`` begins the error, and says where they come from.
 
     Raises:
         DataError: If they are not class indices from 0 to ``num_classes - 1``.
@@ -68,12 +73,12 @@ def class_numbers(labels: Any, num_classes: int) -> Tensor:
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
         got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
         raise DataError(
-            f"labels must be class indices, int64 of shape (batch,), got {got:.80}; for soft labels (mixup, cutmix) "
-            "write your own loop, with flatmin.MESA: SAF compares with the logits of another mixture"
+            f"{prefix}labels must be class indices, int64 of shape (batch,), got {got:.80}; for soft labels (mixup, "
+            "cutmix) write your own loop, with flatmin.MESA: SAF compares with the logits of another mixture"
         )
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or high >= num_classes:
-        raise DataError(f"a label is outside the {num_classes} classes: {low if low < 0 else high}")
+        raise DataError(f"{prefix}a label is outside the {num_classes} classes: {low if low < 0 else high}")
     return labels.long()
 
 
@@ -158,8 +163,7 @@ def make_criterion(problem: Problem, smoothing: float) -> Callable[[Tensor, Tens
         InvalidArgumentError: If ``smoothing`` is out of its bounds, or not 0 with a criterion of the problem's own.
     """
     if problem.criterion is None:
-        if not (math.isfinite(smoothing) and 0 <= smoothing < 1):
-            raise InvalidArgumentError(f"smoothing must be in [0, 1), got {smoothing!r}")
+        check_number("smoothing", smoothing, least=0, below=1)
         return nn.CrossEntropyLoss(label_smoothing=smoothing)
     if smoothing > 0:
         raise InvalidArgumentError(

@@ -28,6 +28,7 @@ from ..results import (
     verdict,
 )
 from ..results.comparison import title
+from ..results.files import check_path
 from ..results.values import is_diverged, number
 from ._study import Json, Run, Study
 from ._verdict import MANY, run_verdict
@@ -42,11 +43,15 @@ def read_studies(sources: Sequence[Path]) -> list[Study]:
     studies: list[Study] = []
     single: dict[str, list[tuple[Path, Json]]] = {}
     for source in sources:
+        check_path("runs", source)
         is_file = not source.is_dir()
         if not os.path.lexists(source):
             raise DataError(f"{source}: there is no such file or folder")
         if is_file and not (source.name == RESULTS and os.path.lexists(source.parent / CONFIG)):
-            studies.append(_comparison(source, read_json(source, follow=True), None))
+            found = read_json(source, follow=True)
+            if not isinstance(found.get("seeds"), list):  # which a configuration has as a number
+                raise DataError(f"{source}: holds no results of a comparison; give its {RESULTS}, or its folder")
+            studies.append(_comparison(source, found, None))
             continue
         folder = source.parent if is_file else source
         results, config = folder / RESULTS, folder / CONFIG

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..._interrupts import held
 from ...errors import OutputError, require
 from ..results.values import number
 from ._study import Study
@@ -38,7 +39,7 @@ def write_events(studies: Sequence[Study], folder: Path) -> list[Path]:
                 target = target.with_name(target.name + "'")
             try:
                 old = list(target.glob(f"events.out.tfevents.*{_OURS}"))
-                with writer(str(target), filename_suffix=_OURS) as events:
+                with held(), writer(str(target), filename_suffix=_OURS) as events:
                     for index, metrics in enumerate(run.metrics):
                         epoch = number(metrics.get("epoch"))
                         done = int(index if epoch is None else epoch) + 1

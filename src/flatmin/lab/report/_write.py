@@ -7,7 +7,9 @@ from os import PathLike
 from pathlib import Path
 
 from ..._files import read_bytes, write_whole
+from ..._interrupts import held
 from ...errors import DataError, InvalidArgumentError, OutputError
+from ..results.files import check_path
 from ._page import MARK, make_page, make_section
 from ._read import read_studies
 from ._static import draw
@@ -31,17 +33,23 @@ def write_report(sources: Sequence[str | PathLike[str]], out: str | PathLike[str
         OutputError: If the page cannot be written, or something that is no report is there.
         MissingDependencyError: If Plotly is not installed.
     """
-    paths = [Path(source) for source in sources]
-    if not paths:
+    if not sources:
         raise InvalidArgumentError("sources is empty: give the folder of a comparison or of a run")
-    studies = read_studies(paths)
     if out is not None:
-        page = Path(out)
-    else:
-        page = paths[0] / "report.html" if paths[0].is_dir() else paths[0].with_suffix(".html")
+        check_path("out", out)
+    studies = read_studies([Path(source) for source in sources])
+    page = page_of(sources, out)
     check_ours(page)
     write_ours(page, make_page([make_section(study) for study in studies], version("flatmin")).encode())
     return page
+
+
+def page_of(sources: Sequence[str | PathLike[str]], out: str | PathLike[str] | None = None) -> Path:
+    """Where `write_report` writes its page."""
+    if out is not None:
+        return Path(out)
+    first = Path(sources[0])
+    return first / "report.html" if first.is_dir() else first.with_suffix(".html")
 
 
 def write_figures(sources: Sequence[str | PathLike[str]], folder: str | PathLike[str]) -> list[Path]:
@@ -59,6 +67,7 @@ def write_figures(sources: Sequence[str | PathLike[str]], folder: str | PathLike
         OutputError: If one cannot be written, or something else has its name.
         MissingDependencyError: If matplotlib is not installed.
     """
+    check_path("figures", folder)
     studies = read_studies([Path(source) for source in sources])
     written = []
     for number, study in enumerate(studies, start=1):
@@ -85,6 +94,7 @@ def write_tensorboard(sources: Sequence[str | PathLike[str]], folder: str | Path
         OutputError: If they cannot be written.
         MissingDependencyError: If TensorBoard is not installed.
     """
+    check_path("tensorboard", folder)
     written = write_events(read_studies([Path(source) for source in sources]), Path(folder))
     if not written:
         raise DataError(f"{sources[0]}: holds no run's metrics.jsonl, so there is nothing for TensorBoard")
@@ -97,7 +107,7 @@ def check_ours(path: Path) -> None:
     Raises:
         OutputError: If it holds something else.
     """
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         raise OutputError(f"{path}: is a folder; name a file in it")
     try:
         foreign = os.path.lexists(path) and MARK.encode() not in read_bytes(path)
@@ -107,6 +117,7 @@ def check_ours(path: Path) -> None:
         raise OutputError(f"{path}: is there already and was not written by flatmin report; give another name")
 
 
+@held()
 def write_ours(path: Path, content: bytes) -> None:
     """Writes a file in one piece, and the folders that it needs.
 

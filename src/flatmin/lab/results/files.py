@@ -1,11 +1,36 @@
 """The names of the files that flatmin leaves."""
 
+import os
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from ...errors import InvalidArgumentError
 
 CONFIG, METRICS, EXPERIMENT = "config.json", "metrics.jsonl", "experiment.py"
 SHARPNESS, LANDSCAPE = "sharpness.json", "landscape.json"
 LAST, PREVIOUS, BEST = "checkpoints/last", "checkpoints/previous", "checkpoints/best"
 RESULTS, REPORT, RUNS, SELECTION = "results.json", "report.html", "runs", "selection"
+
+
+def check_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """Returns a path that there can be, whether or not something is there.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if it is empty, too long, or nothing that names a file.
+    """
+    try:
+        text = os.fspath(value)
+        if not text:
+            raise InvalidArgumentError(f"{name} is empty; name a file or a folder, . for this one")
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.lstat(text)
+        return Path(text)
+    except (OSError, TypeError, ValueError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidArgumentError(f"{name} must be a file or folder, got {value!r:.80}: {reason}") from error
 
 
 def run_name(label: str, seed: int) -> str:

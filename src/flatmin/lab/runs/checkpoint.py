@@ -128,10 +128,25 @@ def settle(folder: Path) -> None:
             if not isinstance(error.__cause__, (FileNotFoundError, _IncompleteError)):
                 raise DataError(f"{error}; it may be the newest: move it away to go on without it") from error
     if os.path.lexists(stale) and not os.path.lexists(folder):  # it was whole when it was renamed
-        check_folder(stale)
+        check_folders(stale)
         stale.rename(folder)
     for path in (fresh, stale):
         remove(path)
+
+
+def check_folders(*paths: Path) -> None:
+    """Checks that each is a folder and no link to one, or missing.
+
+    Raises:
+        DataError: If one is something else.
+    """
+    for path in paths:
+        try:
+            check_folder(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise DataError(f"{path}: cannot be used: {error.strerror}") from error
 
 
 def load_checkpoint(folder: Path, only: Collection[str] | None = None) -> Any:

@@ -3,13 +3,15 @@
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from ..._interrupts import held
 from ...errors import OutputError
 from ..results import CONFIG, EXPERIMENT, LAST, METRICS, RESULTS, RUNS, SELECTION
+from .present import identity
 
 
 @contextmanager
@@ -27,19 +29,34 @@ def run_folder(out: str | os.PathLike[str] | None, name: str) -> Iterator[Path]:
     """
     wanted = Path(out) if out is not None else Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
     missing = [path for path in (wanted, *wanted.parents) if not path.exists()]
-    folder = _new_folder(wanted, numbered=out is None)
+    folder = made = None
     try:
+        with held():
+            folder = _new_folder(wanted, numbered=out is None)
+            made = identity(folder)
         yield folder
     except BaseException:
-        if not any(folder.rglob(METRICS)) and not any(folder.rglob(LAST)):
-            for name in (Path(LAST).parent.name, RUNS, SELECTION):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            for name in (CONFIG, EXPERIMENT, RESULTS):
-                (folder / name).unlink(missing_ok=True)
-            for path in (folder, *missing[1:]) if missing else ():
-                with suppress(OSError):  # somebody else has put something there meanwhile
-                    path.rmdir()
+        # Removed meanwhile, it is somebody else's by now.
+        if folder is not None and identity(folder) == made:
+            with held():
+                if not holds_work(folder):
+                    _remove(folder, missing)
         raise
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether an epoch or a checkpoint of a run is anywhere in the folder."""
+    return any(folder.rglob(METRICS)) or any(folder.rglob(LAST))
+
+
+def _remove(folder: Path, missing: Sequence[Path]) -> None:
+    for name in (Path(LAST).parent.name, RUNS, SELECTION):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (CONFIG, EXPERIMENT, RESULTS):
+        (folder / name).unlink(missing_ok=True)
+    for path in (folder, *missing[1:]) if missing else ():
+        with suppress(OSError):  # somebody else has put something there meanwhile
+            path.rmdir()
 
 
 def _new_folder(wanted: Path, *, numbered: bool) -> Path:

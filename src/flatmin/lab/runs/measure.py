@@ -1,6 +1,5 @@
 """Sharpness and loss landscapes of saved runs: what ``flatmin sharpness`` and ``flatmin landscape`` do, from Python."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..._checks import check_integer
+from ..._checks import Bounds
 from ..._files import write_json
 from ...errors import InvalidArgumentError, NoDirectionError
 from ...sharpness import (
@@ -23,12 +22,24 @@ from ...sharpness import (
     sam_sharpness,
     spectral_density,
 )
+from ..recipe import SEED
 from ..results import LANDSCAPE, SHARPNESS
+from ..results.files import check_path
 from ..training.logged_sharpness import Batches, fixed_batches
 from .record import command_line, environment
 from .saved import Saved, open_saved
 
 PARTIAL = "landscape.partial"
+BOUNDS = {  # of the arguments of what follows, and of the command's options
+    "rho": Bounds(above=0, most=1e18),
+    "samples": Bounds(integer=True, least=1),
+    "seed": SEED,
+    "eigenvalues": Bounds(integer=True, least=0, most=1000),
+    "points": Bounds(integer=True, least=2, most=10_000),
+    "radius": Bounds(above=0),
+    "directions": Bounds(integer=True, least=1, most=2),
+    "direction_seed": SEED,
+}
 NOTE = (
     "A method that softens predictions, as SAF, MESA and label smoothing do, raises the cross entropy and with it its "
     "raw sharpness, whatever the flatness of the minimum: compare the values of normalised logits beside the raw ones. "
@@ -168,10 +179,12 @@ def measure_sharpness(
                 found = flatmin.lab.measure_sharpness(run)
                 print(found.name, {each.name: each.value for each in found.measures if each.logits == "normalised"})
     """
-    check_integer("samples", samples, least=1)
-    check_integer("eigenvalues", eigenvalues, least=0)
-    check_integer("seed", seed, least=0)
+    for name, value in {"rho": rho, "samples": samples, "eigenvalues": eigenvalues, "seed": seed}.items():
+        BOUNDS[name].check(name, value)
     saved = _opened(run, device, trust_experiment)
+    weights = sum(parameter.numel() for parameter in saved.model.parameters() if parameter.requires_grad)
+    if eigenvalues >= weights:
+        raise InvalidArgumentError(f"eigenvalues must be less than the number of weights, {weights}, got {eigenvalues}")
     return write_sharpness(
         saved,
         fixed_batches(saved.problem, samples, seed, saved.device),
@@ -184,6 +197,16 @@ def measure_sharpness(
         dtype=torch.float64 if float64 else None,
         on_progress=on_progress,
     )
+
+
+def check_landscape(**options: float) -> None:
+    """Checks options of `measure_landscape`, before any run is opened.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if one is out of its `BOUNDS`.
+    """
+    for name, value in options.items():
+        BOUNDS[name].check(name, value)
 
 
 def measure_landscape(
@@ -240,8 +263,14 @@ def measure_landscape(
             for run in ("runs/base", "runs/sam"):
                 print(flatmin.lab.measure_landscape(run, points=21, directions=1).landscape.loss)
     """
-    check_integer("samples", samples, least=1)
-    check_integer("seed", seed, least=0)
+    check_landscape(
+        points=points,
+        radius=radius,
+        directions=directions,
+        direction_seed=direction_seed,
+        samples=samples,
+        seed=seed,
+    )
     others = [] if through is None else [through] if isinstance(through, (str, PathLike, Saved)) else list(through)
     if through is not None and len(others) != 2:
         raise InvalidArgumentError(
@@ -427,7 +456,7 @@ def write_landscape(
 def _opened(run: Location, device: str | None, trust_experiment: bool) -> Saved:
     """What a run's location stands for."""
     if not isinstance(run, Saved):
-        return open_saved(Path(os.fspath(run)), device, trust_experiment=trust_experiment)
+        return open_saved(check_path("run", run), device, trust_experiment=trust_experiment)
     if device is not None:
         raise InvalidArgumentError(f"device={device!r} is for a path; give it to open_saved, since the run is open")
     return run

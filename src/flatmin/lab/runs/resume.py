@@ -1,7 +1,6 @@
 """What a run is continued from: its configuration, its experiment file, its newest intact checkpoint."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shlex
@@ -14,16 +13,15 @@ import torch
 
 from ... import _distributed
 from ..._checks import check_integer
-from ..._files import LARGEST_SETUP, check_folder, read_bytes, read_json, read_text
+from ..._files import LARGEST_SETUP, read_text
 from ...errors import DataError, ExperimentError, FlatminError, OutputError
 from ..methods import get_method, resolve_settings
 from ..problems.load import import_experiment
 from ..recipe import Recipe, Run
-from ..results import BEST, CONFIG, EXPERIMENT, LAST, PREVIOUS, RUNS, SELECTION
+from ..results import BEST, CONFIG, LAST, PREVIOUS, RUNS
 from ..training.progress import Progress
-from .checkpoint import STATE, load_checkpoint, settle
-
-DIGEST = "experiment_digest"  # in config.json: of the experiment file as it was when the run began
+from .checkpoint import STATE, check_folders, load_checkpoint, settle
+from .experiment_file import DIGEST, choose_experiment
 
 # Fields of the recipe that may change when a run is continued: where it trains, not what.
 PLACE = ("experiment", "device", "workers")
@@ -83,7 +81,7 @@ def read_run(folder: Path, *, trust_experiment: bool = False) -> Run:
         recipe = run.recipe
         check_integer("seed", run.seed, least=0)
         if recipe.experiment is not None:
-            file = _experiment(folder, Path(recipe.experiment), values.get(DIGEST), trusted=trust_experiment)
+            file = choose_experiment(folder, Path(recipe.experiment), values.get(DIGEST), trusted=trust_experiment)
             recipe = dataclasses.replace(recipe, experiment=str(file))
         import_experiment(recipe)  # which may register the method
         settings = resolve_settings(get_method(run.method), run.settings, epochs=recipe.epochs)
@@ -110,7 +108,7 @@ def open_start(folder: Path, wanted: Path | None, run: Run) -> Start | None:
         DataError: If it is damaged or of another run; the message says which others there are.
     """
     every = [folder / name for name in (LAST, PREVIOUS, BEST)]
-    _check_folders(every[0].parent, *every)
+    check_folders(every[0].parent, *every)
     if _distributed.rank() == 0:  # the others come after it, when it may be writing already
         for path in every:
             try:
@@ -139,79 +137,8 @@ def describe_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run, unread; None if there is none yet.
-
-    Raises:
-        DataError: If a link leads out of the run's folder.
-    """
-    _check_folders(folder / Path(LAST).parent)
+    """The newest checkpoint of a run, unread; None if there is none yet."""
     return next((folder / name for name in (LAST, PREVIOUS, BEST) if os.path.lexists(folder / name)), None)
-
-
-def _check_folders(*paths: Path) -> None:
-    """Checks that each is a folder, and no link to one, or not there."""
-    for path in paths:
-        try:
-            check_folder(path)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise DataError(f"{path}: cannot be used: {error.strerror}") from error
-
-
-def digest_of(experiment: bytes) -> str:
-    """What tells an experiment file from others, and from itself when it has changed."""
-    return hashlib.sha256(experiment).hexdigest()
-
-
-def _experiment(folder: Path, named: Path, digest: Any, *, trusted: bool) -> Path:
-    """The experiment file to run: the one that was named when the run began or, if that is gone, its copy."""
-    copy = folder / EXPERIMENT
-    there = os.path.lexists(named)
-    own = there and not _came_with(folder, named)
-    file = named if there else copy
-    found, kept = _digest(file, follow=own), _digest(copy)
-    began = digest if isinstance(digest, str) else kept
-    if found != began:
-        way_out = (
-            f"; its copy {copy} has not: start a new run with the changed file, or put the copy in its place"
-            if kept == began
-            else ": start a new run with it, or put the unchanged file in its place"
-        )
-        raise ExperimentError(
-            f"{file} has changed since the run began (its digest was {began:.12} and is {found:.12}){way_out}"
-        )
-    if not (own or trusted):
-        raise ExperimentError(
-            f"{'' if there else f'{named} is not there; '}{file} came with the run, and going on would run its code: "
-            "read it and, if you trust it, give --trust-experiment (in Python trust_experiment=True)"
-        )
-    return file
-
-
-def _digest(file: Path, *, follow: bool = False) -> str:
-    try:
-        return digest_of(read_bytes(file, most=LARGEST_SETUP, follow=follow))
-    except DataError as error:
-        raise ExperimentError(f"the experiment file of the run cannot be compared: {error}") from error
-
-
-def _came_with(folder: Path, file: Path) -> bool:
-    """Whether a file lies in the folder of the run, or of the comparison that the run is part of."""
-    try:
-        home = folder.resolve()
-        if home.parent.name == RUNS and _is_comparison(home.parent.parent):
-            home = home.parent.parent
-            home = home.parent if home.name == SELECTION else home
-        return file.resolve().is_relative_to(home)
-    except (OSError, RuntimeError):  # of links that go round in circles
-        return True
-
-
-def _is_comparison(folder: Path) -> bool:
-    with suppress(DataError):
-        return "rows" in read_json(folder / CONFIG, most=LARGEST_SETUP)
-    return False
 
 
 def check_state(path: Path, state: Any, run: Run) -> None:

@@ -1,21 +1,23 @@
 """One run from start to end: trained, kept on disk as it goes, continued after a crash."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ... import _distributed
 from ..._files import LARGEST_SETUP, locked, read_bytes, write_json, write_whole
+from ..._interrupts import held
 from ...errors import DataError, ExperimentError
 from ..problems.load import load_problem
 from ..recipe import Recipe, Run
-from ..results import CONFIG, EXPERIMENT
+from ..results import CONFIG, EXPERIMENT, METRICS
 from ..training import torchrun
 from ..training.trainer import Trainer
+from .experiment_file import DIGEST, digest_of
 from .record import command_line, environment
-from .resume import DIGEST, digest_of, open_start
+from .resume import open_start
 from .writer import RunWriter, restore_files
 
 OnEpoch = Callable[[dict[str, float]], None]
@@ -99,6 +101,8 @@ def resume_run(
         writer = RunWriter(folder, run, Trainer(run, load_problem(run.recipe, run.seed)), minutes=checkpoint_minutes)
         if start is not None:
             writer.restore(start)
+        elif _distributed.rank() == 0:
+            (folder / METRICS).unlink(missing_ok=True)  # of epochs that are trained again
         del start  # its tensors are a second copy of everything
         return _train(writer, on_epoch, on_step)
 
@@ -124,9 +128,14 @@ def _conclusion(metrics: list[dict[str, float]], extra_bytes: int) -> dict[str, 
     return {**metrics[-1], "extra_bytes": extra_bytes, "mean_closure_calls": calls}
 
 
-def _alone(folder: Path) -> AbstractContextManager[None]:
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
     """Keeps other processes from writing the folder; only the first rank writes, so only it takes the lock."""
-    return locked(folder) if _distributed.rank() == 0 else nullcontext()
+    with ExitStack() as lock:
+        if _distributed.rank() == 0:
+            with held():
+                lock.enter_context(locked(folder))
+        yield
 
 
 def read_experiment(recipe: Recipe) -> bytes | None:

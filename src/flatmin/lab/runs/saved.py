@@ -13,10 +13,11 @@ from ...errors import DataError, FlatminError
 from ..problems.load import load_problem
 from ..problems.problem import Problem
 from ..recipe import Run
+from ..results import LAST
 from ..training.logged_sharpness import evaluated_network
 from ..training.state_check import check_fit
 from ..training.trainer import Trainer
-from .checkpoint import load_checkpoint
+from .checkpoint import check_folders, load_checkpoint
 from .resume import CHECKED, check_state, find_run, newest, read_run
 
 
@@ -66,7 +67,8 @@ def open_saved(path: Path, device: str | None = None, *, trust_experiment: bool 
     run = read_run(folder, trust_experiment=trust_experiment)
     if device is not None:
         run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, device=device))
-    found = newest(folder) if checkpoint is None else checkpoint
+    check_folders(folder / Path(LAST).parent)
+    found = checkpoint or newest(folder)
     if found is None:
         raise DataError(f"{folder}: the run has no checkpoint yet, so there is no network to measure")
     state = load_checkpoint(found, only=("model", "average", *CHECKED))

@@ -8,22 +8,25 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ... import _distributed
-from ..._checks import check_integer, check_number
+from ..._checks import Bounds
 from ..._files import read_text
 from ...errors import FlatminWarning
 from ..methods import get_method, resolve_settings
 from ..problems.load import import_experiment
-from ..recipe import Recipe, Run, as_recipe
+from ..recipe import SEED, Recipe, Run, as_recipe
 from ..results import LAST, METRICS
+from ..results.files import check_path
 from ..results.values import is_diverged
 from ..training import torchrun
 from .folder import run_folder
 from .resume import find_run, read_run
 from .run import resume_run, train_run
 
+CHECKPOINT_MINUTES = Bounds(least=0, most=525_600)  # a year
 OnEpoch = Callable[[dict[str, float]], None]
 
 
@@ -95,21 +98,22 @@ def train(
         True
     """
     recipe = as_recipe(recipe)
-    check_integer("seed", seed, least=0)
-    check_number("checkpoint_minutes", checkpoint_minutes, least=0)
+    SEED.check("seed", seed)
+    CHECKPOINT_MINUTES.check("checkpoint_minutes", checkpoint_minutes)
+    if out is not None:
+        check_path("out", out)
     import_experiment(recipe)  # which may register the method
     chosen = resolve_settings(get_method(method), settings or {}, epochs=recipe.epochs)
     run = Run(recipe, method, chosen, seed)
-    with torchrun.joined(recipe.device):
+    with _interruptible(run) as here, torchrun.joined(recipe.device):
         # The first rank makes the folder and alone writes into it.
         own = run_folder(out, f"{method}-seed{seed}") if torchrun.rank() == 0 else nullcontext(Path())
         with own as made:
-            folder = Path(_distributed.from_first(str(made)))
+            here.folder = Path(_distributed.from_first(str(made)))
             warn_if_idle(method, run.settings, recipe.epochs)
-            with _interruptible(run, folder):
-                said = _saying_divergence(run, on_epoch)
-                last = train_run(run, folder, on_epoch=said, checkpoint_minutes=checkpoint_minutes)
-    return TrainedRun(folder, last, run)
+            said = _saying_divergence(run, on_epoch)
+            last = train_run(run, here.folder, on_epoch=said, checkpoint_minutes=checkpoint_minutes)
+        return TrainedRun(here.folder, last, run)
 
 
 def resume(
@@ -142,8 +146,8 @@ def resume(
         FlatminError: If something else cannot be used, or another process is writing the run.
         RunInterrupted: After Ctrl-C; the message says how to go on.
     """
-    check_number("checkpoint_minutes", checkpoint_minutes, least=0)
-    folder, checkpoint = find_run(Path(run))
+    CHECKPOINT_MINUTES.check("checkpoint_minutes", checkpoint_minutes)
+    folder, checkpoint = find_run(check_path("run", run))
     found = read_run(folder, trust_experiment=trust_experiment)
     recipe = dataclasses.replace(
         found.recipe,
@@ -151,10 +155,10 @@ def resume(
         workers=found.recipe.workers if workers is None else workers,
     )
     found = dataclasses.replace(found, recipe=recipe)
-    with torchrun.joined(found.recipe.device), _interruptible(found, folder):
+    with _interruptible(found, folder), torchrun.joined(found.recipe.device):
         said = _saying_divergence(found, on_epoch)
         last = resume_run(found, folder, checkpoint, on_epoch=said, checkpoint_minutes=checkpoint_minutes)
-    return TrainedRun(folder, last, found)
+        return TrainedRun(folder, last, found)
 
 
 def warn_if_idle(label: str, settings: Mapping[str, Any], epochs: int) -> None:
@@ -191,12 +195,14 @@ def _saying_divergence(run: Run, on_epoch: OnEpoch | None) -> OnEpoch:
 
 
 @contextmanager
-def _interruptible(run: Run, folder: Path) -> Iterator[None]:
-    """Says after Ctrl-C what was kept, and how to go on."""
+def _interruptible(run: Run, folder: Path | None = None) -> Iterator[SimpleNamespace]:
+    """Says after Ctrl-C what was kept, and how to go on; gives the ``folder``, for one that is still to be made."""
+    here = SimpleNamespace(folder=folder)
     try:
-        yield
+        yield here
     except KeyboardInterrupt:
-        if not (folder / LAST).exists():
+        folder = here.folder
+        if folder is None or not (folder / LAST).exists():
             raise RunInterrupted("no epoch was done") from None
         metrics = folder / METRICS
         done = len(read_text(metrics).splitlines()) if metrics.exists() else 0

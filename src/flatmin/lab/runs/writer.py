@@ -10,11 +10,13 @@ from typing import Any
 
 from ... import _distributed
 from ..._files import append_line, read_bytes, write_lines
+from ..._interrupts import held
 from ...errors import DataError, FlatminError, FlatminWarning, OutputError
 from ..recipe import Run
 from ..results import BEST, LAST, METRICS, PREVIOUS
 from ..training.trainer import Trainer
 from .checkpoint import STATE, copy_checkpoint, save_checkpoint
+from .present import Present
 from .resume import Start, describe_difference
 
 ASK_EVERY = 10  # steps
@@ -42,6 +44,7 @@ class RunWriter:
         self.minutes = minutes
         self.durable = durable
         self.metrics: list[dict[str, float]] = []
+        self._files = Present(folder)
         self._start = folder / LAST
         self._last_is_good = True
         self._saved = time.monotonic()
@@ -81,6 +84,7 @@ class RunWriter:
             )
         if _distributed.rank() == 0:
             restore_files(self.folder, start)
+            self._files.written()
         self.metrics = state["metrics"]
         self._start = start.checkpoint
         self._last_is_good = start.checkpoint.resolve() == (self.folder / LAST).resolve()
@@ -94,21 +98,30 @@ class RunWriter:
         if _distributed.size() == 1 or self.minutes == 0 or steps % ASK_EVERY == 0:
             due = time.monotonic() - self._saved >= 60 * self.minutes
             if _distributed.from_first(due):
-                self._save()
+                state = self.gather()
+                if _distributed.rank() == 0:
+                    self._save(state)
 
     def epoch_done(self, metrics: dict[str, float]) -> None:
-        """Writes the checkpoint of an epoch first, and then what can be made from it."""
-        self.metrics.append(metrics)
-        self._save()
-        if _distributed.rank() == 0:
-            _keep_best(self.folder, self.folder / LAST, self.metrics, durable=self.durable)
-            append_line(self.folder / METRICS, metrics)
+        """Writes the checkpoint of an epoch first, and then what can be made from it.
 
-    def _save(self) -> None:
+        Raises:
+            OutputError: If it cannot be written, or what was written before is gone.
+        """
+        self.metrics.append(metrics)
         state = self.gather()
+        if _distributed.rank() == 0:
+            with held():
+                self._save(state)
+                _keep_best(self.folder, self.folder / LAST, self.metrics, durable=self.durable)
+                self._files.check(epochs=len(self.metrics))
+                append_line(self.folder / METRICS, metrics)
+                self._files.written()
+
+    @held()
+    def _save(self, state: dict[str, Any]) -> None:
+        self._files.check_folder(epochs=len(state["metrics"]))
         self._saved = time.monotonic()
-        if _distributed.rank() > 0:
-            return
         # A checkpoint at `last` that was not continued from, damaged or given up, must not push out the good one.
         previous = self.folder / PREVIOUS if self._last_is_good else None
         try:
@@ -130,6 +143,7 @@ def _is_full(error: BaseException | None) -> bool:
     return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
 
 
+@held()
 def restore_files(folder: Path, start: Start) -> None:
     """Restores ``metrics.jsonl`` and ``checkpoints/best`` as they were when a checkpoint was made.
 

@@ -19,5 +19,5 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the meta device has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InvalidArgumentError(f"device {name!r} cannot be used here; try --device auto or cpu") from error
+        raise InvalidArgumentError(f"device {name!r:.80} cannot be used here; try --device auto or cpu") from error
     return device

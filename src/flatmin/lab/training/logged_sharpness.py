@@ -16,6 +16,7 @@ from ...errors import FlatminError, FlatminWarning, NoDirectionError, NonFiniteL
 from ...sharpness import Objective, hessian_eigenvalues, sam_sharpness
 from ..problems.batches import drawn_batches
 from ..problems.problem import Problem, class_numbers
+from ..problems.source import TRAIN
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -35,9 +36,10 @@ def evaluated_network(trainer: "Trainer") -> nn.Module:
 
 def fixed_batches(problem: Problem, samples: int, seed: int, device: torch.device, batch_size: int = 256) -> Batches:
     """Draws training samples, at most all, and reads them as batches; random states stay as they are."""
-    with preserved(device):
+    prefix = problem.source.prefixed(TRAIN)
+    with preserved(device), problem.source.calling(TRAIN):
         batches = drawn_batches(problem.train, samples, seed, batch_size)
-        return [(x.to(device), class_numbers(y, problem.num_classes).to(device)) for x, y in batches]
+        return [(x.to(device), class_numbers(y, problem.num_classes, prefix).to(device)) for x, y in batches]
 
 
 def epoch_sharpness(trainer: "Trainer", lr: float) -> dict[str, float]:

@@ -21,10 +21,13 @@ from ...indices import with_indices
 from ...optim import SharpnessAware
 from ..methods import Assembled, Ingredients, get_method
 from ..problems.batches import drawn_batches, make_loader, rank_batches, size_of
-from ..problems.problem import Problem, augmented, class_numbers, make_criterion
+from ..problems.checked import logits_of, loss_of, pair
+from ..problems.problem import Problem, augmented, make_criterion
+from ..problems.source import NETWORK, OPTIMIZER, STEP, TEST, TRAIN
 from ..recipe import Run
 from . import torchrun
 from .device import resolve_device
+from .first_losses import FirstLosses
 from .logged_sharpness import epoch_sharpness
 from .progress import Progress, StepResult
 from .randomness import Randomness
@@ -62,9 +65,11 @@ class Trainer:
         self._randomness = Randomness(run.seed, self.device)  # before the initial weights are drawn
         self.model = problem.make_model().to(self.device)
         self._network = torchrun.parallel(self.model)
+        self._calling = problem.source.calling
         base = problem.make_optimizer(self.model.parameters())
-        # The scheduler holds the base optimizer; a wrapper shares its param_groups.
-        self.scheduler = CosineAnnealingLR(base, T_max=recipe.epochs)
+        with self._calling(OPTIMIZER):
+            # The scheduler holds the base optimizer; a wrapper shares its param_groups.
+            self.scheduler = CosineAnnealingLR(base, T_max=recipe.epochs)
         self.loader = make_loader(
             problem.train, recipe.batch_size, workers=recipe.workers, generator=self._randomness.order
         )
@@ -76,18 +81,17 @@ class Trainer:
             )
         self._batches = rank_batches(self.loader)
         self._scaler = GradScaler(self.device.type, enabled=recipe.precision == "float16")
-        method = get_method(run.method).assemble(
-            Ingredients(
-                self._network,
-                base,
-                num_samples=size_of(problem.train),
-                num_classes=problem.num_classes,
-                steps_per_epoch=len(self.loader),
-                epochs=recipe.epochs,
-                scaler=self._scaler,
-            ),
-            run.settings,
+        ingredients = Ingredients(
+            self._network,
+            base,
+            num_samples=size_of(problem.train),
+            num_classes=problem.num_classes,
+            steps_per_epoch=len(self.loader),
+            epochs=recipe.epochs,
+            scaler=self._scaler,
         )
+        with self._calling(f"assemble of the method {run.method}"):  # which a user may have registered
+            method = get_method(run.method).assemble(ingredients, run.settings)
         if not isinstance(method, Assembled):
             raise InvalidArgumentError(
                 f"assemble of the method {run.method} must return flatmin.lab.methods.Assembled, got {method!r:.80}"
@@ -108,6 +112,7 @@ class Trainer:
         self.criterion = make_criterion(problem, run.settings["smoothing"])
         self.epoch = 0
         self.progress = Progress(totals=torch.zeros(2, device=self.device))
+        self._first_losses = FirstLosses(self.device)
 
     def train_epoch(self, on_step: Callable[[], None] | None = None) -> dict[str, float]:
         """Trains for one epoch and evaluates; after `load_state_dict`, for the rest of the epoch it was in.
@@ -119,27 +124,36 @@ class Trainer:
             ``epoch`` (from 0), ``train_loss`` (with the trajectory term), ``train_loss_vanilla`` (without),
             ``test_loss``, ``test_accuracy`` (a share of 1), ``lr``, ``seconds`` (without the evaluation) and
             ``closure_calls`` (of a step, on average); in epochs where it is due also what `epoch_sharpness` adds.
+
+        Raises:
+            DivergedError: If no loss is finite from the first step of the run on, see `FirstLosses`.
+            FlatminError: If something of an experiment file cannot be used.
         """
         progress = self.progress
         batches = self._begin_epoch()
         lr = self.optimizer.param_groups[0]["lr"]
         start = time.perf_counter() - progress.seconds
         for index, (x, y) in batches:
-            y = class_numbers(y, self.problem.num_classes)
-            x = augmented(x, self.run.recipe, self._randomness.augmentation)
+            with self._calling(TRAIN):
+                x = augmented(x, self.run.recipe, self._randomness.augmentation)
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             step = self.step(index, x, y, weight=self._batches.weight(progress.steps))
             progress.add(step, len(y), self._batches.lengths[progress.steps], time.perf_counter() - start)
+            if self._first_losses.add(step.loss):
+                self._judge(lr)
             if on_step is not None:
                 on_step()
+        self._judge(lr)
         total, vanilla = progress.means()
         seconds = time.perf_counter() - start
         self.scheduler.step()
         _distributed.broadcast_buffers([self.model])
-        self._at_epoch_end()
+        with self._calling(STEP):
+            self._at_epoch_end()
         self.make_statistics()
         test_loss, test_accuracy = self.evaluate()
-        measured = epoch_sharpness(self, lr)
+        with self._calling(NETWORK):
+            measured = epoch_sharpness(self, lr)
         self.epoch += 1
         self.progress = Progress(totals=torch.zeros(2, device=self.device))
         return {
@@ -154,11 +168,12 @@ class Trainer:
             **measured,
         }
 
-    def _begin_epoch(self) -> Iterator[tuple[Tensor, Any]]:
+    def _begin_epoch(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
         """Seeds everything and returns the epoch's batches, without those that `progress` counts as done."""
         self._randomness.begin_epoch(self.epoch)
+        self._first_losses.begin_epoch(self.epoch, self.progress.steps)
         self.model.train()
-        batches = iter(with_indices(self.loader))
+        batches = self._indexed_batches()
         if self.progress.steps == 0:
             self.set_epoch(self.epoch)
             if self.epoch == 0 and self.trajectory is not None:
@@ -168,6 +183,19 @@ class Trainer:
             deque(islice(batches, self.progress.steps), maxlen=0)
             self._randomness.go_on()
         return batches
+
+    def _indexed_batches(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        for index, batch in self.problem.source.reading(TRAIN, with_indices(self.loader)):
+            yield index, pair(self.problem, TRAIN, batch)
+
+    def first_batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch of the training set as `step` takes it, for measuring; of a new order, which an epoch draws anew."""
+        index, (x, y) = next(self._indexed_batches())
+        return index, x.to(self.device), y.to(self.device)
+
+    def _judge(self, lr: float) -> None:
+        """Ends a run without a finite loss from its first step on."""
+        self._first_losses.judge(self.progress, lr, self.run.recipe.precision, self.extra_bytes)
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the method which epoch begins."""
@@ -188,8 +216,8 @@ class Trainer:
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             with self._autocast():
-                logits = self._network(x)
-                vanilla = self.criterion(logits, y)
+                logits = logits_of(self.problem, self._network, x)
+                vanilla = loss_of(self.problem, self.criterion, logits, y)
                 loss = vanilla if self._penalty is None else vanilla + self._penalty(logits, y, index, x)
             scaled = self._scaler.scale(loss if weight == 1 else loss * weight)
             scaled.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -198,20 +226,23 @@ class Trainer:
 
         def choosing(keep: Any) -> Tensor:
             with self._autocast():
+                logits = logits_of(self.problem, self._network, x[keep])
                 each = F.cross_entropy(
-                    self._network(x[keep]), y[keep], reduction="none", label_smoothing=self.run.settings["smoothing"]
+                    logits, y[keep], reduction="none", label_smoothing=self.run.settings["smoothing"]
                 )
             mean = each.detach().float().mean()
             losses.append((mean, mean))
             return each if weight == 1 else each * weight
 
-        if self._takes_closure:
-            optimizer: Any = self.optimizer  # one that chooses samples takes another closure than torch's
-            optimizer.step(choosing if self._chooses else closure)
-        else:  # which a scaler steps without a closure
-            closure()
-            self._scaler.step(self.optimizer)
-        self._scaler.update()
+        with self._calling(STEP):
+            if self._takes_closure:
+                optimizer: Any = self.optimizer  # one that chooses samples takes another closure than torch's
+                optimizer.step(choosing if self._chooses else closure)
+            else:  # which a scaler steps without a closure
+                closure()
+                with self._calling(OPTIMIZER):
+                    self._scaler.step(self.optimizer)
+            self._scaler.update()
         return StepResult(*losses[0], calls=len(losses))
 
     def make_statistics(self) -> None:
@@ -222,7 +253,7 @@ class Trainer:
         if self._refresh is None:
             return
         drawn = drawn_batches(self.problem.train, REFRESHED, 0, AT_A_TIME)
-        with preserved(self.device), self._autocast():
+        with preserved(self.device), self._autocast(), self._calling(NETWORK):
             self._refresh(x for x, _ in drawn if len(x) > 1)  # a single sample has no variance
 
     @property
@@ -239,11 +270,12 @@ class Trainer:
         model = self.evaluated.eval()
         totals = torch.zeros(2, device=self.device)
         recipe = self.run.recipe
-        for x, y in make_loader(self.problem.test, max(recipe.batch_size, 512), workers=recipe.workers):
-            y = class_numbers(y, self.problem.num_classes)
+        loader = make_loader(self.problem.test, max(recipe.batch_size, 512), workers=recipe.workers)
+        for batch in self.problem.source.reading(TEST, loader):
+            x, y = pair(self.problem, TEST, batch)
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             with self._autocast():
-                logits = model(x)
+                logits = logits_of(self.problem, model, x)
             loss = F.cross_entropy(logits.float(), y, reduction="sum")
             right = (logits.argmax(dim=1) == y) & logits.amax(dim=1).isfinite()  # argmax gives NaN a class too
             totals += torch.stack([loss, right.sum()])

@@ -237,3 +237,14 @@ def test_without_pillow_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'flatmin\[cli\]'"):
         split.train[0]
+
+
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(tmp_path, monkeypatch):
+    fill(tmp_path, ant=2, bee=2)
+    save(tmp_path / "ant" / "0.png", size=(8193, 8192), mode="1", colour=0)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was decoded"))
+    split = load_folder(tmp_path)
+    place = [path.parent.name + path.name for path in split.train.paths + split.test.paths].index("ant0.png")
+    half, place = (split.train, place) if place < len(split.train) else (split.test, place - len(split.train))
+    with pytest.raises(DataError, match=r"ant/0.png: 8193 x 8192 pixels are more than 67108864; scale it down"):
+        half[place]

@@ -106,6 +106,26 @@ def test_a_lying_header_allocates_nothing(tmp_path, shape, pack):
     assert peak < 1 << 23
 
 
+def test_what_is_small_when_packed_is_not_unfolded_without_end(tmp_path, monkeypatch):
+    """Of zeros there are a thousand to a byte, so a header may tell the truth and there is no room for it."""
+    monkeypatch.setattr("flatmin.lab.problems.data._idx._UNFOLDED", 1 << 20)
+    path, header = tmp_path / "file", bytes([0, 0, 8, 1]) + struct.pack(">I", 1 << 24)
+    path.write_bytes(gzip.compress(header + bytes(1 << 24)))
+    most = max(1 << 20, 100 * path.stat().st_size)
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            DataError, match=f"it unfolds to more than {most} bytes; if that is right, unpack it with gun"
+        ):
+            read_idx(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 23
+    path.write_bytes(header + bytes(1 << 24))
+    assert len(read_idx(path)) == 1 << 24
+
+
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_read_idx_names_what_is_no_file(tmp_path, name):
     with pytest.raises(DataError) as caught:

@@ -1,0 +1,72 @@
+"""Says what goes wrong where a trainer calls ``step`` with a closure in which it does more than a pass."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+from ..errors import FlatminWarning, InvalidArgumentError
+
+CALLBACK = "add the callback flatmin.integrations.lightning.SharpnessAware() to the Trainer"
+_warned: "WeakSet[Any]" = WeakSet()  # optimizers
+
+
+def check_closure(optimizer: Any, closure: Callable[..., Any]) -> None:
+    """Refuses a closure of Lightning's with which the step would be wrong, and warns once where only its logs are.
+
+    Lightning clips and logs within the closure, so that each pass does, and accumulates outside of it.
+
+    Args:
+        optimizer: Whose step it is, one of flatmin's.
+        closure: Any closure.
+
+    Raises:
+        InvalidArgumentError: If the step would be wrong.
+    """
+    if not (isinstance(closure, partial) and len(closure.args) == 3 and _is_lightning(closure.func)):
+        return
+    name, module = type(optimizer).__name__, closure.args[0]
+    if optimizer.per_sample_closure:
+        raise InvalidArgumentError(
+            f"{name} needs the loss of each sample, and Lightning's closures take no samples: use flatmin.SAM, or to "
+            "pay less flatmin.LookSAM or when=flatmin.optim.Every(2)"
+        )
+    if not module.automatic_optimization:
+        if getattr(closure.args[2], "__name__", "") == "do_nothing_closure":
+            raise InvalidArgumentError(
+                f"{name} has to make the backward pass where it chooses: in manual optimization call "
+                "optimizer.step(closure), where the closure calls optimizer.zero_grad() and manual_backward(loss) and "
+                "returns the loss"
+            )
+        return
+    trainer = module.trainer
+    if trainer.accumulate_grad_batches > 1:
+        raise InvalidArgumentError(
+            f"{name} sees only the last of Lightning's accumulate_grad_batches={trainer.accumulate_grad_batches}: "
+            f"{CALLBACK}"
+        )
+    if optimizer.max_passes == 1:
+        return
+    if trainer.gradient_clip_val and (_uses_first(optimizer) or trainer.gradient_clip_algorithm == "value"):
+        raise InvalidArgumentError(
+            f"Lightning's gradient_clip_val clips the first gradient of {name} too, which changes the step: {CALLBACK}"
+            f", or make it {name}(..., max_norm={trainer.gradient_clip_val})"
+        )
+    if optimizer not in _warned:
+        _warned.add(optimizer)
+        warnings.warn(
+            f"Lightning's logs, metrics and hooks count both passes of each {name} step: {CALLBACK}, which makes them "
+            "count one (warned once)",
+            FlatminWarning,
+            stacklevel=6,  # this, _make_passes, step, torch's two wrappers
+        )
+
+
+def _uses_first(optimizer: Any) -> bool:
+    return optimizer._uses_first or optimizer._when.before(optimizer._steps) is None
+
+
+def _is_lightning(function: object) -> bool:
+    kinds = type(getattr(function, "__self__", None)).__mro__
+    return any(kind.__module__.split(".")[0] in ("lightning", "pytorch_lightning") for kind in kinds)
