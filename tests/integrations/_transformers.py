@@ -39,9 +39,9 @@ def gpt():
     return transformers.GPT2LMHeadModel(config).train()
 
 
-def vit():
+def vit(dropout=0.0):
     torch.manual_seed(0)
-    drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
     config = transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=C, **SMALL, **drop)
     return transformers.ViTForImageClassification(config).train()
 
@@ -244,6 +244,8 @@ def mesa_by_hand(model, windows, *, kind="sequence", decay=0.9, coefficient=1.0,
 
     def penalty(outputs, batch):
         inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
+        if kind == "encoder and decoder":
+            inputs["labels"] = batch.inputs["labels"]  # of which the decoder's inputs are made
         with torch.no_grad(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             target = average(**inputs).logits
         return coefficient * trajectory(outputs.logits, target, temperature)[counted(batch)].sum() / total[id(batch)]

@@ -99,9 +99,8 @@ def _where(trainer: Any, inputs: Mapping[str, Any], outputs: Any) -> Tensor | No
     if alone or labels is None or labels.is_floating_point():
         return None
     where = labels.ne(IGNORED)
-    if "shift_labels" not in inputs and _predicts_next(trainer):
-        where = where if trainer._loss_shifts_labels else where[..., 1:]
-        where = torch.cat([where, torch.zeros_like(where[..., :1])], dim=-1)  # nothing follows the last token
+    if "shift_labels" not in inputs and _shifts(trainer):  # nothing follows the last token
+        where = torch.cat([where, torch.zeros_like(where[..., :1])], dim=-1)
     shape = list(logits.shape)
     del shape[resolve_class_dim(logits, compare.class_dim)]
     return where if list(where.shape) == shape else None
