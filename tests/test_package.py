@@ -16,8 +16,7 @@ import flatmin
 ROOT = Path(flatmin.__file__).parent
 PUBLIC = [
     "flatmin",
-    "flatmin.integrations.accelerate",
-    "flatmin.integrations.lightning",
+    *(f"flatmin.integrations.{name}" for name in ("accelerate", "lightning", "transformers")),
     *(f"flatmin.{name}" for name in ("averages", "history", "indices", "losses", "optim", "sharpness")),
     "flatmin.lab",
     *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report", "results")),
@@ -26,7 +25,8 @@ PUBLIC = [
 # the integrations the second.
 SHARED = {"errors", "_attached", "_checks", "_distributed", "_files", "_interrupts", "_passes", "_rng", "_warn"}
 LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
-BROUGHT_BY = {"integrations/lightning": ("torchmetrics",)}  # what an integration's package needs itself
+# What an integration's package needs itself.
+BROUGHT_BY = {"integrations/lightning": ("torchmetrics",), "integrations/transformers": ("accelerate",)}
 RESULTS = {"errors", "_files", "lab/results"}
 PROBLEMS = {*SHARED, *LIBRARY, "lab/recipe", "lab/problems"}
 METHODS = {*SHARED, *LIBRARY, "lab/methods"}
@@ -53,6 +53,7 @@ ALLOWED = {
     "integrations/__init__": set(),
     "integrations/accelerate": {*SHARED, *LIBRARY},
     "integrations/lightning": {*SHARED, *LIBRARY},
+    "integrations/transformers": {*SHARED, *LIBRARY},
     "losses": {*SHARED, "averages", "history"},
     "lab/__init__": COMPARISON,
     "lab/recipe": SHARED,
