@@ -424,6 +424,19 @@ def test_resume_by_save_state(method, tmp_path):
     assert whole.optimizer.state_dict()["flatmin"]["step"] == 6
 
 
+def test_resume_within_an_epoch(tmp_path):
+    whole, resumed = (Run(functools.partial(flatmin.LookSAM, k=2), accumulate=2, norm=True) for _ in range(2))
+    for number, batch in enumerate(whole.accelerator.prepare_data_loader(loader(0)), start=1):
+        whole.step(*batch)
+        if number == 2:
+            whole.accelerator.save_state(str(tmp_path))
+    resumed.accelerator.load_state(str(tmp_path))
+    batches = resumed.accelerator.prepare_data_loader(loader(0))
+    due = [resumed.step(*batch) is not None for batch in accelerate.skip_first_batches(batches, 2)]
+    assert due == [False, True, True]
+    assert difference(whole.net, resumed.net) == 0
+
+
 def test_a_window_that_is_open_is_not_saved(tmp_path):
     run = resumable(flatmin.SAM, accumulate=3)
     batches = list(loader(0))
