@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("skorch")
+pytest.importorskip("accelerate")  # of which the tests' network and data are
 
 import torch
 from skorch import NeuralNetClassifier
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import flatmin
-from tests.integrations.test_accelerate import EPOCHS, B, data, difference, network, sgd
+from tests.integrations._accelerate import EPOCHS, B, data, difference, network, sgd
 
 
 @pytest.fixture(scope="module")
