@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatmin
-from tests.integrations.test_accelerate import data, difference, network, reset, sgd
+from tests.integrations._accelerate import data, difference, network, reset, sgd
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import flatmin
 from tests.distributed._spawn import run_ranks
-from tests.integrations.test_accelerate import EPOCHS, data, difference, network, sgd
+from tests.integrations._accelerate import EPOCHS, data, difference, network, sgd
 
 RANKS, BATCH, N = 2, 8, 70
 CASES = [("rank", 1), ("global", 1), ("rank", 2), ("global", 2), ("rank", 3), ("MESA", 2)]
