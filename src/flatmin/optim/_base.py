@@ -93,8 +93,9 @@ class SharpnessAware(Stepping, Wrapper):
     _closure = "def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); return loss"
     _without_closure = (
         "; or make the passes in a loop: for _ in optimizer.passes(): ..., or use perturb, restore and step, or "
-        "first_step, second_step; in Lightning, the callback flatmin.integrations.lightning.SharpnessAware(); with "
-        "Accelerate, flatmin.integrations.accelerate.sharpness_aware"
+        "first_step, second_step; in Lightning, the callback flatmin.integrations.lightning.SharpnessAware(), with "
+        "Accelerate flatmin.integrations.accelerate.sharpness_aware, and in transformers' Trainer the mixin "
+        "flatmin.integrations.transformers.Sharpness"
     )
 
     def __init__(

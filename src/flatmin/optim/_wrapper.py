@@ -110,6 +110,13 @@ class Wrapper(Optimizer, ABC):
         return "base_optimizer" in self.__dict__
 
 
+# transformers' Trainer makes optimizer_cls_and_kwargs of groups of parameters.
+_IN_TRAINER = (
+    "; in transformers' Trainer give sharpness=partial(flatmin.SAM, rho=0.05) to the mixin "
+    "flatmin.integrations.transformers.Sharpness"
+)
+
+
 def as_one(base: Optimizer | Sequence[Optimizer]) -> Optimizer:
     """Returns the base optimizer, or several as one."""
     if not isinstance(base, (list, tuple)):
@@ -120,7 +127,7 @@ def as_one(base: Optimizer | Sequence[Optimizer]) -> Optimizer:
         got = f"{type(base).__name__} of {wrong[0] if wrong else 'nothing'}"
         raise InvalidArgumentError(
             f"base_optimizer must be a torch.optim.Optimizer, got {got}; write torch.optim.AdamW(parameters), or a "
-            "list of such optimizers"
+            "list of such optimizers" + (_IN_TRAINER if wrong[:1] == ["dict"] else "")
         )
     for each in base:
         check_base(each)

@@ -95,7 +95,8 @@ def check_trainer(trainer: Any) -> None:
                 "optimizers, or leave sharpness out"
             )
         check_method(type(given))
-    if trainer.sharpness is None and trainer.penalty is None and not isinstance(given, SharpnessAware):
+    used = (trainer.sharpness, trainer.penalty, trainer._make_penalty)
+    if all(each is None for each in used) and not isinstance(given, SharpnessAware):
         return
     if trainer.accelerator.distributed_type in _SHARDED or trainer.is_distributed_loading_by_transformers:
         raise InvalidArgumentError(

@@ -17,6 +17,7 @@ from ..._rng import CPU, Everywhere
 from ...errors import FlatminWarning, InvalidArgumentError
 from ...indices import IndexedDataset, indexed, split
 from ...indices._collate import Collate
+from ...indices._dataset import find
 from ...losses import MESA, SAF
 from ...optim import SharpnessAware
 from ...optim._first_pass import Beginning
@@ -324,6 +325,12 @@ def _plain(data: Any) -> Any:
     """The data set without indices, of which it is given new ones.
 
     Raises:
-        InvalidArgumentError: If it has no indices, or those of another one.
+        InvalidArgumentError: If it can have none, or has those of another one.
     """
-    return indexed(data.dataset if isinstance(data, IndexedDataset) else data).dataset
+    data = data.dataset if isinstance(data, IndexedDataset) else data
+    if find(data) is not None:
+        raise InvalidArgumentError(
+            "train_dataset is a part of flatmin.indexed(dataset): give the Trainer the data set as it is without "
+            "indices, and SAF its length; the mixin adds them"
+        )
+    return indexed(data).dataset
