@@ -269,7 +269,7 @@ def test_logs_are_of_the_first_pass_and_what_trl_counts_is_counted_once(tmp_path
         {"remove_unused_columns": False},
         {"sharpness": partial(flatmin.S2SAM, rho=1e-12)},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options) or "plain",
 )
 def test_saf_is_that_by_hand(options, tmp_path):
     model = bert()

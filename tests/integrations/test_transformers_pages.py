@@ -1,0 +1,64 @@
+"""What docs/trainers.md says of transformers can be run, and so can the example."""
+
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import flatmin
+from tests.integrations._transformers import Rows, arguments, bert, copied, difference, pad
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_code_trains(tmp_path):
+    section = (ROOT / "docs" / "trainers.md").read_text().partition("\n## Transformers\n")[2].partition("\n## ")[0]
+    (code,) = [block.partition("```")[0] for block in section.split("```python\n")[1:]]
+    model = bert()
+    before = copied(model)
+    args = arguments(tmp_path, num_train_epochs=7)
+    names = {"flatmin": flatmin, "model": model, "args": args, "data": Rows(), "collator": pad, "num_labels": 3}
+    exec(code, names)
+    assert difference(model, before) > 1e-3
+    assert type(names["trainer"].optimizer.optimizer) is flatmin.SAM
+    assert names["penalty"].history.store is not None
+
+
+WORDS = (
+    "game level player sprite",
+    "library header static shared",
+    "font glyph serif type",
+    "python module import wheel",
+)
+MORE = ("kernel driver firmware module", "mail server smtp queue")
+
+
+@pytest.fixture
+def example():
+    path = ROOT / "examples" / "transformers_descriptions.py"
+    spec = importlib.util.spec_from_file_location("transformers_descriptions", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("method", ["base", "sam", "saf", "mesa"])
+def test_the_example_learns(example, method, tmp_path, monkeypatch):
+    """From a list of packages as apt-cache has it, made here."""
+    monkeypatch.chdir(tmp_path)
+    choose, text = random.Random(0), ""
+    for number in range(180):
+        section = number % 6
+        words = " ".join(choose.choices(WORDS[section].split(), k=5))
+        text += f"Package: p{number}\nDescription: {words}\nSection: contrib/s{section}\nPriority: optional\n\n"
+    assert example.main(method, text, epochs=7) > 0.85
+
+
+def test_the_example_says_what_it_needs(example, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="apt-cache, which knows Debian's packages, is not here"):
+        example.main("sam")
