@@ -348,7 +348,7 @@ def measure_fidelity(rows: Sequence[str], settings: Settings, corpus: Corpus, ev
         for row, saf in forms.items():
             if step == 0:
                 saf.set_epoch(epoch)
-            leaf = logits.detach().requires_grad_(compared)
+            leaf = logits.detach().requires_grad_()  # SAF records nothing of an evaluation
             loss = saf(leaf, index)
             if compared:
                 gradient = torch.autograd.grad(loss, leaf)[0].double()

@@ -1,6 +1,7 @@
 """What holds for all tests."""
 
 import gc
+import signal
 
 import pytest
 
@@ -8,6 +9,12 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--fuzz 20`` draws twenty times as many random cases in tests/fuzz."""
     parser.addoption("--fuzz", type=int, default=1, metavar="N", help="Draw N times as many cases in tests/fuzz.")
+
+
+def pytest_configure() -> None:
+    """A shell ignores Ctrl-C for what it runs in the background, and all processes of the tests would inherit it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

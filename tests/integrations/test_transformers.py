@@ -43,10 +43,22 @@ def saf(samples=44, classes=3):
     return flatmin.SAF(samples, classes, lag=1, start_epoch=1, coefficient=1.0)
 
 
+class Drawing(transformers.TrainerCallback):
+    """Draws random numbers between micro-batches, as a log or an augmentation may."""
+
+    def on_substep_end(self, *_, **__):
+        torch.rand(3)
+
+
 # The model, the data, the Trainer's settings, and the same by hand.
 CASES = {
     "plain": (bert, "sequence", {}, {}),
-    "dropout": (partial(bert, dropout=0.3), "sequence", {"gradient_accumulation_steps": 2}, {}),
+    "dropout": (
+        partial(bert, dropout=0.3),
+        "sequence",
+        {"gradient_accumulation_steps": 2, "callbacks": [Drawing()]},
+        {},
+    ),
     "accumulation of 2": (bert, "sequence", {"gradient_accumulation_steps": 2}, {}),
     "accumulation of 4, uneven": (bert, "sequence", {"gradient_accumulation_steps": 4}, {}),
     "clipped": (bert, "sequence", {"max_grad_norm": 0.3, "gradient_accumulation_steps": 2}, {"clip": 0.3}),

@@ -53,7 +53,7 @@ def test_the_example_learns(example, method, tmp_path, monkeypatch):
     choose, text = random.Random(0), ""
     for number in range(180):
         section = number % 6
-        words = " ".join(choose.choices(WORDS[section].split(), k=5))
+        words = " ".join(choose.choices((*WORDS, *MORE)[section].split(), k=5))
         text += f"Package: p{number}\nDescription: {words}\nSection: contrib/s{section}\nPriority: optional\n\n"
     assert example.main(method, text, epochs=7) > 0.85
 
