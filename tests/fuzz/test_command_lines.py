@@ -5,6 +5,7 @@ What a command line begins is cut short once everything is checked: nothing is t
 
 import inspect
 import itertools
+import os
 import re
 from types import SimpleNamespace
 from typing import get_args
@@ -35,7 +36,7 @@ def run(tmp_path_factory):
     """A run that was made, by its path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("made"))
-        recipe = lab.Recipe(experiment=write("made", {}), epochs=1, batch_size=16, device="cpu")
+        recipe = lab.Recipe(experiment=os.path.abspath(write("made", {})), epochs=1, batch_size=16, device="cpu")
         return lab.train(recipe, method="base", out="run").folder.resolve()
 
 

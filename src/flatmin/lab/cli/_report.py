@@ -37,7 +37,8 @@ def report(
     It shows the verdict, accuracy against cost, paired differences, curves by epoch, loss landscapes, Hessian spectra,
     measures of sharpness, memory, and how everything was made, each plot with its numbers.
     """
-    for name, value in (("figures", figures), ("tensorboard", tensorboard)):  # before anything is written
+    paths = [*(("runs", run) for run in runs), ("out", out), ("figures", figures), ("tensorboard", tensorboard)]
+    for name, value in paths:  # before anything is written
         if value is not None:
             check_path(name, value)
     with interruptible(state_of(page_of(runs, out))):
