@@ -1,13 +1,17 @@
-"""The size of the fuzz suite, and an empty folder for each of its tests."""
+"""The size of the fuzz suite, and an empty folder and the known methods for each of its tests."""
 
 import random
 
 import pytest
 
+from tests.registry import restored
+
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with restored():
+        yield
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def train(indices, epochs=range(8), **options) -> tuple[flatmin.SAF, list[str]]:
         for epoch in epochs:
             saf.set_epoch(epoch)
             for index in torch.as_tensor(indices(epoch)).split(B):
-                saf(torch.randn(len(index), C, generator=generator), index)
+                saf(torch.randn(len(index), C, generator=generator).requires_grad_(), index)
     assert {warning.category for warning in caught} <= {FlatminWarning}
     assert {warning.filename for warning in caught} <= {__file__}
     return saf, [str(warning.message) for warning in caught]
@@ -99,7 +99,7 @@ def test_evaluation_counts_for_nothing():
     saf = flatmin.SAF(N, C, lag=1, start_epoch=0)
     for epoch in range(4):
         saf.train().set_epoch(epoch)
-        saf(torch.randn(N, C), shuffled(epoch))
+        saf(torch.randn(N, C, requires_grad=True), shuffled(epoch))
         saf.eval()(torch.randn(N, C), shuffled(epoch) % C)
 
 
@@ -108,7 +108,7 @@ def test_a_copy_begins_anew_and_watches_too(clone):
     saf, _ = train(shuffled, range(2))
     cloned = clone(saf)
     cloned.set_epoch(2)
-    cloned(torch.randn(N, C), torch.arange(N) % C)
+    cloned(torch.randn(N, C, requires_grad=True), torch.arange(N) % C)
     cloned.set_epoch(3)
     with pytest.warns(FlatminWarning, match="class numbers"):
-        cloned(torch.randn(N, C), shuffled(3))
+        cloned(torch.randn(N, C, requires_grad=True), shuffled(3))
