@@ -75,19 +75,27 @@ class NonFiniteGradientWarning(FlatminWarning):
     """A step was dropped because a gradient was infinite or not a number."""
 
 
-def require(module: str, *, install: str) -> ModuleType:
+def require(module: str, *, install: str, oldest: tuple[int, int] | None = None) -> ModuleType:
     """Imports an optional dependency.
 
     Args:
         module: What to import, such as ``"sklearn.datasets"``.
         install: What to give to ``pip install``, such as ``"flatmin[cli]"``.
+        oldest: The first two numbers of the oldest version that will do. None: any.
 
     Raises:
-        MissingDependencyError: If it cannot be imported; the message says what to install.
+        MissingDependencyError: If it cannot be imported, or is too old; the message says what to install.
     """
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(
             f"{module.split('.')[0]!r} is needed here and could not be imported ({error}); pip install '{install}'"
         ) from error
+    if oldest is not None:
+        version = str(found.__version__)
+        if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < oldest:
+            raise MissingDependencyError(
+                f"{module} {version} is too old, {'.'.join(map(str, oldest))} is needed; pip install '{install}'"
+            )
+    return found

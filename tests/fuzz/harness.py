@@ -1,7 +1,7 @@
 """What all of the fuzz suite shares: a call of the command in this process, and what no call may ever do.
 
-A part of the suite makes its cases, calls each through `Command` (or `guarded`, for a function of Python) and asserts
-`refused` or `answered` of what came. ``--fuzz N`` draws N times as many random cases; see `tests/conftest.py`.
+A part of the suite makes its cases, calls each through `command` (or `guarded`, for a function of Python), and gives
+what `Came.fault` says of each to `report`, which fails. ``--fuzz N`` draws N times as many; see `tests/conftest.py`.
 """
 
 import contextlib

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from ..errors import InvalidArgumentError
-from ._attached import Attached, unattended
 from ._base import SharpnessAware
 from ._displaced import Displaced
 from ._foreach import length
+from ._network_hooks import Attached, unattended
 from ._perturbation import Rho, Scaling, unit
 from ._scale import LossScale
 from ._step import Passes, Step

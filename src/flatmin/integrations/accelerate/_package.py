@@ -1,20 +1,12 @@
-"""What of Accelerate is needed, and what is refused of it."""
+"""What of Accelerate is needed."""
 
-from ...errors import MissingDependencyError, require
-
-OLDEST = (1, 15)  # with which this was tried
+from ...errors import require
 
 
 def check_package() -> None:
-    """Checks that there is an Accelerate, and that it is not too old.
+    """Checks that Accelerate is there, in a version with which this was tried.
 
     Raises:
         MissingDependencyError: Otherwise.
     """
-    package = require("accelerate", install="flatmin[accelerate]")
-    version = str(package.__version__)
-    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
-        raise MissingDependencyError(
-            f"accelerate {version} is too old, {'.'.join(map(str, OLDEST))} is needed; "
-            "pip install 'flatmin[accelerate]'"
-        )
+    require("accelerate", install="flatmin[accelerate]", oldest=(1, 15))

@@ -1,21 +1,13 @@
 """What of transformers is needed."""
 
-from ...errors import MissingDependencyError, require
-
-OLDEST = (5, 24)  # with which this was tried
+from ...errors import require
 
 
 def check_package() -> None:
-    """Checks that transformers is there with accelerate, and that it is not too old.
+    """Checks that transformers is there with accelerate, in a version with which this was tried.
 
     Raises:
         MissingDependencyError: Otherwise.
     """
-    package = require("transformers", install="flatmin[transformers]")
+    require("transformers", install="flatmin[transformers]", oldest=(5, 24))
     require("accelerate", install="flatmin[transformers]")
-    version = str(package.__version__)
-    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST:
-        raise MissingDependencyError(
-            f"transformers {version} is too old, {'.'.join(map(str, OLDEST))} is needed; "
-            "pip install 'flatmin[transformers]'"
-        )
