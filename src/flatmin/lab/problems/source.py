@@ -20,6 +20,7 @@ NETWORK = "the network of model()"
 CRITERION = "the function of criterion()"
 OPTIMIZER = "the optimizer of optimizer(parameters)"
 STEP = "a training step"
+MEASURE = "a measurement"
 FILE = "the file itself"
 WANTED = {
     "model()": "must return a torch.nn.Module",
@@ -87,6 +88,8 @@ class Source:
         wanted = f", which {WANTED[part]}" if part in WANTED else ""
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_in(self.path, frame.filename)]
         place = f":{frames[-1].lineno}" if frames else ""
+        if part in (STEP, MEASURE) and frames:  # of much that is called in one
+            wanted = f", in {frames[-1].name}()"
         return ExperimentError(f"{self.path}{place}: {what} (in {part}{wanted})")
 
     def _error(self, said: str) -> FlatminError:

@@ -49,8 +49,9 @@ def write_events(studies: Sequence[Study], folder: Path) -> list[Path]:
                                 events.add_scalar(metric, value, done)
                 for file in old:
                     file.unlink()
-            except OSError as error:
-                raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from error
+            except (OSError, UnicodeError) as error:  # TensorBoard writes no name that is not UTF-8
+                reason = getattr(error, "strerror", None) or error
+                raise OutputError(f"{target}: cannot be written ({reason})") from error
             written.append(target)
     return written
 

@@ -22,6 +22,7 @@ from ...sharpness import (
     sam_sharpness,
     spectral_density,
 )
+from ..problems.source import MEASURE
 from ..recipe import SEED
 from ..results import LANDSCAPE, SHARPNESS
 from ..results.files import check_path
@@ -366,12 +367,13 @@ def write_sharpness(
     objective = Objective(
         saved.model, saved.loss_fn, batches, batch_statistics=batch_statistics, dtype=dtype, seed=seed
     )
-    found = measures(objective, rho=rho, eigenvalues=eigenvalues, trace=trace, on_progress=on_progress)
     spectrum = None
-    if density is not None:
-        if on_progress is not None:
-            on_progress("density of the eigenvalues")
-        spectrum = spectral_density(objective, **density)
+    with saved.problem.source.calling(MEASURE):
+        found = measures(objective, rho=rho, eigenvalues=eigenvalues, trace=trace, on_progress=on_progress)
+        if density is not None:
+            if on_progress is not None:
+                on_progress("density of the eigenvalues")
+            spectrum = spectral_density(objective, **density)
     path = saved.folder / SHARPNESS
     write_json(
         path,
@@ -425,13 +427,14 @@ def write_landscape(
     objective = Objective(
         saved.model, saved.loss_fn, batches, batch_statistics=batch_statistics or bool(plane), dtype=dtype, seed=seed
     )
-    found = loss_landscape(
-        objective,
-        plane=[one.model.state_dict() for one in plane] if plane else None,
-        partial=partial,
-        on_progress=on_progress and (lambda done, total: on_progress(done, total, saved.name)),
-        **options,
-    )
+    with saved.problem.source.calling(MEASURE):
+        found = loss_landscape(
+            objective,
+            plane=[one.model.state_dict() for one in plane] if plane else None,
+            partial=partial,
+            on_progress=on_progress and (lambda done, total: on_progress(done, total, saved.name)),
+            **options,
+        )
     path = saved.folder / LANDSCAPE
     write_json(
         path,
