@@ -55,7 +55,7 @@ class Attachment:
         if after_step is not None:
 
             def after(stepped: Optimizer, *_: Any) -> None:
-                if not getattr(stepped, "step_dropped", False):  # by one of flatmin's
+                if not getattr(stepped, "_dropped", False):  # by one of flatmin's
                     after_step(module)
 
             self._hook = optimizer.register_step_post_hook(after)

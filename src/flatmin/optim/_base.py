@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_choice, check_integer, check_module, check_number
 from ..errors import InvalidArgumentError
+from ._dropping import Dropping
 from ._first_pass import Beginning
 from ._memory import Memory
 from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of, rounded_away
@@ -117,8 +118,8 @@ class SharpnessAware(Stepping, Wrapper):
         self.scaler = check_scaler(scaler)
         self.max_norm = None if max_norm is None else check_number("max_norm", max_norm, above=0)
         self.norm = check_choice("norm", norm, ("rank", "global"))
-        self.skipped_steps = 0
-        self.step_dropped = False
+        self._skipped = 0
+        self._dropped = False
         self._subset = check_subset(parameters, self.base_optimizer)
         self._scaling = check_scaling(scaling)
         self._when = as_schedule(when)
@@ -237,8 +238,9 @@ class SharpnessAware(Stepping, Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_idle("a copy")
+        self._settle(stacklevel=3)
         state = super().__getstate__()
-        return {name: value for name, value in state.items() if name not in ("_progress", "_beginnings", "_seen")}
+        return {name: value for name, value in state.items() if name not in _OF_THIS_OBJECT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -246,6 +248,7 @@ class SharpnessAware(Stepping, Wrapper):
 
     def _own_state(self) -> dict[str, Any]:
         self._check_idle("state_dict")
+        self._settle(stacklevel=3)
         return {
             "step": self._steps,
             "state": self._memory.state_dict(self.param_groups),
@@ -256,6 +259,8 @@ class SharpnessAware(Stepping, Wrapper):
         self._check_idle("load_state_dict")
         steps = check_integer("state_dict['flatmin']['step']", own.get("step", 0), least=0)
         memory = Memory.from_state(own.get("state", {}), self.param_groups)
+        self._settle(stacklevel=3)
+        self._dropping = Dropping()
         self.base_optimizer.load_state_dict(base)
         self._when.load_state_dict(own.get("when") or copy.deepcopy(self._when_new))
         self._steps, self._memory = steps, memory
@@ -281,6 +286,8 @@ class SharpnessAware(Stepping, Wrapper):
             replay=self._replay,
             max_norm=self.max_norm,
             scale=LossScale(self.scaler, self, outside=begun is not None),
+            base=self.base_optimizer,
+            dropping=self._dropping,
             check=None if self._checked else self._check_rounding,
         )
 
@@ -290,6 +297,9 @@ class SharpnessAware(Stepping, Wrapper):
     def _check_rounding(self, moved: list[Tensor], weights: list[Tensor], offsets: list[Tensor]) -> None:
         """Notes, in the first step that moves weights, whether these are too coarse for it."""
         self._checked, self._coarse = True, rounded_away(moved, weights, offsets)
+
+
+_OF_THIS_OBJECT = ("_progress", "_beginnings", "_seen", "_dropping")
 
 
 def check_scaler(scaler: GradScaler | None) -> GradScaler:

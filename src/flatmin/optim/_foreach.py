@@ -1,4 +1,8 @@
-"""Arithmetic over lists of tensors, in which DTensors and plain ones may be mixed."""
+"""Arithmetic over lists of tensors, in which DTensors and plain ones may be mixed.
+
+A number that is computed of tensors is a float where they are on the CPU. Where they are on an accelerator it stays
+there, as a tensor without dimensions, so that the host does not wait for it.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,18 +13,28 @@ from torch import Tensor, nn
 
 from .._distributed import local
 
+Scalar = float | Tensor  # a number, or a tensor without dimensions on the device of what it is for
+
 _PLAIN = {Tensor, nn.Parameter}
+_READ = ("cpu", "mps", "meta")  # devices whose numbers are read at once: mps has no float64
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def global_norm(tensors: list[Tensor]) -> Tensor:
-    """L2 norm over all tensors together, accumulated in float32 at least, as a scalar.
+def stays(tensors: list[Tensor]) -> bool:
+    """Whether numbers of these tensors stay on their device: if it is one, and the host would wait for it."""
+    devices = {tensor.device for tensor in tensors}
+    return len(devices) == 1 and devices.pop().type not in _READ
+
+
+def global_norm(tensors: list[Tensor], least: torch.dtype = torch.float32) -> Tensor:
+    """L2 norm over all tensors together, accumulated in ``least`` at least, as a scalar.
 
     DTensors count with all their shards, so that the norm is the same on all ranks.
     """
     dtypes = {tensor.dtype for tensor in tensors}
     if any(dtype.is_complex for dtype in dtypes):
-        return global_norm([torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors])
-    widest = max((torch.promote_types(dtype, torch.float32) for dtype in dtypes), key=lambda kind: kind.itemsize)
+        return global_norm([torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors], least)
+    widest = max((torch.promote_types(dtype, least) for dtype in dtypes), key=lambda kind: kind.itemsize)
     norms: list[Tensor] = []
     for (same,) in _alike(tensors):
         some = list(torch._foreach_norm(same, 2, widest))
@@ -33,8 +47,10 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     return total
 
 
-def length(tensors: list[Tensor]) -> float:
-    """`global_norm` as a number, finite wherever the tensors are: their squares may overflow. Waits for the device."""
+def length(tensors: list[Tensor]) -> Scalar:
+    """`global_norm`, finite wherever the tensors are: their squares may overflow float32."""
+    if stays(tensors):
+        return global_norm(tensors, torch.float64)
     norm = float(global_norm(tensors))
     return norm if norm < math.inf else float(scaled_norm(tensors))
 
@@ -47,17 +63,29 @@ def scaled_norm(tensors: list[Tensor]) -> Tensor:
     return (norm.cpu() if norm.device.type == "mps" else norm).double() / small  # mps has no float64
 
 
-def add_(tensors: list[Tensor], others: list[Tensor], alpha: float) -> None:
+def add_(tensors: list[Tensor], others: list[Tensor], alpha: Scalar) -> None:
     """``tensors += alpha * others``, in place."""
     for ours, theirs in _alike(tensors, others):
         terms, factor = _term(theirs, alpha)
-        torch._foreach_add_(ours, terms, alpha=factor)
+        torch._foreach_add_(_plain(ours, alpha), terms, alpha=factor)
 
 
-def scale_(tensors: list[Tensor], factor: float) -> None:
+def scale_(tensors: list[Tensor], factor: Scalar) -> None:
     """``tensors *= factor``, in place."""
     for (ours,) in _alike(tensors):
-        torch._foreach_mul_(ours, factor)
+        if isinstance(factor, Tensor):
+            torch._foreach_copy_(_plain(ours, factor), _scaled(ours, factor))
+        else:
+            torch._foreach_mul_(ours, factor)
+
+
+def shorten_(tensors: list[Tensor], most: float) -> None:
+    """Scales the tensors, in place, to a norm of ``most`` over all of them where it is longer, as torch clips."""
+    factor = most / (length(tensors) + 1e-6)
+    if isinstance(factor, Tensor):
+        scale_(tensors, factor.clamp(max=1.0))
+    elif factor < 1:
+        scale_(tensors, factor)
 
 
 def multiply_(tensors: list[Tensor], others: list[Tensor]) -> None:
@@ -66,8 +94,12 @@ def multiply_(tensors: list[Tensor], others: list[Tensor]) -> None:
         torch._foreach_mul_(ours, theirs)
 
 
-def plus(tensors: list[Tensor], others: list[Tensor], alpha: float) -> list[Tensor]:
+def plus(tensors: list[Tensor], others: list[Tensor], alpha: Scalar) -> list[Tensor]:
     """``tensors + alpha * others``."""
+    if isinstance(alpha, Tensor):
+        found = clones(tensors)
+        add_(found, others, alpha)
+        return found
 
     def added(ours: list[Tensor], theirs: list[Tensor]) -> Any:
         terms, factor = _term(theirs, alpha)
@@ -94,12 +126,16 @@ def absolute(tensors: list[Tensor], eta: float) -> list[Tensor]:
     return found
 
 
+@torch.no_grad()
 def clones(tensors: list[Tensor]) -> list[Tensor]:
     """A copy of each."""
-    return [tensor.clone() for tensor in tensors]
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    if copies:
+        copy_(copies, tensors)
+    return copies
 
 
-def component(tensors: list[Tensor], others: list[Tensor], norm: float, other: float) -> float:
+def component(tensors: list[Tensor], others: list[Tensor], norm: Scalar, other: Scalar) -> Scalar:
     """``a . b / |b|^2`` of two directions over all tensors together: how much of ``b`` is in ``a``; 0 if one is none.
 
     Of the cosine, ``1 - |a/|a| - b/|b||^2 / 2``: no tensor at a time, no cancellation where they are nearly parallel,
@@ -111,8 +147,14 @@ def component(tensors: list[Tensor], others: list[Tensor], norm: float, other: f
         norm: The norm of ``tensors``.
         other: The norm of ``others``.
     """
-    if norm == 0 or other == 0:
-        return 0.0
+    if isinstance(norm, Tensor) or isinstance(other, Tensor):
+        found: Any = _component(tensors, others, norm, other)
+        none: Any = (norm == 0) | (other == 0)
+        return torch.where(none, 0.0, found)
+    return 0.0 if norm == 0 or other == 0 else _component(tensors, others, norm, other)
+
+
+def _component(tensors: list[Tensor], others: list[Tensor], norm: Scalar, other: Scalar) -> Scalar:
     difference = plus(tensors, others, alpha=-norm / other)  # |a| times that of the unit vectors
     return (1 - (length(difference) / norm) ** 2 / 2) * norm / other
 
@@ -122,8 +164,47 @@ def copy_(tensors: list[Tensor], others: list[Tensor]) -> None:
     torch._foreach_copy_([local(tensor) for tensor in tensors], [local(other) for other in others])
 
 
-def _term(tensors: list[Tensor], alpha: float) -> tuple[list[Tensor], float]:
+@torch.no_grad()
+def put_back_(tensors: list[Tensor], copies: list[Tensor], where: Tensor) -> None:
+    """``tensors = copies`` where a flag on their device is True, in place and bit-identical.
+
+    Of their bits, as integers: of NaN and infinity, torch's arithmetic over lists would leave something.
+    """
+    parts: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for tensor, copy in zip(tensors, copies, strict=True):
+        ours, theirs = _bits(tensor), _bits(copy)
+        new, old = parts.setdefault(ours.dtype, ([], []))
+        new.append(ours)
+        old.append(theirs)
+    for kind, (new, old) in parts.items():
+        differences = torch._foreach_sub(old, new)  # wraps around, and so back
+        torch._foreach_mul_(differences, where.to(kind))
+        torch._foreach_add_(new, differences)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    plain = local(tensor).detach()
+    plain = torch.view_as_real(plain) if plain.is_complex() else plain
+    return plain.view(_BITS[plain.itemsize])
+
+
+def _plain(tensors: list[Tensor], factor: Scalar) -> list[Tensor]:
+    """The tensors as what a factor on the device can be multiplied with: of DTensors the shards."""
+    return [local(tensor) for tensor in tensors] if isinstance(factor, Tensor) else tensors
+
+
+def _scaled(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """``factor * tensors``, of one dtype; torch is fast where the factor has it, in which 16 bits would be too few."""
+    plain, kind = _plain(tensors, factor), tensors[0].dtype
+    if kind.itemsize <= 2:
+        return [(factor.float() * tensor.float()).to(kind) for tensor in plain]
+    return list(torch._foreach_mul(plain, factor.to(kind)))
+
+
+def _term(tensors: list[Tensor], alpha: Scalar) -> tuple[list[Tensor], float]:
     """``alpha * tensors``, of one dtype, as tensors and a factor that torch takes: in float16 none that overflows."""
+    if isinstance(alpha, Tensor):
+        return _scaled(tensors, alpha), 1.0
     if tensors[0].dtype != torch.float16 or abs(alpha) <= torch.finfo(torch.float16).max:
         return tensors, alpha
     return [(alpha * tensor.float()).half() for tensor in tensors], 1.0

@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
-from ._foreach import add_, clones, component
+from ._foreach import Scalar, add_, clones, component
 from ._perturbation import Rho, Scaling
 from ._step import Passes, Step
 from .schedules import Schedule
 
 
-def decompose_(second: list[Tensor], first: list[Tensor], alpha: float, norm: float, other: float) -> None:
+def decompose_(second: list[Tensor], first: list[Tensor], alpha: float, norm: Scalar, other: Scalar) -> None:
     """Subtracts from ``second``, in place, ``alpha`` times the part of ``first`` that is orthogonal to it.
 
     Args:
@@ -27,9 +27,9 @@ def decompose_(second: list[Tensor], first: list[Tensor], alpha: float, norm: fl
         norm: The norm of ``first``.
         other: The norm of ``second``.
     """
-    if other > 0:
-        add_(first, second, alpha=-component(first, second, norm, other))
-        add_(second, first, alpha=-alpha)
+    add_(first, second, alpha=-component(first, second, norm, other))
+    some = other.sign() if isinstance(other, Tensor) else float(other > 0)  # 0 where there is no direction
+    add_(second, first, alpha=-alpha * some)
 
 
 class GSAM(SharpnessAware):

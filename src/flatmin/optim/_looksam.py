@@ -11,18 +11,18 @@ from torch.optim import Optimizer
 
 from .._checks import check_number
 from ._base import SharpnessAware
-from ._foreach import add_, clones, component, length, plus
+from ._foreach import Scalar, add_, clones, component, length, plus
 from ._perturbation import Rho, Scaling
 from ._step import Passes, Step, aligned
 from .schedules import Every, Schedule
 
 
-def orthogonal(first: list[Tensor], second: list[Tensor], norm: float, other: float) -> list[Tensor]:
+def orthogonal(first: list[Tensor], second: list[Tensor], norm: Scalar, other: Scalar) -> list[Tensor]:
     """The part of ``second``, whose norm is ``other``, that is orthogonal to ``first``, whose norm is ``norm``."""
     return plus(second, first, alpha=-component(second, first, other, norm))
 
 
-def reuse_(gradients: list[Tensor], directions: list[Tensor], alpha: float, norm: float) -> None:
+def reuse_(gradients: list[Tensor], directions: list[Tensor], alpha: float, norm: Scalar) -> None:
     """Adds to ``gradients``, in place, ``directions`` brought to ``alpha`` times the length ``norm``."""
     add_(gradients, directions, alpha=alpha * norm / (length(directions) + 1e-8))
 

@@ -39,11 +39,12 @@ class Mark:
         if gradient is None:
             return
         values = local(gradient)
-        if not ((seen is not None and seen.is_untouched(gradient)) or values.any()):
-            return
         self._gradient, self._element = gradient, values[(slice(0, 1),) * values.ndim]
         self._before = self._element.clone()
-        self._element.fill_(float("nan"))
+        if seen is not None and seen.is_untouched(gradient):
+            self._element.fill_(float("nan"))
+        else:  # without reading it
+            self._element.copy_(torch.where(values.any(), torch.nan, self._element))
         self._version = gradient._version
 
     def is_left(self, gradients: list[Tensor]) -> bool:
@@ -53,6 +54,14 @@ class Mark:
         if not self._element.isnan().all():
             return False
         return sum(int(local(gradient).isfinite().logical_not().sum()) for gradient in gradients) == 1
+
+    def is_left_on_device(self, gradients: list[Tensor]) -> Tensor | None:
+        """The same of this one gradient, as a flag on the device; None where it cannot be told."""
+        marked = self._gradient
+        if marked is None or self._element is None or not any(gradient is marked for gradient in gradients):
+            return None
+        values = local(marked)
+        return (values.isnan().sum() == 1) & self._element.isnan().all() if values.numel() > 1 else None
 
     def remove_if_untouched(self) -> None:
         """Removes it where nothing was done to that tensor, which may have been set as the gradient once more."""

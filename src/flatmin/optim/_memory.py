@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
+from ._foreach import put_back_
 
 
 class Memory:
@@ -37,9 +39,13 @@ class Memory:
         """Remembers ``tensors`` in place of all that there was under ``name``, once the step is made."""
         self._staged.append((name, True, dict(zip(parameters, tensors, strict=True))))
 
-    def commit(self) -> None:
-        """The step is made."""
+    def commit(self, bad: Tensor | None = None) -> None:
+        """The step is made; where a flag on the device is True, it is dropped."""
         for name, alone, tensors in self._staged:
+            if bad is not None:
+                old = self._tensors.get(name, {})
+                before = [old[p] if p in old else torch.zeros_like(p) for p in tensors]
+                put_back_(list(tensors.values()), before, bad)  # nobody else has these yet
             self._tensors[name] = tensors if alone else {**self._tensors.get(name, {}), **tensors}
         self._staged.clear()
 

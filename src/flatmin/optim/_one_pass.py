@@ -13,7 +13,7 @@ from torch.utils.weak import TensorWeakRef
 from ..errors import InvalidArgumentError
 from ._base import SharpnessAware
 from ._displaced import Displaced
-from ._foreach import length
+from ._foreach import Scalar, length
 from ._network_hooks import Attached, unattended
 from ._perturbation import Rho, Scaling, unit
 from ._scale import LossScale
@@ -31,7 +31,7 @@ class OnePass(SharpnessAware):
     max_passes = 1
     displaced: Displaced
     _begun: Step | None  # of which the loop makes the passes
-    _norm: float | None  # of its direction
+    _norm: Scalar | None  # of its direction
     _attached: Attached | None
     _without_closure = SharpnessAware._without_closure + (
         "; or give it the network as model=, for loops that call loss.backward() and then step()"

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from .._checks import check_number
 from .._distributed import local
 from ..errors import InvalidArgumentError
-from ._foreach import absolute, add_, clones, copy_, length, multiply_, times
+from ._foreach import Scalar, absolute, add_, clones, copy_, length, multiply_, times
 
 # Parameters, a direction for each, and the directions' norm where it is known; returns s and n of e = rho * s / n.
-Scaling = Callable[[list[Tensor], list[Tensor], float | None], tuple[list[Tensor], float]]
+Scaling = Callable[[list[Tensor], list[Tensor], Scalar | None], tuple[list[Tensor], Scalar]]
 Rho = float | Callable[[Optimizer], float]
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -31,7 +31,7 @@ def moved(
     *,
     rho: float,
     eps: float,
-    norm: float | None = None,
+    norm: Scalar | None = None,
     check: Callable[[list[Tensor], list[Tensor], list[Tensor]], None] | None = None,
 ) -> Iterator[list[Tensor]]:
     """Inside, ``parameters`` are moved by ``rho`` along ``directions``; on leaving they are bit-identical to before.
@@ -79,7 +79,7 @@ def rounded_away(moved: list[Tensor], weights: list[Tensor], offsets: list[Tenso
     return half if abs(along) < 0.9 * (made_norm * wanted_norm) ** 0.5 or made_norm == 0 < wanted_norm else None
 
 
-def unit(parameters: list[Tensor], directions: list[Tensor], norm: float | None = None) -> tuple[list[Tensor], float]:
+def unit(parameters: list[Tensor], directions: list[Tensor], norm: Scalar | None = None) -> tuple[list[Tensor], Scalar]:
     """The direction as it is: one norm over all parameters together."""
     return directions, length(directions) if norm is None else norm
 
@@ -113,8 +113,8 @@ class Elementwise:
         check_number("eta", self.eta, least=0)
 
     def __call__(
-        self, parameters: list[Tensor], directions: list[Tensor], norm: float | None = None
-    ) -> tuple[list[Tensor], float]:
+        self, parameters: list[Tensor], directions: list[Tensor], norm: Scalar | None = None
+    ) -> tuple[list[Tensor], Scalar]:
         """Returns ``T^2 d`` and ``|T d|``."""
         wide = [index for index, parameter in enumerate(parameters) if parameter.ndim >= 2]
         factors = absolute([parameters[index] for index in wide], self.eta)

@@ -79,14 +79,14 @@ def local_gradients(model: nn.Module | None, *, wanted: bool) -> Iterator[list[P
             module.require_backward_grad_sync = True
 
 
-def agreed(number: Tensor, groups: list[ProcessGroup]) -> float:
-    """The number as a float, or infinity on all ranks of ``groups`` where it is not finite on one of them."""
+def agreed(number: Tensor, groups: list[ProcessGroup]) -> Tensor:
+    """The number, or infinity on all ranks of ``groups`` where it is not finite on one of them."""
     if groups:
         bad = (~number.isfinite()).float()
         for group in groups:
             distributed.all_reduce(bad, distributed.ReduceOp.MAX, group)
         number = torch.where(bad > 0, torch.inf, number)
-    return float(number)
+    return number
 
 
 @contextmanager

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
 
 from .._passes import within
 from .._rng import CPU, Everywhere, replayed
 from ..errors import InvalidArgumentError
+from ._dropping import Dropping
 from ._first_pass import Beginning, Beginnings
-from ._foreach import global_norm, length, scale_, scaled_norm
+from ._foreach import Scalar, global_norm, length, scaled_norm, shorten_, stays
 from ._mark import Mark, Seen
 from ._perturbation import Scaling, moved
 from ._scale import LossScale
@@ -59,15 +61,20 @@ class Step:
         replay: Whether the second pass draws the random numbers of the first.
         max_norm: Norm that the gradient to step with has at most; None for any.
         scale: The scale of the losses.
+        base: The base optimizer.
+        dropping: Makes its step, and knows whether that can be dropped on the device.
         check: Looks at the weights when they are moved, as `moved` has it; None if that was done.
         second_runs: Whether the second pass runs; None until the gradient of the first has decided.
         parameters: Those with a gradient in the last pass.
         gradients: Theirs.
-        norm: The gradients' norm.
+        norm: The gradients' norm; on their device where the host need not know it.
         first_norm: The norm of those of the first pass.
         loss: What the closure returned in its first call.
         before: The buffers before the step, which a step that is dropped puts back; None until the first pass.
         failed: Which pass was not finite, so that the step is dropped; empty if none.
+        bad: Whether one was not, where the host does not know: on the device.
+        left: Whether one has added to what there was before, likewise.
+        decides: Whether the schedule looks at the norm.
     """
 
     name: str
@@ -86,15 +93,20 @@ class Step:
     replay: bool
     max_norm: float | None
     scale: LossScale
+    base: Optimizer
+    dropping: Dropping
     check: Callable[[list[Tensor], list[Tensor], list[Tensor]], None] | None
     second_runs: bool | None = field(init=False)
     parameters: list[Tensor] = field(init=False, default_factory=list)
     gradients: list[Tensor] = field(init=False, default_factory=list)
-    norm: float = field(init=False, default=0.0)
-    first_norm: float = field(init=False, default=0.0)
+    norm: Scalar = field(init=False, default=0.0)
+    first_norm: Scalar = field(init=False, default=0.0)
     loss: Any = field(init=False, default=None)
     before: Buffers | None = field(init=False, default=None)
     failed: str = field(init=False, default="")
+    bad: Tensor | None = field(init=False, default=None)
+    left: Tensor | None = field(init=False, default=None)
+    decides: bool = field(init=False)
     _others: OtherGradients | None = field(init=False, default=None)  # those set aside until the second pass is over
     _ranks: list[ProcessGroup] = field(init=False, default_factory=list)
     _random: Everywhere | None = field(init=False, default=None)
@@ -103,6 +115,7 @@ class Step:
     def __post_init__(self) -> None:
         answer = self.when.before(self.index) if self.rho > 0 else False
         self.second_runs = None if answer is None else bool(answer)
+        self.decides = answer is None or type(self.when).observe is not Schedule.observe
         if self.begun is not None:
             self.before = self.begun.buffers
 
@@ -124,7 +137,9 @@ class Step:
             ):
                 yield
             mark.remove_if_untouched()
-            self._collect("first")
+            self._collect("first", last=self.second_runs is False)
+            if self.bad is not None:
+                self.left = mark.is_left_on_device(self.gradients)
         except NotFiniteError:
             others.drop()
             if mark.is_left(self.gradients):
@@ -137,7 +152,7 @@ class Step:
             mark.remove()
         self.first_norm = self.norm
         if self.second_runs is None:
-            self.second_runs = decided(self.when.after(self.index, self.norm), self.index)
+            self.second_runs = decided(self.when.after(self.index, float(self.norm)), self.index)
         if not self.second_runs:
             others.keep()
         elif self.begun is None or self.begun.inside:
@@ -183,7 +198,7 @@ class Step:
             for parameter in self.every():
                 parameter.grad = None
             yield
-        self._collect("second")
+        self._collect("second", last=True)
         self.scale.remove(self.gradients, last=True)
 
     def only_pass(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> Passes:
@@ -191,11 +206,11 @@ class Step:
         self.remember()
         with self.along(parameters, directions, sign=sign):
             yield
-        self._collect("only")
+        self._collect("only", last=True)
         self.scale.remove(self.gradients, last=True)
 
     def along(
-        self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0, norm: float | None = None
+        self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0, norm: Scalar | None = None
     ) -> AbstractContextManager[list[Tensor]]:
         """Inside, the weights are moved along ``directions``, whose norm may be known, if there are any; `moved`."""
         if self.rho == 0 or not parameters:
@@ -225,7 +240,7 @@ class Step:
             )
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
-    def beside_second(self, parameters: list[Tensor], first: list[Tensor]) -> tuple[list[Tensor], float]:
+    def beside_second(self, parameters: list[Tensor], first: list[Tensor]) -> tuple[list[Tensor], Scalar]:
         """The ``first`` gradients, of ``parameters``, of those with a second one, and their norm."""
         found = aligned(self.parameters, parameters, first)
         return found, self.first_norm if found is first else length(found)
@@ -240,6 +255,8 @@ class Step:
     def finish(self) -> None:
         """All passes are made: the gradient to step with is as the loop expects it."""
         self.scale.put_back(self.gradients)
+        if self.bad is not None and self.before is not None:
+            self.before.restore(self.bad)
 
     def settle(self) -> None:
         """Unscales the gradient to step with, if that is not done, and shortens it to ``max_norm`` at most."""
@@ -252,9 +269,7 @@ class Step:
                 "a backward pass"
             )
         if self.max_norm is not None and not self.failed:
-            factor = self.max_norm / (length(gradients) + 1e-6)  # as clip_grad_norm_ does
-            if factor < 1:
-                scale_(gradients, factor)
+            shorten_(gradients, self.max_norm)
 
     def _random_now(self) -> Everywhere:
         return Everywhere.on({CPU, *(parameter.device for parameter in self.every())})
@@ -263,8 +278,12 @@ class Step:
         """All parameters."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
-    def _collect(self, which: str) -> None:
-        """Finds the gradients that a pass has left, and their norm, on which all ranks agree if it is not finite."""
+    def _collect(self, which: str, *, last: bool) -> None:
+        """Finds the gradients that a pass has left, and their norm, on which all ranks agree if it is not finite.
+
+        The host waits for the norm where it has to know: if a schedule decides by it, or a scaler, or if it is the
+        ``last`` pass, and the base optimizer's step cannot be dropped on the device.
+        """
         found = [(parameter, gradient) for parameter in self.every() if (gradient := parameter.grad) is not None]
         self.parameters, self.gradients = [pair[0] for pair in found], [pair[1] for pair in found]
         if not self.gradients:
@@ -276,12 +295,29 @@ class Step:
         if {gradient.layout for gradient in self.gradients} != {torch.strided}:
             raise InvalidArgumentError(f"{self.name} needs dense gradients; create the embedding with sparse=False")
         self.scale.look()
-        norm = agreed(global_norm(self.gradients), self._ranks)
+        if stays(self.gradients):
+            self._note(global_norm(self.gradients, torch.float64), which, last=last)
+            return
+        norm = float(agreed(global_norm(self.gradients), self._ranks))
         if not norm < float("inf"):  # the squares alone, perhaps, on one rank, perhaps
-            norm = agreed(scaled_norm(self.gradients), self._ranks)
+            norm = float(agreed(scaled_norm(self.gradients), self._ranks))
         self.norm = norm / self.scale.factor()
         if not abs(self.norm) < float("inf"):
             raise NotFiniteError(which)
+
+    def _note(self, norm: Tensor, which: str, *, last: bool) -> None:
+        """Notes a norm on its device, and reads whether it is finite where the host has to know."""
+        self.norm = agreed(norm, self._ranks) / self.scale.factor()
+        bad, before = self.norm.isfinite().logical_not(), self.bad
+        self.bad = bad if before is None else bad | before
+        late = last and not self.dropping.can(self.base, self.parameters)
+        if not (late or self.decides or self.scale.enabled):
+            return
+        if bool(self.bad):
+            if self.left is not None and bool(self.left):
+                raise InvalidArgumentError(ADDS)
+            raise NotFiniteError(which if before is None or not bool(before) else "first")
+        self.bad = None
 
 
 def aligned(parameters: list[Tensor], others: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from .._distributed import size
 from ..errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
+from ._dropping import Dropping
 from ._first_pass import Beginning, Beginnings
 from ._mark import Seen
 from ._memory import Memory
 from ._progress import ORDER, Progress
-from ._step import Passes, Step
+from ._step import ADDS, Passes, Step
 from ._surroundings import Buffers, Surroundings
 from ._trainers import check_closure
 from .schedules import Schedule
@@ -33,8 +34,7 @@ class Stepping(ABC):
     base_optimizer: Optimizer
     scaler: GradScaler
     norm: str
-    skipped_steps: int
-    step_dropped: bool
+    _dropped: bool  # whether the last step was, as far as the host knows
     _mixes_steps: ClassVar[bool] = False  # whether the gradients of different steps are added up
     _uses_first: ClassVar[bool] = False  # whether the length of the first gradient matters, beside its direction
     _closure: ClassVar[str]  # for errors
@@ -45,6 +45,8 @@ class Stepping(ABC):
     _replay: bool
     _surroundings: Surroundings
     _coarse: torch.dtype | None  # of weights that are too coarse for the perturbation, to be warned of
+    _skipped: int  # steps that were dropped
+    _dropping: Dropping
     _drop_warned = False
     _unmade_warned = False
 
@@ -64,7 +66,7 @@ class Stepping(ABC):
 
     def _set_up(self) -> None:
         """Makes what belongs to this object, and not to a copy of it."""
-        self._progress, self._seen = Progress(), None
+        self._progress, self._seen, self._dropping = Progress(), None, Dropping()
         known = self._surroundings.model if self.max_passes == 2 else None
         self._beginnings = Beginnings(known, replay=self._replay)
 
@@ -90,6 +92,7 @@ class Stepping(ABC):
             closure = None
         step = self._step_without_closure() if closure is None else self._make_passes(closure)
         step.settle()
+        self._settle(stacklevel=5)  # of the step before
         if self._coarse is not None:
             warnings.warn(
                 f"the weights are {self._coarse}, in which most of {type(self).__name__}'s perturbation is rounded "
@@ -99,22 +102,51 @@ class Stepping(ABC):
             )
             self._coarse = None
         if step.failed:
-            if not self._drop_warned and not step.scale.enabled:
-                self._drop_warned = True
-                warnings.warn(
-                    f"the {step.failed} gradient of a {type(self).__name__} step is not finite: the step was dropped "
-                    "and the weights are as they were (warned once; skipped_steps counts them)",
-                    NonFiniteGradientWarning,
-                    stacklevel=4,  # step, torch's two wrappers
-                )
+            if not step.scale.enabled:
+                self._warn_of_dropped(f"the {step.failed} gradient of a", stacklevel=5)
         else:
-            self.base_optimizer.step()
+            self._dropping.step(self.base_optimizer, step.parameters, step.bad, step.left)
             torch.clear_autocast_cache()  # of an autocast around several steps
-            self._memory.commit()
-            self._when.observe(self._steps, step.first_norm)
+            self._memory.commit(step.bad)
+            if step.decides:
+                self._when.observe(self._steps, float(step.first_norm))
             self._steps += 1
         self._seen = None if step.begun is not None or step.failed else Seen(step.parameters)
         return step.loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were dropped, since a gradient was not finite. Waits for the last step, if that is needed."""
+        self._settle(stacklevel=3)
+        return self._skipped
+
+    @property
+    def step_dropped(self) -> bool:
+        """Whether the last step was dropped. Waits for it, if that is needed."""
+        self._dropped = self._settle(stacklevel=3) or self._dropped
+        return self._dropped
+
+    def _settle(self, *, stacklevel: int) -> bool:
+        """Learns what became of the last step, if the host did not wait for it; returns whether it was dropped."""
+        found = self._dropping.settle()
+        if found is None or not found[0]:
+            return False
+        self._steps -= 1
+        self._skipped += 1
+        if found[1]:
+            raise InvalidArgumentError(f"{ADDS} (found one step later; that step was dropped)")
+        self._warn_of_dropped("a gradient of the last", stacklevel=stacklevel + 1)
+        return True
+
+    def _warn_of_dropped(self, which: str, *, stacklevel: int) -> None:
+        if not self._drop_warned:
+            self._drop_warned = True
+            warnings.warn(
+                f"{which} {type(self).__name__} step is not finite: the step was dropped "
+                "and the weights are as they were (warned once; skipped_steps counts them)",
+                NonFiniteGradientWarning,
+                stacklevel=stacklevel,
+            )
 
     def perturb(self) -> bool:
         """Moves the weights to where the second gradient is to be taken, after the first backward pass.
@@ -292,9 +324,9 @@ class Stepping(ABC):
 
     def _after_passes(self, step: Step) -> None:
         """The passes are made, and the step is not: it is known whether it is dropped, and how the next one begins."""
-        self.step_dropped = bool(step.failed)
+        self._dropped = bool(step.failed)
         if step.failed:
-            self.skipped_steps += 1
+            self._skipped += 1
         unseen = step.begun is not None and not step.begun.seen and self.max_passes == 2
         self._beginnings.note(Buffers(self._surroundings.modules(step.every())) if unseen else None)
 

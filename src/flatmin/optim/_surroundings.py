@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from ._foreach import put_back_
 from ._scale import has_unscaled
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
@@ -49,8 +50,16 @@ class Buffers:
             self._copies.append((buffers, copies))
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Puts all back. It can be done more than once."""
+    def restore(self, where: Tensor | None = None) -> None:
+        """Puts all back. It can be done more than once.
+
+        Args:
+            where: Only where this flag on the device is True; of buffers elsewhere, and of those that were replaced by
+                others of another kind, nothing is put back then.
+        """
+        if where is not None:
+            self._restore_where(where)
+            return
         for buffers, copies in self._copies:
             if any(buffer.shape != copy.shape for buffer, copy in zip(buffers, copies, strict=True)):
                 for buffer, copy in zip(buffers, copies, strict=True):
@@ -59,6 +68,21 @@ class Buffers:
         for module, name, old in self._rows:
             if module._buffers[name] is not old:
                 setattr(module, name, old)  # not in _buffers, which a scripted module has not
+
+    def _restore_where(self, flag: Tensor) -> None:
+        now: dict[Tensor, Tensor] = {}
+        for module, name, old in self._rows:
+            new = module._buffers[name]
+            if old is not None and new is not None:
+                now[old] = new
+        tensors, before = [], []
+        for buffers, copies in self._copies:
+            for buffer, copy in zip(buffers, copies, strict=True):
+                new = now.get(buffer, buffer)
+                if new.device == flag.device and (new.shape, new.dtype) == (copy.shape, copy.dtype):
+                    tensors.append(new)
+                    before.append(copy)
+        put_back_(tensors, before, flag)
 
 
 class OtherGradients:
@@ -221,4 +245,6 @@ def _can_be_changed(buffer: Tensor) -> bool:
     """Whether torch would write to it in place: not where elements share memory, or that inference mode made."""
     if buffer.is_inference() or buffer.layout != torch.strided or nn.parameter.is_lazy(buffer):
         return False
+    if buffer.is_contiguous():
+        return True
     return not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))

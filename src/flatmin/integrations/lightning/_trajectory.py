@@ -255,7 +255,7 @@ class TrajectoryLoss(L.Callback):
         replicated = isinstance(trainer.strategy.model, DistributedDataParallel)
 
         def update(optimizer: Any, *_: Any) -> None:
-            if not getattr(optimizer, "step_dropped", False):
+            if not getattr(optimizer, "_dropped", False):
                 if replicated:
                     broadcast_buffers([network])  # as DDP is about to do, so that averages are the same too
                 mesa.update()
