@@ -1,5 +1,6 @@
 """Networks that are more than weights: masks, caches, norms with state, hooks, layers that fold, layers by name."""
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -12,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import flatmin
 from flatmin.errors import FlatminWarning, InvalidArgumentError
+from tests.host_reads import HostReads
 
 C = 3
 AVERAGES = {
@@ -21,6 +23,35 @@ AVERAGES = {
     "MESA": lambda model: flatmin.MESA(model, decay=0.8, start_epoch=0),
 }
 every = pytest.mark.parametrize("name", AVERAGES)
+
+
+@every
+def test_weights_in_new_memory_are_followed(name):
+    """``weight.data = ...``: what was found before is of the old memory."""
+    model = nn.Linear(4, C)
+    average = AVERAGES[name](model)
+    update(average, 2)
+    model.weight.data = model.weight.detach() + 100.0
+    inner(average).bias.data = inner(average).bias.detach().clone()
+    update(average, 4)
+    assert (inner(average).weight > 50 * 0.2).all()
+    before = inner(average).bias.detach().clone()
+    with torch.no_grad():
+        model.bias += 1.0
+    update(average, 3)
+    assert (inner(average).bias > before).all()
+
+
+@pytest.mark.parametrize("statistics", ["averaged", "batch"])
+def test_the_host_reads_nothing_where_mesa_is_used_and_moved(statistics):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, C))
+    mesa = flatmin.MESA(model, start_epoch=0, statistics=statistics, fraction=0.5)
+    x = torch.randn(6, 1, 8, 8)
+    for epoch in range(3):
+        mesa.set_epoch(epoch)
+        with HostReads() if epoch == 2 else contextlib.nullcontext():
+            mesa(model(x), x).backward()
+            mesa.update()
 
 
 def inner(average: nn.Module) -> nn.Module:

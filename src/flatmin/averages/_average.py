@@ -96,14 +96,16 @@ def move(network: nn.Module, model: nn.Module, decay: float, *, statistics: bool
     # AveragedModel.update_parameters would stall an accelerator by reading its counter, and round integer buffers
     # down, which corrupts index buffers (relative_position_index) for some decays, 0.95 and 0.9996 among them.
     with in_modes_of(network, model):
-        averaged: list[Pair] = []
+        averaged, copied = list[Pair](), list[Pair]()
         for pair in pairs(network, model):
             if pair.kind is Kind.COPIED:
-                pair.ours.copy_(pair.theirs)
+                copied.append(pair)
             elif pair.kind is Kind.STATE:
                 pair.ours.copy_(averaged_where_finite(pair.ours, pair.theirs.to(pair.ours), 1 - decay))
             elif pair.kind is Kind.WEIGHTS or (statistics and pair.kind is Kind.STATISTICS):
                 averaged.append(pair)
+        if copied:
+            torch._foreach_copy_([pair.ours for pair in copied], [pair.theirs for pair in copied])
         if averaged:
             theirs = [pair.theirs.to(pair.ours) for pair in averaged]
             torch._foreach_lerp_([pair.ours for pair in averaged], theirs, 1 - decay)
@@ -144,8 +146,11 @@ def _share_buffers(network: nn.Module, model: nn.Module) -> None:
     After a step each replica has batch-norm statistics of its own: DistributedDataParallel broadcasts the first one's
     only when the next forward pass begins.
     """
+    group = replicas(model)
+    if group is None:
+        return
     buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point() or buffer.is_complex()]
-    if buffers and (group := replicas(model)) is not None:
+    if buffers:
         distributed._broadcast_coalesced(group, buffers, 2**28, 0)
 
 

@@ -42,8 +42,15 @@ def named_layers(
 
 
 def layers(network: nn.Module) -> Iterator[nn.Module]:
-    """As ``modules``, without what stands beside the network."""
-    return (layer for _, layer in named_layers(network))
+    """As ``modules``, in the same order, without what stands beside the network; no names are made, which take long."""
+    seen, due = set[nn.Module](), [network]
+    while due:
+        layer = due.pop()
+        if layer not in seen:
+            seen.add(layer)
+            yield layer
+            inner = [each for each in layer._modules.values() if each is not None and not is_beside(each)]
+            due += reversed(inner)
 
 
 def named_parameters(network: nn.Module, *, every: bool = False) -> Iterator[tuple[str, nn.Parameter]]:

@@ -38,10 +38,20 @@ class Pair:
     kind: Kind
 
 
+PLAIN = {Tensor, nn.Parameter}
 Match = tuple[str, Tensor, Tensor, Kind]
 
-# What was found for an average when its tensors and the network's were last other than before.
-FOUND: "WeakKeyDictionary[nn.Module, tuple[list[Any], list[Match]]]" = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Found:
+    """What was found for an average when its tensors and the network's were last other than before."""
+
+    signature: list[Any]
+    matches: list[Match]
+    pairs: list[Pair] | None  # None where some are no plain tensors: the shards of DTensors are looked at anew
+
+
+FOUND: "WeakKeyDictionary[nn.Module, Found]" = WeakKeyDictionary()
 
 
 def pairs(network: nn.Module, model: nn.Module, *, follow: bool = True) -> list[Pair]:
@@ -58,20 +68,31 @@ def pairs(network: nn.Module, model: nn.Module, *, follow: bool = True) -> list[
     """
     model = unwrapped(model)
     known = FOUND.get(network)
-    if known is None or known[0] != _signature(network, model):  # otherwise names, which take long, are not read
+    if known is None or known.signature != _signature(network, model):
         if follow:
             _follow(network, model)
-        known = (_signature(network, model), list(_matches(network, model)))
+        matches = list(_matches(network, model))
+        plain = all(type(tensor) in PLAIN for _, a, b, _ in matches for tensor in (a, b))
+        known = Found(_signature(network, model), matches, _pairs(matches) if plain else None)
         if follow:
             FOUND[network] = known
-    return [Pair(name, local(a.detach()), local(b.detach()), kind) for name, a, b, kind in known[1]]
+    return _pairs(known.matches) if known.pairs is None else known.pairs
+
+
+def _pairs(matches: list[Match]) -> list[Pair]:
+    return [Pair(name, local(a.detach()), local(b.detach()), kind) for name, a, b, kind in matches]
 
 
 def _signature(network: nn.Module, model: nn.Module) -> list[Any]:
-    """What is as before if the tensors are, in the same order, of the same shapes."""
-    found = (layer for top in (network, model) for layer in layers(top))
-    held = (each for layer in found for kind in (layer._parameters, layer._buffers) for each in kind.values())
-    return [(id(each), each.requires_grad, each.shape) for each in held if each is not None]
+    """What is as before if the tensors are, in the same order, of the same shapes and in the same memory."""
+    return [
+        (id(each), each.requires_grad, each.shape, each.data_ptr() if type(each) in PLAIN else 0)
+        for top in (network, model)
+        for layer in layers(top)
+        for kind in (layer._parameters, layer._buffers)
+        for each in kind.values()
+        if each is not None
+    ]
 
 
 def _matches(network: nn.Module, model: nn.Module) -> Iterator[Match]:

@@ -43,6 +43,11 @@ class SharpnessAware(Stepping, Wrapper):
     ``skipped_steps`` goes up, and a `NonFiniteGradientWarning` is given once; not with a ``scaler``, which looks for
     its scale in this way.
 
+    On an accelerator the host does not wait in a step: gradients are measured and a step is dropped there, and the host
+    is told with the next step, with which the warning comes. It waits once a step around a base optimizer that is not
+    torch's own, and in each pass with a ``scaler``, where ``when`` looks at the gradient, as `Adaptive` does, and where
+    parameters are on several devices.
+
     Under ``DistributedDataParallel`` the second gradient is averaged, and the weights are the same on all ranks after
     the step. With ``norm="rank"`` the first is not: the module is found as it is called and does not synchronise in
     that pass, in none of its micro-batches where the closure goes over several; a ``no_sync`` in the closure goes on to
@@ -80,8 +85,8 @@ class SharpnessAware(Stepping, Wrapper):
 
     Attributes:
         base_optimizer: The optimizer that makes the step.
-        skipped_steps: How many steps were dropped because a gradient was not finite.
-        step_dropped: Whether the last step was.
+        skipped_steps: How many steps were dropped because a gradient was not finite. On an accelerator, to ask waits.
+        step_dropped: Whether the last step was; likewise.
         max_passes: Of the class: how many forward-backward passes a step has at most, 1 or 2.
         per_sample_closure: Of the class: whether `step` takes a `PerSampleClosure` in place of torch's closure.
 

@@ -166,7 +166,8 @@ class Stepping(ABC):
 
         Returns:
             Whether a second backward pass is wanted, and `restore` after it. Where not, because of ``when``, or since
-            a gradient is not finite, ``.grad`` is what the base optimizer is to step with.
+            a gradient is known not to be finite, ``.grad`` is what the base optimizer is to step with. On an
+            accelerator the host does not know, and the second pass is made.
 
         Raises:
             InvalidArgumentError: If there is no gradient, a step is under way already, or, on several processes, if

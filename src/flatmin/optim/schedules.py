@@ -1,7 +1,8 @@
 """Schedules: in which steps the second pass runs (``when=``), and rho by the learning rate (``rho=``).
 
 ``when=`` takes a plain function of the step index to a bool, or a `Schedule`. A schedule may also look at the first
-gradient, and have a state that is saved with the optimizer. Steps that were dropped do not count.
+gradient, and have a state that is saved with the optimizer. Steps that were dropped do not count; on an accelerator,
+where the optimizer does not wait for a step, one that is dropped counts for one step more.
 """
 
 import inspect
