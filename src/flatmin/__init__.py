@@ -26,6 +26,7 @@ from .optim import S2SAM as S2SAM
 from .optim import SAM as SAM
 from .optim import FriendlySAM as FriendlySAM
 from .optim import LookSAM as LookSAM
+from .optim import SQuAT as SQuAT
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "S2SAM",
     "SAF",
     "SAM",
+    "SQuAT",
     "SwitchEMA",
     "averages",
     "ema_decay",

@@ -13,6 +13,7 @@ from ._perturbation import Elementwise as Elementwise
 from ._perturbation import normalization_parameters as normalization_parameters
 from ._s2sam import S2SAM as S2SAM
 from ._sam import SAM as SAM
+from ._squat import SQuAT as SQuAT
 from .schedules import Adaptive as Adaptive
 from .schedules import Every as Every
 from .schedules import Late as Late
@@ -35,6 +36,7 @@ __all__ = [
     "RhoByLR",
     "S2SAM",
     "SAM",
+    "SQuAT",
     "Schedule",
     "SharpnessAware",
     "Sometimes",

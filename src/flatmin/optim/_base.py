@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from inspect import signature
@@ -13,7 +14,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .._checks import check_choice, check_integer, check_module, check_number
-from ..errors import InvalidArgumentError
+from .._warn import depth_in_package
+from ..errors import FlatminWarning, InvalidArgumentError
 from ._dropping import Dropping
 from ._first_pass import Beginning
 from ._memory import Memory
@@ -21,7 +23,7 @@ from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset,
 from ._scale import LossScale
 from ._step import Passes, Step
 from ._stepping import Stepping
-from ._surroundings import Surroundings
+from ._surroundings import Surroundings, step_sizes_among
 from ._wrapper import Wrapper
 from .schedules import Every, Schedule, as_schedule
 
@@ -302,6 +304,13 @@ class SharpnessAware(Stepping, Wrapper):
     def _check_rounding(self, moved: list[Tensor], weights: list[Tensor], offsets: list[Tensor]) -> None:
         """Notes, in the first step that moves weights, whether these are too coarse for it."""
         self._checked, self._coarse = True, rounded_away(moved, weights, offsets)
+        if step_sizes_among(moved):
+            warnings.warn(
+                f"{type(self).__name__} perturbs the step sizes of torchao's fake quantisers too, below 0 perhaps: "
+                "give it parameters=flatmin.integrations.torchao.weights(model), or use flatmin.SQuAT (warned once)",
+                FlatminWarning,
+                stacklevel=depth_in_package(),
+            )
 
 
 _OF_THIS_OBJECT = ("_progress", "_beginnings", "_seen", "_dropping")

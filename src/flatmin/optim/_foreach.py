@@ -130,8 +130,7 @@ def absolute(tensors: list[Tensor], eta: float) -> list[Tensor]:
 def clones(tensors: list[Tensor]) -> list[Tensor]:
     """A copy of each."""
     copies = [torch.empty_like(tensor) for tensor in tensors]
-    if copies:
-        copy_(copies, tensors)
+    copy_(copies, tensors)
     return copies
 
 
@@ -161,7 +160,8 @@ def _component(tensors: list[Tensor], others: list[Tensor], norm: Scalar, other:
 
 def copy_(tensors: list[Tensor], others: list[Tensor]) -> None:
     """Copies ``others`` into ``tensors``, each of which is placed like the other."""
-    torch._foreach_copy_([local(tensor) for tensor in tensors], [local(other) for other in others])
+    if tensors:
+        torch._foreach_copy_([local(tensor) for tensor in tensors], [local(other) for other in others])
 
 
 @torch.no_grad()

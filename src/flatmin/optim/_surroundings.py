@@ -1,6 +1,7 @@
 """What is around an optimizer's parameters: the network's buffers, and the gradients of other optimizers."""
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterable
 from itertools import compress
@@ -194,6 +195,15 @@ class Surroundings:
         if self.model is None:
             for module in _around(own, modules):
                 self._layers.update(statistics_of(module))
+
+
+def step_sizes_among(parameters: list[Tensor]) -> bool:
+    """Whether fake quantisers of torchao's learn one of ``parameters``; they are looked for among all objects."""
+    kind = getattr(sys.modules.get("torchao.quantization.qat.fake_quantizer"), "FakeQuantizerBase", None)
+    if kind is None:
+        return False
+    own = set(parameters)
+    return any(parameter in own for found in _alive((kind,)) for parameter in _own_parameters(found))
 
 
 def statistics_of(module: nn.Module) -> list[nn.Module]:
