@@ -1,8 +1,9 @@
 """What each method costs: time of a training step as a ratio to the plain optimizer's, and memory.
 
 The steps of all methods are interleaved in one process. On the CPU it measures ResNet-18 on 32x32 images and the small
-networks of the comparisons; on a CUDA device also ResNet-50 at 224x224 (Table 1 of the paper), with images/s, peak
-memory and whether SAF's step ever makes the host wait.
+networks of the comparisons; on a CUDA device also ResNet-50 at 224x224 (Table 1 of the paper), ViT-S and a network of
+many small tensors, in blocks of steps with one wait at the end, with images/s, peak memory and how often the host waits
+in a step.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead-cpu.json
     python benchmarks/overhead.py --device cuda --out benchmarks/results/overhead-cuda.json
@@ -33,6 +34,7 @@ from flatmin.lab.recipe import Recipe, Run
 from flatmin.lab.runs.record import command_line, environment, write_json
 from flatmin.lab.training.trainer import Trainer
 
+SMALL_TENSORS = "mlp of 40 layers"  # many small tensors, where the host's fixed costs show
 BATCHES_IN_DATASET = 4  # the batch stands among samples that are not in it, as it does in training
 
 
@@ -46,6 +48,7 @@ class Case:
     batch: int
     precision: str = "float32"
     channels_last: bool = False
+    block: int = 1  # steps between two waits for the device
 
 
 CPU = [
@@ -54,16 +57,22 @@ CPU = [
     Case("resnet18", (3, 32, 32), 100, 32),
 ]
 CUDA = [
-    *(Case("resnet18", (3, 32, 32), 10, 128, precision) for precision in ("float32", "bfloat16")),
+    *(Case("resnet18", (3, 32, 32), 100, 128, precision, block=10) for precision in ("float32", "bfloat16")),
     *(
-        Case("resnet50", (3, 224, 224), 1000, 256, precision, channels_last=True)
+        Case("resnet50", (3, 224, 224), 1000, 128, precision, channels_last=True, block=4)
         for precision in ("float32", "bfloat16")
     ),
+    Case("vit_small_patch16_224", (3, 224, 224), 1000, 128, "bfloat16", block=4),
+    Case(SMALL_TENSORS, (64,), 100, 256, "bfloat16", block=10),
 ]
 
 
 def find_model(case: Case) -> nn.Module:
     """Returns flatmin's own network of that name, or else torchvision's or timm's, whichever imports."""
+    if case.model == SMALL_TENSORS:
+        width = case.image[0]
+        layers = [layer for _ in range(40) for layer in (nn.Linear(width, width), nn.LayerNorm(width), nn.GELU())]
+        return nn.Sequential(*layers, nn.Linear(width, case.classes))
     if case.model in model_names():
         return create_model(case.model, case.image[0], case.classes)
     try:
@@ -104,7 +113,7 @@ def build(case: Case, device: str, row: Row) -> Trainer:
 def measure(case: Case, device: str, rows: list[Row], seconds: float) -> dict[str, Any]:
     """Measures all rows on one case."""
     batch = make_batch(case, device)
-    costs, trainers = measure_rows(rows, lambda row: build(case, device, row), batch, seconds=seconds)
+    costs, trainers = measure_rows(rows, lambda row: build(case, device, row), batch, seconds=seconds, block=case.block)
     base, measured = costs[0].full, []
     for given, trainer, cost in zip(rows, trainers, costs, strict=True):
         each = cost.full
@@ -168,9 +177,10 @@ def check(result: dict[str, Any]) -> None:
     control = rows.get("smoothing", rows["base"])
     if control["milliseconds"] > 100 and abs(control["ratio"] - 1) > 0.01:
         print(f"{result['model']}: the control, smoothing, is off by more than 1 %: was the machine idle?")
-    waits = {method: rows[method].get("host_waits_in_step", 0) for method in ("base", "saf") if method in rows}
-    if waits.get("saf", 0) > waits.get("base", 0):
-        raise SystemExit(f"{result['model']}: SAF's step waits for the device: {waits}")
+    waits = {method: row.get("host_waits_in_step", 0) for method, row in rows.items()}
+    more = {method: count for method, count in waits.items() if count > waits["base"]}
+    if more:
+        print(f"{result['model']}: steps that wait for the device more often than the base's {waits['base']}: {more}")
 
 
 def main() -> None:

@@ -75,6 +75,21 @@ def test_a_loss_in_every_kth_step_costs_its_mean(clock, interval):
     assert mesa.ratio(base) == pytest.approx(1 + 3 / interval)
 
 
+@pytest.mark.parametrize("interval", [1, 2])
+def test_of_a_block_of_steps_only_the_end_is_waited_for(clock, monkeypatch, interval):
+    said = []
+    trainer = stub("a", 0.1, clock, said)
+    trainer.set_epoch = said.append
+    trainer.trajectory = SimpleNamespace(interval=interval, lag=2, start_epoch=5)
+    monkeypatch.setattr(timing, "synchronize", lambda device: said.append("wait"))
+    (times,) = measure_steps([trainer], (None, None, None), seconds=0, block=3, warm_up=1)
+    assert times.median() == pytest.approx(0.1)
+    first = said[: 6 + 3 * interval - 1]
+    steps = ["a"] * interval
+    assert first == [5, "wait", *steps, 7, *steps, 9, *steps, "wait"]
+    assert said[len(first)] == 11
+
+
 def test_the_steps_are_interleaved_in_an_order_drawn_anew(clock):
     order = []
     measure_steps([stub(name, 0.1, clock, order) for name in "abc"], (None, None, None), seconds=0)

@@ -84,11 +84,12 @@ def measure_steps(
     seconds: float,
     least_rounds: int = 10,
     warm_up: int = 2,
+    block: int = 1,
     on_round: Callable[[int], None] | None = None,
 ) -> list[StepTimes]:
     """Measures the training step of several methods side by side.
 
-    In each round every trainer makes one step, in a random order, so that a machine that slows down slows all of them.
+    In each round every trainer makes a step, in a random order, so that a machine that slows down slows all of them.
     Trajectory losses act in every step: each round is an epoch in which the batch was recorded ``lag`` epochs ago. The
     whole step is timed: clearing gradients, forward, penalty, backward, update. Where the loss is computed only in
     every k-th step, a round is the mean of k steps.
@@ -99,6 +100,8 @@ def measure_steps(
         seconds: How long to measure, about.
         least_rounds: Fewest rounds, however long they take.
         warm_up: Rounds before the measurement.
+        block: Steps of a trainer in a round, with one wait for the device after the last. On an accelerator several: to
+            wait after each step hides what it costs to wait within it.
         on_round: Called with the number of each round that is done.
 
     Returns:
@@ -114,10 +117,10 @@ def measure_steps(
         for place in order.sample(range(len(trainers)), len(trainers)):
             trainer = trainers[place]
             start, lag = starts[place]
-            trainer.set_epoch(start + (done + warm_up) * lag)
             trainer.model.train()
-            steps = getattr(trainer.trajectory, "interval", 1)
-            elapsed = sum(_timed(trainer, batch) for _ in range(steps)) / steps
+            steps = block * getattr(trainer.trajectory, "interval", 1)
+            epochs = [start + ((done + warm_up) * block + step) * lag for step in range(block)]
+            elapsed = _timed(trainer, batch, [epoch for epoch in epochs for _ in range(steps // block)]) / steps
             if done >= 0:
                 times[place].append(elapsed)
         done += 1
@@ -135,10 +138,15 @@ def _first_active_epoch(trainer: Trainer) -> tuple[int, int]:
     return max(getattr(trajectory, "start_epoch", 0), lag), lag
 
 
-def _timed(trainer: Trainer, batch: tuple[Tensor, Tensor, Tensor]) -> float:
+def _timed(trainer: Trainer, batch: tuple[Tensor, Tensor, Tensor], epochs: Sequence[int]) -> float:
+    """The time of a step in each of some epochs, all together."""
+    trainer.set_epoch(epochs[0])
     synchronize(trainer.device)
     start = time.perf_counter()
-    trainer.step(*batch)
+    for before, epoch in zip((epochs[0], *epochs), epochs, strict=False):
+        if epoch != before:
+            trainer.set_epoch(epoch)
+        trainer.step(*batch)
     synchronize(trainer.device)
     return time.perf_counter() - start
 
