@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
 
-.PHONY: demo test lint types unit browser stress format clean
+.PHONY: demo test lint types unit browser stress dist format clean
 demo: $(VENV)/cli.done
 	$(BIN)/flatmin compare --log-sharpness 3 --look 21
 
@@ -32,6 +32,13 @@ browser:
 KILLS ?= 120
 stress: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py --kills $(KILLS) --out benchmarks/results/kills.json
+
+# What is uploaded: a source archive and a wheel, checked as the index checks them.
+dist: $(VENV)/bin/python
+	$(PIP) build twine
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
 
 format: $(VENV)/dev.done
 	$(BIN)/ruff check --fix .
