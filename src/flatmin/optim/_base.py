@@ -95,7 +95,7 @@ class SharpnessAware(Stepping, Wrapper):
         "; or make the passes in a loop: for _ in optimizer.passes(): ..., or use perturb, restore and step, or "
         "first_step, second_step; in Lightning, the callback flatmin.integrations.lightning.SharpnessAware(), with "
         "Accelerate flatmin.integrations.accelerate.sharpness_aware, and in transformers' Trainer the mixin "
-        "flatmin.integrations.transformers.Sharpness"
+        "flatmin.integrations.transformers.Sharpness; in timm's train.py, --opt flatmin_msam or flatmin_s2sam"
     )
 
     def __init__(
