@@ -292,4 +292,7 @@ def modules() -> dict[str, ModuleType]:
         made[name] = ModuleType(name)
         made[name].__path__ = []
         vars(made[name]).update({member: getattr(here, member) for member in members})
+        parent, _, own = name.rpartition(".")
+        if parent:
+            setattr(made[parent], own, made[name])
     return made

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -439,6 +440,21 @@ def test_a_shorter_training_starts_after_the_same_share_and_the_papers_after_fiv
 def test_an_unknown_preset_is_named_with_what_there_is():
     with pytest.raises(InvalidArgumentError, match="mila_tiny"):
         preset("mila_tinny")
+
+
+# The page
+
+
+def test_the_code_of_the_page_trains(timm):
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
+    section = page.partition("\n## timm\n")[2].partition("\n## ")[0]
+    blocks = [block.partition("```")[0] for block in section.split("```python\n")[1:]]
+    assert len(blocks) == 1
+    names = {"model": network(), "criterion": nn.CrossEntropyLoss()}
+    exec(blocks[0], names)
+    train(names["task"], names["optimizer"], batches(2))
+    assert names["optimizer"].state_dict()["flatmin"]["step"] == 2
+    assert (names["task"].mesa.start_epoch, names["task"].mesa._epoch) == (25 * 1251, 2)
 
 
 # Indices

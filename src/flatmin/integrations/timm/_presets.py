@@ -116,7 +116,7 @@ def _cross_entropy(name: str, mesa: float, source: str, *, decay: float, batch: 
 def _paper(method: str, network: str, epochs: int, **optimizer: Any) -> Preset:
     source = "Du et al. 2022, arXiv 2205.14083, section 4 and the authors' code"
     mine: dict[str, Any] = {"coefficient": 0.8, "decay": 0.9998} if method == "mesa" else {"coefficient": 0.3, "lag": 3}
-    common = {"temperature": 5.0, "start_epoch": 5, "epochs": epochs, "source": source}
+    common: dict[str, Any] = {"temperature": 5.0, "start_epoch": 5, "epochs": epochs, "source": source}
     return Preset(f"paper_{method}_{network}", method, **common, **mine, optimizer=MappingProxyType(optimizer))
 
 
