@@ -254,6 +254,11 @@ class SharpnessAware(Stepping, Wrapper):
 
     def _load(self, base: dict[str, Any], own: dict[str, Any]) -> None:
         self._check_idle("load_state_dict")
+        if any("old_p" in entries for entries in base.get("state", {}).values()):
+            raise InvalidArgumentError(
+                "the state is that of another library's SAM, which has a copy of the weights (old_p) and not the "
+                "base optimizer's momentum: load the network's state alone, and begin with a new optimizer"
+            )
         steps = check_integer("state_dict['flatmin']['step']", own.get("step", 0), least=0)
         memory = Memory.from_state(own.get("state", {}), self.param_groups)
         self.base_optimizer.load_state_dict(base)
