@@ -16,7 +16,7 @@ import flatmin
 ROOT = Path(flatmin.__file__).parent
 PUBLIC = [
     "flatmin",
-    *(f"flatmin.integrations.{name}" for name in ("accelerate", "lightning", "torchao", "transformers")),
+    *(f"flatmin.integrations.{name}" for name in ("accelerate", "lightning", "timm", "torchao", "transformers")),
     *(f"flatmin.{name}" for name in ("averages", "history", "indices", "losses", "optim", "sharpness")),
     "flatmin.lab",
     *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report", "results")),
@@ -53,6 +53,7 @@ ALLOWED = {
     "integrations/__init__": set(),
     "integrations/accelerate": {*SHARED, *LIBRARY},
     "integrations/lightning": {*SHARED, *LIBRARY},
+    "integrations/timm": {*SHARED, *LIBRARY},
     "integrations/torchao": {*SHARED, *LIBRARY},
     "integrations/transformers": {*SHARED, *LIBRARY},
     "losses": {*SHARED, "averages", "history"},

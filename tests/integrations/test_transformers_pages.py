@@ -37,13 +37,16 @@ WORDS = (
 MORE = ("kernel driver firmware module", "mail server smtp queue")
 
 
-@pytest.fixture
-def example():
-    path = ROOT / "examples" / "transformers_descriptions.py"
-    spec = importlib.util.spec_from_file_location("transformers_descriptions", path)
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def example():
+    return script("transformers_descriptions")
 
 
 @pytest.mark.parametrize("method", ["base", "sam", "saf", "mesa"])
@@ -62,3 +65,15 @@ def test_the_example_says_what_it_needs(example, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match="apt-cache, which knows Debian's packages, is not here"):
         example.main("sam")
+
+
+@pytest.mark.parametrize("method", ["sam", "mesa"])
+def test_the_language_model_learns(method, tmp_path, monkeypatch):
+    """From 8 bits a byte to about those of the bytes' frequencies; what fills up a piece has no part in it."""
+    monkeypatch.chdir(tmp_path)
+    lm = script("transformers_causal_lm")
+    data = lm.rows(2, each=1000)
+    filled = [row for row in data if lm.IGNORED in row["labels"]]
+    assert 1 <= len(filled) <= 2
+    assert all(set(each) == {lm.PAD} for row in filled for each in [row["input_ids"][row["labels"].index(-100) :]])
+    assert lm.main(method, files=5, epochs=2) < 5.5

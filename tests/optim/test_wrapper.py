@@ -284,3 +284,17 @@ def test_nothing_of_the_wrappers_stays_at_a_base_that_outlives_it():
     hooks = [value for key, value in vars(base).items() if key.startswith("_optimizer_")]
     assert len(hooks) == 6
     assert not any(hooks)
+
+
+@every
+def test_the_state_of_another_librarys_sam_is_refused_and_nothing_is_loaded(name: str) -> None:
+    """It keeps a copy of the weights under old_p, and the base's momentum nowhere."""
+    training = Training(name)
+    training.step()
+    before = copy.deepcopy(training.optimizer.state_dict())
+    theirs = copy.deepcopy(training.optimizer.base_optimizer.state_dict())
+    theirs["state"] = {i: {"old_p": torch.ones(1)} for i in theirs["state"]}
+    theirs["param_groups"][0].update(lr=0.5, rho=0.05, adaptive=False)
+    with pytest.raises(InvalidArgumentError, match=r"another library's SAM.*load the network's state alone"):
+        training.optimizer.load_state_dict(theirs)
+    assert_same(training.optimizer.state_dict(), before)

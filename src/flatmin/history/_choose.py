@@ -48,6 +48,7 @@ def make_history(
     path: str | Path | None = None,
     location: str = "device",
     sharing: str = "auto",
+    grown: bool = False,
 ) -> History:
     """Makes a history from a name or a codec.
 
@@ -63,6 +64,7 @@ def make_history(
         path: A folder for a scratch file, see `History`.
         location: "device" or "host", see `History`.
         sharing: "replicate", "shard" or "auto", see `History`.
+        grown: Whether a state of fewer samples may be loaded, see `History`.
 
     Raises:
         InvalidArgumentError: (a ValueError) if there is no such name, or the arguments exclude each other.
@@ -99,6 +101,7 @@ def make_history(
         path=path,
         location=location,
         sharing=sharing,
+        grown=grown,
     )
 
 

@@ -1,6 +1,6 @@
 """A history: the logits of every sample, some epochs back or as a running mean."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from ..errors import InvalidArgumentError
 from ._codec import Codec
 from ._ranks import occurrences
 from ._rows import OUT_OF_RANGE, RANGE
-from ._state import check_described, described
-from ._store import NEVER, Store
+from ._state import NEVER, check_described, described, lengthened
+from ._store import Store
 
 LAG = 3
 
@@ -70,6 +70,8 @@ class History(nn.Module):
             travel to the GPU and back without blocking either.
         sharing: "replicate": each rank keeps all rows. "shard": each rank keeps the rows of its own samples, those
             with ``index % ranks == rank``, and sends them when needed. "auto": shard above 1 GiB.
+        grown: Whether a state of fewer samples may be loaded: those that it has are the first ones of this data set,
+            and the others begin empty. False: it is refused.
 
     Attributes:
         codec: The bound copy of the codec.
@@ -104,6 +106,7 @@ class History(nn.Module):
         path: str | Path | None = None,
         location: str = "device",
         sharing: str = "auto",
+        grown: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(codec, Codec):
@@ -120,6 +123,7 @@ class History(nn.Module):
             temperature=check_number("temperature", temperature, above=0),
             momentum=self.momentum,
         )
+        self.grown = grown
         self.store = Store(self.lag, self.num_samples, self.row_bytes, path=path, location=location, sharing=sharing)
 
     def exchange(
@@ -196,7 +200,7 @@ class History(nn.Module):
             state: A ``state_dict``.
             prefix: The prefix of this history's keys in it, such as ``"history."``.
         """
-        check_described(self.describe(), state.get(f"{prefix}_extra_state"))
+        self._fewer(state, prefix)
 
     def get_extra_state(self) -> Tensor:
         """Puts `describe` into ``state_dict``: the bytes of its JSON as a tensor, which any format can store."""
@@ -205,9 +209,14 @@ class History(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Does nothing: the description was compared before anything was loaded."""
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        self.check_state(state_dict, prefix)  # before anything is loaded
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
+        if (before := self._fewer(state_dict, prefix)) is not None:  # in torch's own copy, of which the store reads
+            state_dict.update(lengthened(state_dict, f"{prefix}store.", before, self.num_samples))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _fewer(self, state: Mapping[str, Any], prefix: str) -> int | None:
+        """The number of samples in a state that has fewer, which may be loaded."""
+        return check_described(self.describe(), state.get(f"{prefix}_extra_state"), grown=self.grown)
 
     def _begin(self, index: Tensor, epoch: int) -> _Batch:
         """Lets what is under way arrive, tells all ranks which samples the batch has, and readies the codec."""

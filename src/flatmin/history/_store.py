@@ -14,9 +14,8 @@ from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ._memory import scratch_file, zeros
 from ._ranks import Ranks
-from ._state import PART, is_of_this_rank
+from ._state import NEVER, PART, is_of_this_rank
 
-NEVER = -1  # the epoch of an empty row
 SHARD_ABOVE = 2**30  # bytes; with sharing="auto", each rank keeps only a part of more than that
 TAG_BYTES = 4  # a row's epoch, int32
 

@@ -50,6 +50,11 @@ def with_indices(loader: Any) -> "DataLoader[Any]":
         tensor([0, 1]) tensor([ 0, 10])
         tensor([2, 3]) tensor([20, 30])
     """
+    if type(loader).__name__ == "PrefetchLoader" and type(loader).__module__.partition(".")[0] == "timm":
+        raise InvalidArgumentError(
+            "timm's PrefetchLoader hands on (input, target) alone, without indices: make the loader by "
+            "create_loader(..., use_prefetcher=False)"
+        )
     ridden = find(getattr(loader, "dataset", None))
     if ridden is not None:
         split_off: DataLoader[Any] = _shadow(loader, _splitting(ridden.index_key or ""))

@@ -58,6 +58,8 @@ class SAF(nn.Module):
         path: A folder for a scratch file that holds the rows if they exceed memory, see `flatmin.history.History`.
         location: "device" or "host", see `flatmin.history.History`.
         sharing: "replicate", "shard" or "auto", see `flatmin.history.History`.
+        grown: True: load the state of a SAF of fewer samples, too, for a data set to which samples were added at its
+            end: those begin without a past. False: it is refused.
 
     Attributes:
         history: The `flatmin.history.History`.
@@ -96,6 +98,7 @@ class SAF(nn.Module):
         path: str | Path | None = None,
         location: str = "device",
         sharing: str = "auto",
+        grown: bool = False,
     ) -> None:
         super().__init__()
         self.num_samples = check_integer("num_samples", num_samples, least=1)
@@ -120,6 +123,7 @@ class SAF(nn.Module):
             path=path,
             location=location,
             sharing=sharing,
+            grown=grown,
         )
         self._watch = Watch(self.num_samples, self.num_classes, self.history.lag)
         self._epoch = 0

@@ -103,7 +103,7 @@ class SharpnessAware(Stepping, Wrapper):
         "; or make the passes in a loop: for _ in optimizer.passes(): ..., or use perturb, restore and step, or "
         "first_step, second_step; in Lightning, the callback flatmin.integrations.lightning.SharpnessAware(), with "
         "Accelerate flatmin.integrations.accelerate.sharpness_aware, and in transformers' Trainer the mixin "
-        "flatmin.integrations.transformers.Sharpness"
+        "flatmin.integrations.transformers.Sharpness; in timm's train.py, --opt flatmin_msam or flatmin_s2sam"
     )
 
     def __init__(
@@ -264,6 +264,11 @@ class SharpnessAware(Stepping, Wrapper):
 
     def _load(self, base: dict[str, Any], own: dict[str, Any]) -> None:
         self._check_idle("load_state_dict")
+        if any("old_p" in entries for entries in base.get("state", {}).values()):
+            raise InvalidArgumentError(
+                "the state is that of another library's SAM, which has a copy of the weights (old_p) and not the "
+                "base optimizer's momentum: load the network's state alone, and begin with a new optimizer"
+            )
         steps = check_integer("state_dict['flatmin']['step']", own.get("step", 0), least=0)
         memory = Memory.from_state(own.get("state", {}), self.param_groups)
         self._settle(stacklevel=3)
