@@ -72,7 +72,7 @@ NAMES = [f"flatmin_{method.__name__.lower()}" for method in METHODS]
 def test_every_method_of_the_library_is_registered_and_registering_again_changes_nothing(timm):
     found = {each for each in vars(flatmin.optim).values() if isinstance(each, type)}
     found = {each for each in found if issubclass(each, flatmin.optim.SharpnessAware)} - {flatmin.optim.SharpnessAware}
-    assert set(METHODS) == found
+    assert set(METHODS) == found - {flatmin.SQuAT}  # which needs a quantised network
     assert register() == register() == NAMES
     assert timm.default_registry.warnings == []
     assert timm.default_registry.get_optimizer_info("flatmin_msam").description.startswith("MSAM: ")
