@@ -18,6 +18,7 @@ from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ..history import Codec, History, make_history
 from ..history._state import of_this_rank
+from ._fused import Clock, fused_step
 from ._masked import filling, masked_classes
 from ._trajectory import trajectory_loss
 from ._watch import Watch
@@ -123,6 +124,7 @@ class SAF(nn.Module):
         )
         self._watch = Watch(self.num_samples, self.num_classes, self.history.lag)
         self._epoch = 0
+        self._clock = Clock()
         self._seen = 0  # samples so far in this epoch, counted on the host
         self._warned = False
         self._warned_of_share = False
@@ -134,6 +136,7 @@ class SAF(nn.Module):
             InvalidArgumentError: If ``epoch`` is not an integer of at least 0.
         """
         self._epoch = check_integer("epoch", epoch, least=0)
+        self._clock.tell(epoch)
         self._seen = 0
 
     def forward(self, logits: Tensor, index: Tensor) -> Tensor:
@@ -157,15 +160,30 @@ class SAF(nn.Module):
         if not self.training or not logits.requires_grad:  # an evaluation
             return zero
         self._count(len(index) * self.history.store.ranks.size)
+        fused = fused_step(
+            self.history,
+            logits,
+            index,
+            self._epoch,
+            self._clock,
+            begin=max(self.start_epoch, self.history.lag),
+            coefficient=self.coefficient,
+            temperature=self.temperature,
+        )
+        loss, mask = self._plain_step(logits, index) if fused is None else fused
+        self._watch(self._epoch, index, mask)
+        return zero if loss is None else loss
+
+    def _plain_step(self, logits: Tensor, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Compares and records a batch; the loss and which samples were compared."""
         logits = logits.masked_fill(masked_classes(logits), filling(logits.dtype))
         # The host knows when nothing can contribute; then nothing is computed.
         compare = self._epoch >= max(self.start_epoch, self.history.lag) and self.coefficient > 0
         compared = self.history.exchange(index, logits, self._epoch, compare=compare)
-        self._watch(self._epoch, index, None if compared is None else compared[2])
         if compared is None:
-            return zero
+            return None, None
         now, past, mask = compared
-        return self.coefficient * trajectory_loss(now, past, temperature=self.temperature, mask=mask)
+        return self.coefficient * trajectory_loss(now, past, temperature=self.temperature, mask=mask), mask
 
     @property
     def lag(self) -> int:
@@ -179,6 +197,7 @@ class SAF(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Reads them from a ``state_dict``."""
         self._epoch, self._seen = (int(number) for number in state)
+        self._clock.tell(self._epoch)
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Saves and loads SAF with ``optimizer``, a plain one or flatmin's, in whatever checkpoint that is.
