@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ..history import Dense, History, Quantized
 from ..history._ranks import occurrences
 from ..history._store import move
-from ._masked import filling
+from ._masked import filling, masked_filled
 
 KERNEL_DEVICES = {"cuda"}  # tests add "cpu", where Triton's interpreter runs the kernel
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of logits, and of numbers in a row
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of logits
+ROW_DTYPES = (torch.float32, torch.float16)
 BLOCK = 4096  # most classes that are read at a time
 
 
@@ -106,8 +106,10 @@ def fused_step(
         return None
     if not compare:
         return None, None
-    loss: Tensor = _Loss.apply(logits, losses, gradients)  # type: ignore[no-untyped-call]  # torch leaves it without
-    return loss, compared.view(torch.bool)
+    mask = compared.view(torch.bool)
+    given = (logits, losses, gradients, mask, scale, temperature)
+    loss: Tensor = _Loss.apply(*given)  # type: ignore[no-untyped-call]  # torch leaves it without types
+    return loss, mask
 
 
 def capturing(device: torch.device) -> bool:
@@ -119,17 +121,23 @@ class _Loss(torch.autograd.Function):
     """The sum of the rows' losses, whose gradient is known already."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, losses: Tensor, gradients: Tensor) -> Tensor:
-        ctx.save_for_backward(gradients)
-        ctx.dtype = logits.dtype
+    def forward(
+        ctx: Any, logits: Tensor, losses: Tensor, gradients: Tensor, compared: Tensor, scale: float, temperature: float
+    ) -> Tensor:
+        ctx.save_for_backward(logits, gradients, compared)
+        ctx.slope, ctx.temperature = scale / temperature, temperature
         return losses.sum()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it without types
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (gradients,) = ctx.saved_tensors
-        # Scaled before it is rounded: a scaler's factor is what keeps it in float16's range.
-        return torch.mul(gradients, gradient, out=torch.empty_like(gradients, dtype=ctx.dtype)), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        logits, gradients, compared = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: the gradient is slope * (softmax - the past's), which is constant
+            share = (masked_filled(logits).float() / ctx.temperature).softmax(dim=1)
+            gradients = gradients + (ctx.slope * (share - share.detach())).where(compared[:, None], 0)
+            mine = (gradients * gradient).to(logits.dtype)
+        else:  # scaled before it is rounded: a scaler's factor is what keeps it in float16's range
+            mine = torch.mul(gradients, gradient, out=torch.empty_like(gradients, dtype=logits.dtype))
+        return mine, None, None, None, None, None
 
 
 def _fits(history: History, logits: Tensor) -> bool:
@@ -137,7 +145,7 @@ def _fits(history: History, logits: Tensor) -> bool:
     codec, store = history.codec, history.store
     return (
         logits.device.type in KERNEL_DEVICES
-        and ((type(codec) is Dense and codec.dtype in DTYPES) or type(codec) is Quantized)
+        and ((type(codec) is Dense and codec.dtype in ROW_DTYPES) or type(codec) is Quantized)
         and history.momentum is None
         and logits.dtype in DTYPES
         and len(logits) > 0

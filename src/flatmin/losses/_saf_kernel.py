@@ -169,7 +169,9 @@ def saf_kernel(
             for start in range(0, num_classes, BLOCK):
                 column = start + tl.arange(0, BLOCK)
                 known = column < num_classes
-                now = _softened(_load(row, column_stride, column.to(tl.int64), num_classes, finite, filling), temperature)
+                now = _softened(
+                    _load(row, column_stride, column.to(tl.int64), num_classes, finite, filling), temperature
+                )
                 past = _softened(_past(history, column, num_classes, size, step, BITS), temperature)
                 total += tl.sum(tl.where(known, tl.exp(now - top), 0.0), 0)
                 past_total += tl.sum(tl.where(known, tl.exp(past - past_top), 0.0), 0)
