@@ -225,6 +225,7 @@ def _launch(
             scale,
             _filling(logits.dtype),
             BITS=bits,
+            HALF=rows.dtype == torch.float16,
             REPEATED=recorded is not None,
             COMPARE=compare,
             BLOCK=block,

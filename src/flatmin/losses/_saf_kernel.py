@@ -25,14 +25,16 @@ ROUNDING = tl.constexpr(1.5 * 2**23)  # added and subtracted again, it leaves a 
 def _load(row, stride, column, num_classes, fill, filling):
     """Logits in float32, -inf beyond the last class; masked classes are filled where ``fill``."""
     there = column < num_classes
-    value = tl.load(row + column * stride, mask=there, other=-float("inf")).to(tl.float32)
+    value = tl.load(row + column.to(tl.int64) * stride, mask=there, other=-float("inf")).to(tl.float32)
     return tl.where(fill & there & (value == -float("inf")), filling, value)
 
 
 @triton.jit
 def _extent(row, stride, num_classes, filling, BLOCK: tl.constexpr):  # noqa: N803
     """The largest logit of a row, masked classes filled, and whether all are finite then."""
-    top, wrong, masked = -float("inf"), 0, 0
+    top = -float("inf")
+    wrong = 0
+    masked = 0
     for start in range(0, num_classes, BLOCK):
         column = start + tl.arange(0, BLOCK)
         value = tl.load(row + column.to(tl.int64) * stride, mask=column < num_classes, other=0.0).to(tl.float32)
@@ -105,6 +107,7 @@ def saf_kernel(
     scale,
     filling,
     BITS: tl.constexpr,  # noqa: N803
+    HALF: tl.constexpr,  # noqa: N803
     REPEATED: tl.constexpr,  # noqa: N803
     COMPARE: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
@@ -133,6 +136,7 @@ def saf_kernel(
         scale: Of the loss: ``coefficient * T**2 / B``.
         filling: What a masked class gets, see `losses._masked`.
         BITS: Of a code; 0 for numbers.
+        HALF: Whether the numbers are float16, which have the row's largest at 0.
         REPEATED: Whether samples may occur twice.
         COMPARE: Whether to compare at all.
         BLOCK: Classes that are read at a time, a power of two.
@@ -165,13 +169,12 @@ def saf_kernel(
                 past = _past(history, column, num_classes, size, step, BITS)
                 past_top = tl.maximum(past_top, tl.max(tl.where(column < num_classes, past, -float("inf")), 0))
             top, past_top = _softened(top, temperature), _softened(past_top, temperature)
-            total, past_total = 0.0, 0.0
+            total = 0.0
+            past_total = 0.0
             for start in range(0, num_classes, BLOCK):
                 column = start + tl.arange(0, BLOCK)
                 known = column < num_classes
-                now = _softened(
-                    _load(row, column_stride, column.to(tl.int64), num_classes, finite, filling), temperature
-                )
+                now = _softened(_load(row, column_stride, column, num_classes, finite, filling), temperature)
                 past = _softened(_past(history, column, num_classes, size, step, BITS), temperature)
                 total += tl.sum(tl.where(known, tl.exp(now - top), 0.0), 0)
                 past_total += tl.sum(tl.where(known, tl.exp(past - past_top), 0.0), 0)
@@ -179,7 +182,7 @@ def saf_kernel(
             for start in range(0, num_classes, BLOCK):
                 column = start + tl.arange(0, BLOCK)
                 known = column < num_classes
-                value = _load(row, column_stride, column.to(tl.int64), num_classes, finite, filling)
+                value = _load(row, column_stride, column, num_classes, finite, filling)
                 now = _softened(value, temperature) - top - total
                 past = _softened(_past(history, column, num_classes, size, step, BITS), temperature)
                 past = past - past_top - past_total
@@ -196,14 +199,15 @@ def saf_kernel(
         tl.store(losses + b, loss * scale)
         tl.store(compared + b, there.to(tl.int8))
 
+    tl.debug_barrier()  # all threads have read the row before any writes it
     if wanted:
         row = logits + mine * row_stride
         top, finite = _extent(row, column_stride, num_classes, filling, BLOCK)
         if BITS == 0:
             for start in range(0, num_classes, BLOCK):
                 column = start + tl.arange(0, BLOCK)
-                value = _load(row, column_stride, column.to(tl.int64), num_classes, finite, filling)
-                if rows.dtype.element_ty.primitive_bitwidth == 16:
+                value = _load(row, column_stride, column, num_classes, finite, filling)
+                if HALF:
                     value = tl.maximum(value - top, LEAST_HALF)
                 value = tl.where(finite, value, 0.0).to(rows.dtype.element_ty)
                 tl.store(history + column, value, mask=column < num_classes)
@@ -212,7 +216,7 @@ def saf_kernel(
             deepest = 0.0
             for start in range(0, num_classes, BLOCK):
                 column = start + tl.arange(0, BLOCK)
-                below = top - _load(row, column_stride, column.to(tl.int64), num_classes, finite, filling)
+                below = top - _load(row, column_stride, column, num_classes, finite, filling)
                 below = tl.where(column < num_classes, tl.minimum(below, WIDEST), 0.0)
                 deepest = tl.maximum(deepest, tl.max(below, 0))
             half = tl.div_rn(tl.where(finite, deepest, 0.0), 1.0 * most).to(tl.float16)
