@@ -1,9 +1,15 @@
 """What holds for all tests."""
 
 import gc
+import os
 import signal
 
 import pytest
+import torch
+
+# Without a GPU, Triton's kernels are interpreted. Triton must know before it is first imported, by whomever.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import flatmin
 from flatmin.errors import FlatminWarning, InvalidArgumentError
-from tests.host_reads import HostReads
+from tests.host_reads import NoReads
 
 C = 3
 AVERAGES = {
@@ -49,7 +49,7 @@ def test_the_host_reads_nothing_where_mesa_is_used_and_moved(statistics):
     x = torch.randn(6, 1, 8, 8)
     for epoch in range(3):
         mesa.set_epoch(epoch)
-        with HostReads() if epoch == 2 else contextlib.nullcontext():
+        with NoReads() if epoch == 2 else contextlib.nullcontext():
             mesa(model(x), x).backward()
             mesa.update()
 

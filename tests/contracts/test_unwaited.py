@@ -13,7 +13,7 @@ from flatmin.errors import InvalidArgumentError, NonFiniteGradientWarning
 from flatmin.optim import _dropping, _foreach, _step
 from flatmin.optim.schedules import Adaptive, Schedule
 from tests.contracts._optimizers import CLOSURES, EVERY, Training, assert_same, network, sgd
-from tests.host_reads import HostReads
+from tests.host_reads import NoReads
 
 
 def joined(model):
@@ -62,7 +62,7 @@ def test_the_host_reads_nothing_in_a_step(name, base, options):
     training = Training(name, base=BASES[base], given=True, **options)
     step = training.optimizer.step
     training.step(2)  # in the first, the base optimizer makes its state
-    with HostReads():
+    with NoReads():
         for _ in range(4):
             step(training.losses if training.own_passes else training.closure)
     assert training.optimizer.skipped_steps == 0
@@ -73,7 +73,7 @@ def test_a_read_would_be_found():
     training = Training("SAM")
     training.step(2)
     training.each_pass = lambda: float(training.x.sum())
-    with HostReads(), pytest.raises(AssertionError, match="the host reads"):
+    with NoReads(), pytest.raises(AssertionError, match="the host reads"):
         training.optimizer.step(training.closure)
 
 

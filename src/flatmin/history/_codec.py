@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,13 +23,16 @@ class Codec(nn.Module, ABC):
     if it learns. What it has to remember belongs into buffers, made in `prepare`: ``state_dict`` then carries it.
 
     Attributes:
-        num_classes: Number of classes ``C``. This and all below exist once the codec is bound.
+        merges: Whether `compare` gives other outcomes than the logits themselves; say so in the class. It must then
+            depend on its first two arguments alone, so that `torch.compile` can compile it.
+        num_classes: Number of classes ``C``. This and those below exist once the codec is bound.
         lag: The history's lag in epochs; 1 for a running mean.
         temperature: Temperature of the loss.
         momentum: Momentum of the running mean, or None.
         row_bytes: Bytes of a row.
     """
 
+    merges: ClassVar[bool] = False
     num_classes: int
     lag: int
     temperature: float

@@ -14,7 +14,7 @@ from ._codec import Codec
 from ._ranks import occurrences
 from ._rows import OUT_OF_RANGE, RANGE
 from ._state import NEVER, check_described, described, lengthened
-from ._store import Store
+from ._store import Store, move
 
 LAG = 3
 
@@ -127,7 +127,7 @@ class History(nn.Module):
         self.store = Store(self.lag, self.num_samples, self.row_bytes, path=path, location=location, sharing=sharing)
 
     def exchange(
-        self, index: Tensor, logits: Tensor, epoch: int, *, compare: bool = True
+        self, index: Tensor, logits: Tensor, epoch: int, *, compare: bool = True, decode: bool = True
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Reads the past logits of a batch, and records the current ones in their place.
 
@@ -140,6 +140,7 @@ class History(nn.Module):
             logits: The current logits, floating, shape (B, C). They are recorded detached.
             epoch: The current epoch, from 0.
             compare: Whether to read; False only records.
+            decode: False returns the current logits as they are, and the past rows as bytes, for `Codec.compare`.
 
         Returns:
             None without ``compare``. Otherwise the current logits, through which gradients flow, and the past ones,
@@ -150,7 +151,7 @@ class History(nn.Module):
             InvalidArgumentError: If the ranks are not those the history was made for, or are in different epochs.
         """
         batch = self._begin(index, epoch)
-        compared = self._compare(batch, logits) if compare else None
+        compared = self._compare(batch, logits, decode) if compare else None
         self._record(batch, logits)
         return compared
 
@@ -224,7 +225,8 @@ class History(nn.Module):
         self.codec.begin_epoch(epoch)
         if everyone is None:
             # Copying from an accelerator to the host has to wait.
-            index = index.to(self.device, torch.int64, non_blocking=self.device.type != "cpu")
+            index = index.to(torch.int64)
+            index = index.to(self.device) if self.device.type == "cpu" else move(index, self.device)
             first, last = occurrences(index)
             is_first = first == torch.arange(len(index), device=index.device)
             return _Batch(index, epoch, is_first, self._choose(first, last))
@@ -236,11 +238,11 @@ class History(nn.Module):
         mine = torch.split(first == positions, sizes)[rank]
         return _Batch(everyone[rank], epoch, mine, kept[rank], list(zip(everyone, kept, strict=True)))
 
-    def _compare(self, batch: _Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _compare(self, batch: _Batch, logits: Tensor, decode: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         rows, epochs = self._read(batch, logits.device)
         then = batch.epoch - self.lag
         there = (epochs != NEVER) & ((epochs == then) if self.momentum is None else (epochs != batch.epoch))
-        now, past = self.codec.compare(logits, rows, then)
+        now, past = self.codec.compare(logits, rows, then) if decode else (logits, rows)
         return now, past, there & batch.first.to(logits.device, non_blocking=True)
 
     @torch.no_grad()

@@ -157,7 +157,7 @@ class LowRank(Codec):
             self._epochs[new] = epoch
             for name in SUMS:
                 getattr(self, name).zero_()
-        self.basis_epochs[new] = self._epochs[new]
+        self.basis_epochs[new].fill_(self._epochs[new])  # to assign a number to an element would wait on CUDA
 
     @full_precision
     def encode(self, logits: Tensor) -> tuple[Tensor, Tensor]:

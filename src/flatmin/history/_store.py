@@ -97,9 +97,9 @@ class Store(nn.Module):
         """
         if everyone is None or not self.sharded:
             rows, epochs = self._load(index, slot)
-            return _move(rows, device), _move(epochs, device)
+            return move(rows, device), move(epochs, device)
         me, size = self.part
-        wanted = [_move(_pack(*self._load(each[each % size == me] // size, slot)), device) for each in everyone]
+        wanted = [move(_pack(*self._load(each[each % size == me] // size, slot)), device) for each in everyone]
         owner = index % size
         arrived = self.ranks.travel(wanted, torch.bincount(owner, minlength=size).tolist())()
         packed = torch.empty_like(arrived)
@@ -235,7 +235,7 @@ def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     return rows.clone(), epochs.clone(memory_format=torch.contiguous_format).view(torch.int32).flatten()
 
 
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
+def move(tensor: Tensor, device: torch.device) -> Tensor:
     """Moves a tensor; from main memory to a GPU without waiting."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()

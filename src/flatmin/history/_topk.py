@@ -1,6 +1,6 @@
 """The largest logits of each sample, and the weight of all others together."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class TopK(Codec):
         >>> History(TopK(k=24), num_samples=1000, num_classes=1000).row_bytes
         98
     """
+
+    merges: ClassVar[bool] = True
 
     def __init__(self, k: int = 24) -> None:
         super().__init__()

@@ -14,3 +14,8 @@ def masked_classes(logits: Tensor) -> Tensor:
 def filling(dtype: torch.dtype) -> float:
     """A logit that has no probability, yet is finite."""
     return max(-1e9, torch.finfo(dtype).min / 2)
+
+
+def masked_filled(logits: Tensor) -> Tensor:
+    """Logits in which such classes have no probability, yet are finite."""
+    return logits.masked_fill(masked_classes(logits), filling(logits.dtype))

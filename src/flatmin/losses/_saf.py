@@ -18,7 +18,9 @@ from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ..history import Codec, History, make_history
 from ..history._state import of_this_rank
-from ._masked import filling, masked_classes
+from . import _compiled
+from ._fused import Clock, fused_step
+from ._masked import masked_filled
 from ._trajectory import trajectory_loss
 from ._watch import Watch
 
@@ -127,6 +129,8 @@ class SAF(nn.Module):
         )
         self._watch = Watch(self.num_samples, self.num_classes, self.history.lag)
         self._epoch = 0
+        self._clock = Clock()
+        self._handle = _compiled.register(self)
         self._seen = 0  # samples so far in this epoch, counted on the host
         self._warned = False
         self._warned_of_share = False
@@ -138,6 +142,7 @@ class SAF(nn.Module):
             InvalidArgumentError: If ``epoch`` is not an integer of at least 0.
         """
         self._epoch = check_integer("epoch", epoch, least=0)
+        self._clock.tell(epoch)
         self._seen = 0
 
     def forward(self, logits: Tensor, index: Tensor) -> Tensor:
@@ -157,19 +162,72 @@ class SAF(nn.Module):
             InvalidArgumentError: If shapes, dtypes, devices or indices do not fit.
         """
         self._check(logits, index)
+        if not torch.compiler.is_compiling():
+            self._check_range(index)
         zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         if not self.training or not logits.requires_grad:  # an evaluation
             return zero
+        if torch.compiler.is_compiling():
+            return self._compiled_step(logits, index)
         self._count(len(index) * self.history.store.ranks.size)
-        logits = logits.masked_fill(masked_classes(logits), filling(logits.dtype))
-        # The host knows when nothing can contribute; then nothing is computed.
-        compare = self._epoch >= max(self.start_epoch, self.history.lag) and self.coefficient > 0
-        compared = self.history.exchange(index, logits, self._epoch, compare=compare)
-        self._watch(self._epoch, index, None if compared is None else compared[2])
-        if compared is None:
-            return zero
-        now, past, mask = compared
+        fused = fused_step(
+            self.history,
+            logits,
+            index,
+            self._epoch,
+            self._clock,
+            begin=max(self.start_epoch, self.history.lag),
+            coefficient=self.coefficient,
+            temperature=self.temperature,
+        )
+        if fused is None:
+            compared = self._exchange(masked_filled(logits), index)
+            loss, mask = (None, None) if compared is None else (self._loss(*compared), compared[2])
+        else:
+            loss, mask = fused
+        self._watch(self._epoch, index, mask)
+        return zero if loss is None else loss
+
+    def _exchange(self, logits: Tensor, index: Tensor, *, decode: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
+        """See `History.exchange`; None also where nothing can contribute, which the host knows."""
+        begun = self._epoch >= max(self.start_epoch, self.history.lag) and self.coefficient > 0
+        return self.history.exchange(index, logits, self._epoch, compare=begun, decode=decode)
+
+    def _loss(self, now: Tensor, past: Tensor, mask: Tensor) -> Tensor:
         return self.coefficient * trajectory_loss(now, past, temperature=self.temperature, mask=mask)
+
+    def _compiled_step(self, logits: Tensor, index: Tensor) -> Tensor:
+        """As a step, for a compiler: `_remember` runs as it is, and all else is compiled."""
+        logits = masked_filled(logits)
+        past, mask = _compiled.remember(logits.detach(), index, self._handle)
+        if not self.history.codec.merges:
+            return self._loss(logits, past, mask)
+        return self._loss(*self.history.codec.compare(logits, past, 0), mask)
+
+    def _remember(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Reads and records, for a compiled step; the past logits, or rows of a codec that merges, and the mask."""
+        self._check_range(index)
+        self._count(len(index) * self.history.store.ranks.size)
+        merges = self.history.codec.merges
+        compared = self._exchange(logits, index, decode=not merges)
+        self._watch(self._epoch, index, None if compared is None else compared[2])
+        past, mask = self._like_remembered(logits)
+        if compared is None:
+            return past.zero_(), mask.zero_()
+        if not merges and compared[0] is not logits:
+            raise InvalidArgumentError(
+                f"{type(self.history.codec).__name__}.compare gives other outcomes than the logits: say merges = True "
+                "in the class, or compile the step without SAF"
+            )
+        return past.copy_(compared[1]), mask.copy_(compared[2])
+
+    def _like_remembered(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Tensors of the dtypes and shapes that `_remember` returns."""
+        if self.history.codec.merges:
+            past = logits.new_empty(len(logits), self.history.row_bytes, dtype=torch.uint8)
+        else:
+            past = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return past, logits.new_empty(len(logits), dtype=torch.bool)
 
     @property
     def lag(self) -> int:
@@ -183,6 +241,7 @@ class SAF(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Reads them from a ``state_dict``."""
         self._epoch, self._seen = (int(number) for number in state)
+        self._clock.tell(self._epoch)
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Saves and loads SAF with ``optimizer``, a plain one or flatmin's, in whatever checkpoint that is.
@@ -194,6 +253,10 @@ class SAF(nn.Module):
             A handle; its ``remove()`` detaches.
         """
         return attach(self, optimizer, save=type(self)._state_of_this_rank)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._handle = _compiled.register(self)  # a copy remembers for itself
 
     def _state_of_this_rank(self) -> dict[str, Any]:
         """The state, taken without talking to other ranks."""
@@ -274,6 +337,8 @@ class SAF(nn.Module):
                 f"logits are on {logits.device} and the history is on {elsewhere}; "
                 f"move it once, after creating it: saf.to('{logits.device}')"
             )
+
+    def _check_range(self, index: Tensor) -> None:
         if index.device.type == "cpu" and len(index) > 0:
             low, high = (int(bound) for bound in index.aminmax())
             if low < 0 or high >= self.num_samples:
@@ -292,7 +357,7 @@ class SAF(nn.Module):
                 f"{self.num_samples}: call saf.set_epoch(epoch) before each epoch, or it compares nothing; if "
                 "samples are meant to occur again within an epoch, only the first occurrence counts",
                 FlatminWarning,
-                stacklevel=5,  # _count, forward, nn.Module.__call__ (two frames), the caller
+                stacklevel=depth_in_package(),
             )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._warn import depth_in_package
 from ..errors import FlatminWarning
 
 _OVER_AND_OVER = 8  # times that an epoch gives each of its indices, from which on it cannot be meant
@@ -43,7 +44,7 @@ class Watch:
             index: Sample indices, shape (B,).
             mask: Which samples of the batch are compared, bool, shape (B,); None if none can be in this epoch.
         """
-        if self._warned or torch.compiler.is_compiling():
+        if self._warned or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if self._now is None or self._now.number != epoch:
             if self._now is not None:
@@ -54,8 +55,7 @@ class Watch:
             fault, self._ended = self._fault(self._ended), None
             if fault is not None:
                 self._warned = True
-                # This, SAF.forward, nn.Module.__call__ (two frames), the caller.
-                warnings.warn(f"SAF {fault}", FlatminWarning, stacklevel=5)
+                warnings.warn(f"SAF {fault}", FlatminWarning, stacklevel=depth_in_package())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_now": None, "_ended": None}

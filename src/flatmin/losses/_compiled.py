@@ -1,0 +1,48 @@
+"""SAF inside `torch.compile`: what it remembers is read and written by one operation that the compiler does not open.
+
+The epoch, the checks and the counts stay on the host, where the operation finds them each time it runs. So a compiled
+step never goes stale, and is not compiled again when the epoch changes. The loss itself is compiled.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+
+class Remembers(Protocol):
+    """What a compiled step calls."""
+
+    def _remember(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def _like_remembered(self, logits: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+_known: WeakValueDictionary[int, Remembers] = WeakValueDictionary()
+_handles = itertools.count()
+
+
+def register(owner: Remembers) -> int:
+    """Returns the number by which a compiled graph finds ``owner``."""
+    handle = next(_handles)
+    _known[handle] = owner
+    return handle
+
+
+def _remember(logits: Tensor, index: Tensor, handle: int) -> tuple[Tensor, Tensor]:
+    return _known[handle]._remember(logits, index)
+
+
+def _like_remembered(logits: Tensor, index: Tensor, handle: int) -> tuple[Tensor, Tensor]:
+    return _known[handle]._like_remembered(logits)
+
+
+# A CUDA graph would record what it launches once, and replay it with the same epoch and indices.
+_tags = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
+remember: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = torch.library.custom_op(
+    "flatmin::remember", _remember, mutates_args=(), tags=_tags
+)
+remember.register_fake(_like_remembered)  # type: ignore[attr-defined]  # of the operation, which is also a function
