@@ -255,7 +255,7 @@ class SAF(nn.Module):
         return attach(self, optimizer, save=type(self)._state_of_this_rank)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._handle = _compiled.register(self)  # a copy remembers for itself
 
     def _state_of_this_rank(self) -> dict[str, Any]:
