@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-# Files whose frames a warning passes over: flatmin's and torch's, through which it was called.
-INNER = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, str(torch.__file__)))
+# Files whose frames a warning passes over: flatmin's, torch's, and what torch has compiled, through which it was called.
+INNER = (*(f"{Path(file).parent}{os.sep}" for file in (__file__, str(torch.__file__))), "<eval_with_key>")
 
 
 def depth_in_package() -> int:

@@ -313,7 +313,8 @@ class MESA(nn.Module):
         if self._checked or self._epoch <= self._first_epoch or not isinstance(self.average, EMA):
             return
         self._checked = True
-        if int(self.average.n_averaged) == 1:
+        counter = self.average.n_averaged
+        if counter._version == torch.zeros(())._version and int(counter) == 1:  # to read it waits for the device
             owner = "mesa" if self._own is not None else "average"
             warnings.warn(
                 "MESA's average has never been updated, so it is still the network it was made with: call "
