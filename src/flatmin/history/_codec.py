@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -28,7 +28,10 @@ class Codec(nn.Module, ABC):
         temperature: Temperature of the loss.
         momentum: Momentum of the running mean, or None.
         row_bytes: Bytes of a row.
+        mixes_samples: Of the class: whether a row depends on other samples, so that training would not be private.
     """
+
+    mixes_samples: ClassVar[bool] = False
 
     num_classes: int
     lag: int

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .._attached import Attachment, attach
 from .._checks import check_integer, check_number
+from .._privacy import check_unmixed
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ..history import Codec, History, make_history
@@ -156,6 +157,8 @@ class SAF(nn.Module):
         zero = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         if not self.training or not logits.requires_grad:  # an evaluation
             return zero
+        if self.history.codec.mixes_samples:
+            check_unmixed(logits, f"SAF with history {type(self.history.codec).__name__}", 'take history="int8"')
         self._count(len(index) * self.history.store.ranks.size)
         logits = logits.masked_fill(masked_classes(logits), filling(logits.dtype))
         # The host knows when nothing can contribute; then nothing is computed.

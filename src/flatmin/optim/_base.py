@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .._checks import check_choice, check_integer, check_module, check_number
+from .._privacy import check_not_trained_privately
 from ..errors import InvalidArgumentError
 from ._first_pass import Beginning
 from ._memory import Memory
@@ -263,6 +264,7 @@ class SharpnessAware(Stepping, Wrapper):
         self._beginnings.note(None)
 
     def _begin(self, closure: Callable[..., Any] | None, begun: Beginning | None = None) -> Step:
+        check_not_trained_privately(type(self).__name__, self)
         self._memory.forget()  # what a step that was not made would have remembered
         return Step(
             name=type(self).__name__,
