@@ -16,14 +16,25 @@ import flatmin
 ROOT = Path(flatmin.__file__).parent
 PUBLIC = [
     "flatmin",
-    *(f"flatmin.integrations.{name}" for name in ("accelerate", "lightning", "transformers")),
+    *(f"flatmin.integrations.{name}" for name in ("accelerate", "lightning", "opacus", "transformers")),
     *(f"flatmin.{name}" for name in ("averages", "history", "indices", "losses", "optim", "sharpness")),
     "flatmin.lab",
     *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report", "results")),
 ]
 # Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory and among
 # the integrations the second.
-SHARED = {"errors", "_attached", "_checks", "_distributed", "_files", "_interrupts", "_passes", "_rng", "_warn"}
+SHARED = {
+    "errors",
+    "_attached",
+    "_checks",
+    "_distributed",
+    "_files",
+    "_interrupts",
+    "_passes",
+    "_privacy",
+    "_rng",
+    "_warn",
+}
 LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
 # What an integration's package needs itself.
 BROUGHT_BY = {"integrations/lightning": ("torchmetrics",), "integrations/transformers": ("accelerate",)}
@@ -43,6 +54,7 @@ ALLOWED = {
     "_interrupts": set(),
     "_command": {"_interrupts"},
     "_passes": set(),
+    "_privacy": {"errors"},
     "_rng": {"errors", "_checks"},
     "_warn": set(),
     "history": SHARED,
@@ -53,6 +65,7 @@ ALLOWED = {
     "integrations/__init__": set(),
     "integrations/accelerate": {*SHARED, *LIBRARY},
     "integrations/lightning": {*SHARED, *LIBRARY},
+    "integrations/opacus": {*SHARED, *LIBRARY},
     "integrations/transformers": {*SHARED, *LIBRARY},
     "losses": {*SHARED, "averages", "history"},
     "lab/__init__": COMPARISON,

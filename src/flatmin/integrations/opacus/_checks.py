@@ -54,6 +54,5 @@ def check_module(module: Any, base: Optimizer) -> nn.Module:
             "DPSAT was not tried with sharded parameters (DTensor, grad_sample_mode='ghost_fsdp'): take "
             "DifferentiallyPrivateDistributedDataParallel"
         )
-    if isinstance(network, DifferentiallyPrivateDistributedDataParallel):
-        network = network.module
-    return network
+    inner: nn.Module = network.module if isinstance(network, DifferentiallyPrivateDistributedDataParallel) else network
+    return inner
