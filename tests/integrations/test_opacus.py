@@ -2,6 +2,7 @@
 
 import functools
 import io
+from contextlib import nullcontext
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("opacus")
 import torch
 from opacus.schedulers import ExponentialNoise
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import flatmin
 from flatmin.errors import FlatminWarning, NonFiniteGradientWarning
@@ -334,3 +336,13 @@ def test_an_average_is_of_the_clean_weights():
     for weights in ours:
         expected = 0.5 * expected + 0.5 * weights
     assert difference(flat(average.module), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_that_are_too_coarse_are_warned_of_once(dtype):
+    x, y = data()
+    private = Private(base=lambda net, lr: sgd(net.to(dtype), lr), dataset=TensorDataset(x.to(dtype), y))
+    dpsat(private, rho=0.001)
+    with pytest.warns(FlatminWarning, match="rounded away") if dtype == torch.bfloat16 else nullcontext() as caught:
+        private.fit(4)
+    assert dtype == torch.float64 or [each.category for each in caught].count(FlatminWarning) == 1

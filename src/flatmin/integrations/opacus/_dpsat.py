@@ -4,7 +4,7 @@
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,17 @@ from ...optim._displaced import Displaced
 from ...optim._foreach import add_, clones, global_norm, length
 from ...optim._memory import Memory
 from ...optim._network_hooks import Attached
-from ...optim._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, moved, rho_of, unit
+from ...optim._perturbation import (
+    Rho,
+    Scaling,
+    check_rho,
+    check_scaling,
+    check_subset,
+    moved,
+    rho_of,
+    rounded_away,
+    unit,
+)
 from ...optim._surroundings import Surroundings
 from ...optim._wrapper import OWN
 from ._checks import check_module, check_optimizer
@@ -113,6 +123,7 @@ class DPSAT:
         self._seen = self._stepped = False  # whether this step's forward was, and whether there was a step
         self._rho: float | None = None  # of this step
         self._norm: float | None = None  # of its direction
+        self._check: Callable[..., None] | None = self._check_rounding  # of the first move
         self.displaced = Displaced()
         self._attached: Attached | None = Attached(network, self)
         self._handles = [
@@ -149,7 +160,8 @@ class DPSAT:
         if self._rho > 0 and parameters:
             if self._norm is None and self._scaling is unit:
                 self._norm = length(directions)
-            move = moved(parameters, directions, self._scaling, rho=self._rho, eps=1e-12, norm=self._norm)
+            check, self._check = self._check, None
+            move = moved(parameters, directions, self._scaling, rho=self._rho, eps=1e-12, norm=self._norm, check=check)
             self.displaced.move(parameters, move)
             self._attached.held = True
 
@@ -200,6 +212,17 @@ class DPSAT:
                 "the privatised gradient of a step is not finite: the step, which is accounted, was left out and the "
                 "weights are as they were (warned once; skipped_steps counts them)",
                 NonFiniteGradientWarning,
+                stacklevel=depth_in_package(),
+            )
+
+    def _check_rounding(self, *found: list[Tensor]) -> None:
+        """Warns if weights are too coarse for the perturbation."""
+        coarse = rounded_away(*found)
+        if coarse is not None:
+            warnings.warn(
+                f"the weights are {coarse}, in which most of DPSAT's perturbation is rounded away: keep them in "
+                "float32 and compute in lower precision with torch.autocast (warned once)",
+                FlatminWarning,
                 stacklevel=depth_in_package(),
             )
 
