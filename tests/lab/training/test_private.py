@@ -20,6 +20,7 @@ from flatmin.lab.methods.private import COMPARED, check_privacy
 from flatmin.lab.problems.batches import rank_batches
 from flatmin.lab.problems.problem import Problem, base_optimizer
 from flatmin.lab.recipe import Run
+from flatmin.lab.runs.checkpoint import load_checkpoint, save_checkpoint
 from flatmin.lab.training.private import ACCOUNTANT, ORDERS, noise_multiplier, poisson_loader
 from flatmin.lab.training.trainer import Trainer
 from tests.registry import restored
@@ -132,6 +133,20 @@ def test_what_is_allowed_trains_at_the_same_epsilon(method):
         assert not torch.equal(weights(trained), weights(fitted()))
 
 
+@pytest.mark.parametrize("method", ["base", "dpsat"])
+def test_what_is_measured_changes_nothing(method):
+    measured, plain = trainer(method, log_sharpness=1, log_curvature=1), trainer(method)
+    assert fit(measured)[-1].keys() > {"sharpness", "top_eigenvalue"}
+    fit(plain)
+    assert torch.equal(weights(measured), weights(plain))
+
+
+def test_bfloat16():
+    trained = trainer("dpsat", precision="bfloat16")
+    assert fit(trained)[-1]["test_loss"] < 2
+    assert not torch.equal(weights(trained), weights(fitted()))
+
+
 def fitted():
     trained = trainer()
     fit(trained)
@@ -140,27 +155,23 @@ def fitted():
 
 @pytest.mark.parametrize("method", ["base", "saf", "mesa", "dpsat"])
 @pytest.mark.parametrize("steps", [3, 5])
-def test_a_resumed_run_is_bit_identical(method, steps):
+def test_a_resumed_run_is_bit_identical(method, steps, tmp_path):
     whole, ended = trainer(method), trainer(method)
     expected = fit(whole)
-    state = []
 
-    class Ended(Exception):  # noqa: N818
-        pass
+    def end():
+        if ended.progress.steps + 4 * ended.epoch == steps:
+            save_checkpoint(tmp_path / "saved", ended.state_dict())
+            raise KeyboardInterrupt
 
-    def stop():
-        done = ended.progress.steps + 4 * ended.epoch
-        if done == steps:
-            state.append(ended.state_dict())
-            raise Ended
-
-    with pytest.raises(Ended):
+    with pytest.raises(KeyboardInterrupt):
         while True:
-            ended.train_epoch(stop)
+            ended.train_epoch(end)
     resumed = trainer(method)
-    resumed.load_state_dict(state[0])
+    resumed.load_state_dict(load_checkpoint(tmp_path / "saved"))
     found = [resumed.train_epoch() for _ in range(2 - resumed.epoch)]
     assert torch.equal(weights(whole), weights(resumed))
+    assert resumed.epoch == 2
     assert found[-1]["epsilon"] == expected[-1]["epsilon"]
 
 

@@ -3,6 +3,7 @@
 *Differentially Private Sharpness-Aware Training*, Park et al., ICML 2023, arXiv 2306.05651.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from ..._checks import check_choice
 from ..._warn import depth_in_package
 from ...errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
 from ...optim._displaced import Displaced
-from ...optim._foreach import add_, clones, global_norm, length
+from ...optim._foreach import add_, clones, length
 from ...optim._memory import Memory
 from ...optim._network_hooks import Attached
 from ...optim._perturbation import (
@@ -184,7 +185,7 @@ class DPSAT:
                 "calls, in training mode"
             )
         gradients = [gradient for parameter in self._parameters() if (gradient := parameter.grad) is not None]
-        if gradients and not global_norm(gradients).isfinite():
+        if gradients and not length(gradients) < math.inf:
             self._leave_out()
             return
         found = [parameter for parameter in self._candidates() if parameter.grad is not None]

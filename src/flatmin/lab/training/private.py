@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ class Private:
                 "batches"
             ) from error
         self._engine = opacus.PrivacyEngine(accountant=ACCOUNTANT)
-        hooks, self.optimizer, _ = self._engine.make_private(
+        self._hooks, self.optimizer, _ = self._engine.make_private(
             module=network,
             optimizer=optimizer,
             data_loader=loader,
@@ -169,7 +170,16 @@ class Private:
             wrap_model=False,
         )
         if attach is not None:
-            attach(hooks, self.optimizer)
+            attach(self._hooks, self.optimizer)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, gradients are measured, which Opacus cannot take apart."""
+        self._hooks.disable_hooks()
+        try:
+            yield
+        finally:
+            self._hooks.enable_hooks()
 
     def epsilon(self) -> float:
         """What was spent."""

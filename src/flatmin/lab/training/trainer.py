@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -163,7 +164,7 @@ class Trainer:
             self._at_epoch_end()
         self.make_statistics()
         test_loss, test_accuracy = self.evaluate()
-        with self._calling(NETWORK):
+        with self._calling(NETWORK), nullcontext() if self._private is None else self._private.measuring():
             measured = epoch_sharpness(self, lr)
         self.epoch += 1
         self.progress = Progress(totals=torch.zeros(2, device=self.device))
