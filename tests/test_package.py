@@ -16,20 +16,34 @@ import flatmin
 ROOT = Path(flatmin.__file__).parent
 PUBLIC = [
     "flatmin",
-    *(f"flatmin.integrations.{name}" for name in ("accelerate", "lightning", "timm", "torchao", "transformers")),
+    *(
+        f"flatmin.integrations.{name}"
+        for name in ("accelerate", "lightning", "opacus", "timm", "torchao", "transformers")
+    ),
     *(f"flatmin.{name}" for name in ("averages", "history", "indices", "losses", "optim", "sharpness")),
     "flatmin.lab",
     *(f"flatmin.lab.{name}" for name in ("methods", "problems.data", "problems.models", "report", "results")),
 ]
 # Who may import what of flatmin, by the room: the first folder or file under src/flatmin, in the laboratory and among
 # the integrations the second.
-SHARED = {"errors", "_attached", "_checks", "_distributed", "_files", "_interrupts", "_passes", "_rng", "_warn"}
+SHARED = {
+    "errors",
+    "_attached",
+    "_checks",
+    "_distributed",
+    "_files",
+    "_interrupts",
+    "_passes",
+    "_privacy",
+    "_rng",
+    "_warn",
+}
 LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
 # What an integration's package needs itself.
 BROUGHT_BY = {"integrations/lightning": ("torchmetrics",), "integrations/transformers": ("accelerate",)}
 RESULTS = {"errors", "_files", "lab/results"}
 PROBLEMS = {*SHARED, *LIBRARY, "lab/recipe", "lab/problems"}
-METHODS = {*SHARED, *LIBRARY, "lab/methods"}
+METHODS = {*SHARED, *LIBRARY, "integrations/opacus", "lab/methods"}
 TRAINING = {*PROBLEMS, *METHODS, "lab/training"}
 RUNS = {*TRAINING, *RESULTS, "lab/runs"}
 REPORT = {*RESULTS, "_interrupts", "lab/report"}
@@ -43,6 +57,7 @@ ALLOWED = {
     "_interrupts": set(),
     "_command": {"_interrupts"},
     "_passes": set(),
+    "_privacy": {"errors"},
     "_rng": {"errors", "_checks"},
     "_warn": set(),
     "history": SHARED,
@@ -53,6 +68,7 @@ ALLOWED = {
     "integrations/__init__": set(),
     "integrations/accelerate": {*SHARED, *LIBRARY},
     "integrations/lightning": {*SHARED, *LIBRARY},
+    "integrations/opacus": {*SHARED, *LIBRARY},
     "integrations/timm": {*SHARED, *LIBRARY},
     "integrations/torchao": {*SHARED, *LIBRARY},
     "integrations/transformers": {*SHARED, *LIBRARY},

@@ -30,9 +30,12 @@ class Codec(nn.Module, ABC):
         temperature: Temperature of the loss.
         momentum: Momentum of the running mean, or None.
         row_bytes: Bytes of a row.
+        mixes_samples: Of the class: whether a row depends on other samples, so that training would not be private.
     """
 
     merges: ClassVar[bool] = False
+    mixes_samples: ClassVar[bool] = False
+
     num_classes: int
     lag: int
     temperature: float

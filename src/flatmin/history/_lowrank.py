@@ -100,6 +100,7 @@ class LowRank(Codec):
     product: Tensor
     total: Tensor
     count: Tensor
+    mixes_samples = True
 
     def __init__(self, rank: int = RANK) -> None:
         super().__init__()

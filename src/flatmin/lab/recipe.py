@@ -33,8 +33,8 @@ class Recipe:
             if you like ``criterion()`` and ``optimizer(parameters)``. It replaces ``data`` and ``model``.
         data: ``"digits"``, ``"mnist1d"``, ``"idx:FOLDER"`` (MNIST format, gzipped or not) or ``"folder:FOLDER"`` (one
             folder of images a class).
-        model: ``"cnn"``, ``"cnn1d"`` (for mnist1d), ``"resnet18"``, ``"wrn-28-10"``, ``"pyramidnet-110"``,
-            ``"timm/NAME"`` or ``"torchvision/NAME"``.
+        model: ``"cnn"``, ``"cnn-gn"`` (with group norm, for ``private``), ``"cnn1d"`` (for mnist1d), ``"resnet18"``,
+            ``"wrn-28-10"``, ``"pyramidnet-110"``, ``"timm/NAME"`` or ``"torchvision/NAME"``.
         epochs: Number of epochs.
         batch_size: Samples in a batch, all processes together.
         optimizer: The base optimizer, ``"sgd"`` or ``"adamw"``; its learning rate follows a cosine down to 0.
@@ -50,6 +50,10 @@ class Recipe:
         log_sharpness: Measure SAM's sharpness after every N-th epoch and the last; 0: never.
         log_curvature: Measure the Hessian's largest eigenvalue after every N-th epoch and the last; 0: never.
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``; the last two by autocast.
+        private: Train with differential privacy of this epsilon, by Opacus, which clips each sample's gradient and adds
+            noise; batches are drawn by Poisson sampling. None: without.
+        delta: Delta of that privacy.
+        clip: Norm to which each sample's gradient is clipped for it.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"`` and so on.
         workers: Processes that load data, for ``folder:`` and experiment files.
 
@@ -67,7 +71,9 @@ class Recipe:
         "digits", "digits | mnist1d | idx:FOLDER (MNIST format, gzip or not) | folder:FOLDER (class folders)."
     )
     model: str = _option(
-        "cnn", "cnn | cnn1d (for mnist1d) | resnet18 | wrn-28-10 | pyramidnet-110 | timm/NAME | torchvision/NAME."
+        "cnn",
+        "cnn | cnn-gn (for --private) | cnn1d (for mnist1d) | resnet18 | wrn-28-10 | pyramidnet-110 | timm/NAME | "
+        "torchvision/NAME.",
     )
     epochs: int = _option(60, "Epochs of training.", Bounds(integer=True, least=1))
     batch_size: int = _option(
@@ -111,6 +117,13 @@ class Recipe:
     precision: str = _option(
         "float32", "float32 | bfloat16 | float16; the last two by autocast, float16 with a gradient scaler."
     )
+    private: float | None = _option(
+        None,
+        "Train with differential privacy of this epsilon, by Opacus; base is then DP-SGD.  [default: without]",
+        Bounds(above=0, most=1000),
+    )
+    delta: float = _option(1e-5, "With --private: delta.", Bounds(above=0, below=1))
+    clip: float = _option(1.0, "With --private: norm to which each sample's gradient is clipped.", Bounds(above=0))
     device: str = _option("auto", "auto | cpu | cuda | cuda:1 | mps.")
     workers: int = _option(
         0, "Processes that load data, for folder: and experiment files.", Bounds(integer=True, least=0, most=1024)
@@ -136,6 +149,8 @@ class Recipe:
                 bounds.check(known.name, value)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("precision", self.precision, PRECISIONS)
+        if self.private is not None and self.precision == "float16":
+            raise InvalidArgumentError("private and precision float16 exclude each other: take bfloat16 or float32")
 
 
 def _check_kind(name: str, value: Any, kind: type, said: str) -> None:

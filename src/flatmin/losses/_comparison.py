@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice
+from .._privacy import clipped
 from ..errors import InvalidArgumentError
 from ._outputs import find_logits, first_tensor
 from ._trajectory import binary_trajectory_loss, feature_distance, resolve_class_dim, trajectory_loss
@@ -120,7 +121,7 @@ class Comparison:
             InvalidArgumentError: If what the average has returned is no tensor, or of another shape.
         """
         if callable(self.distance):
-            return self.distance(logits, target)
+            return clipped(self.distance(logits, target), first_tensor(logits))
         if not isinstance(target, Tensor) or target.shape != logits.shape:
             got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
             raise InvalidArgumentError(

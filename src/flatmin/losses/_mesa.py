@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from .._attached import Attachment, attach
 from .._checks import check_choice, check_integer, check_module, check_number
 from .._passes import Pass, current_pass, steps
+from .._privacy import check_unmixed
 from ..averages import EMA
 from ..averages._average import check_alike, evaluating
 from ..averages._base import warn_if_left_behind
@@ -202,6 +203,9 @@ class MESA(nn.Module):
         self._check_updates()
         args, kwargs = as_called(self._networks[0], args, kwargs)
         where = compare.counted(where, kwargs, logits)
+        if where is not None or self.fraction < 1:
+            part = "where, or labels" if where is not None else "a fraction of the batch"
+            check_unmixed(first_tensor(logits), f"MESA's mean over {part}", "leave it out")
         batch_alone = self.statistics == "batch"
         least = 2 if batch_alone else 1  # a single sample has no statistics
         first = first_tensor(logits)

@@ -17,6 +17,7 @@ from .._attached import Attachment, attach
 from .._checks import check_integer, check_number
 from .._distributed import total
 from .._passes import current_pass
+from .._privacy import check_unmixed
 from ..errors import InvalidArgumentError
 from ._masked import filling, masked_classes
 
@@ -114,6 +115,7 @@ class OnlineLabelSmoothing(nn.Module):
         self._check(logits, y)
         if not self.training or not logits.requires_grad:  # an evaluation
             return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        check_unmixed(logits, "OnlineLabelSmoothing", "take flatmin.SAF, whose target is a sample's own past output")
         now = current_pass()
         if now is None or not now.second:  # counted once a step, at the weights
             self._count(logits.detach(), y)

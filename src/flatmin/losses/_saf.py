@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .._attached import Attachment, attach
 from .._checks import check_integer, check_number
+from .._privacy import check_unmixed
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ..history import Codec, History, make_history
@@ -169,6 +170,8 @@ class SAF(nn.Module):
             return zero
         if torch.compiler.is_compiling():
             return self._compiled_step(logits, index)
+        if self.history.codec.mixes_samples:
+            check_unmixed(logits, f"SAF with history {type(self.history.codec).__name__}", 'take history="int8"')
         self._count(len(index) * self.history.store.ranks.size)
         fused = fused_step(
             self.history,

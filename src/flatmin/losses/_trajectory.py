@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._privacy import clipped
 from ..errors import InvalidArgumentError
 
 # Softened logits are clamped to this bound, so that no difference of two of them overflows. Differences far smaller
@@ -60,7 +61,7 @@ def trajectory_loss(
     ).sum(dim=dim)
     if mask is not None:
         divergence = divergence.where(mask, 0)
-    return temperature**2 * divergence.sum() / max(divergence.numel(), 1)
+    return clipped(temperature**2 * divergence.sum() / max(divergence.numel(), 1), logits)
 
 
 def binary_trajectory_loss(logits: Tensor, target: Tensor, *, temperature: float, mask: Tensor | None = None) -> Tensor:
@@ -94,7 +95,7 @@ def binary_trajectory_loss(logits: Tensor, target: Tensor, *, temperature: float
     divergence = divergence + (-then).sigmoid() * (F.logsigmoid(-then) - F.logsigmoid(-now))
     if mask is not None:
         divergence = divergence.where(_spread(mask, divergence), 0)
-    return temperature**2 * divergence.sum() / max(divergence.numel(), 1)
+    return clipped(temperature**2 * divergence.sum() / max(divergence.numel(), 1), logits)
 
 
 def feature_distance(
@@ -133,7 +134,7 @@ def feature_distance(
     error = (F.layer_norm(now, width) - F.layer_norm(then, width)).square().mean(dim=-1)
     if mask is not None:
         error = error.where(mask, 0)
-    return error.sum() / max(error.numel(), 1)
+    return clipped(error.sum() / max(error.numel(), 1), features)
 
 
 def resolve_class_dim(logits: Tensor, class_dim: int | None) -> int:

@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .._checks import check_choice, check_integer, check_module, check_number
+from .._privacy import check_not_trained_privately
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ._dropping import Dropping
@@ -280,6 +281,7 @@ class SharpnessAware(Stepping, Wrapper):
         self._beginnings.note(None)
 
     def _begin(self, closure: Callable[..., Any] | None, begun: Beginning | None = None) -> Step:
+        check_not_trained_privately(type(self).__name__, self)
         self._memory.forget()  # what a step that was not made would have remembered
         return Step(
             name=type(self).__name__,

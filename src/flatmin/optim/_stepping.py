@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .._distributed import size
+from .._privacy import check_not_trained_privately
 from ..errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
 from ._dropping import Dropping
 from ._first_pass import Beginning, Beginnings
@@ -87,6 +88,7 @@ class Stepping(ABC):
             InvalidArgumentError: If there is no closure and nothing was prepared, or it leaves no gradient.
             Exception: Whatever the closure raises; the weights are then as they were.
         """
+        check_not_trained_privately(type(self).__name__, self)
         if closure is not None and self._progress.prepared:
             self._run_beside(closure)
             closure = None

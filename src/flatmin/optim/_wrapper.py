@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._attached import warn_of_unattached
+from .._privacy import check_not_private
 from ..errors import InvalidArgumentError
 from ._joined import Joined, attributes, loaded, saved
 
@@ -144,6 +145,7 @@ def check_base(base: object) -> None:
     kind = type(base).__name__
     if not isinstance(base, Optimizer):
         raise InvalidArgumentError(f"base_optimizer must be a torch.optim.Optimizer, got {kind}")
+    check_not_private(base)
     if isinstance(base, Wrapper):
         raise InvalidArgumentError(f"base_optimizer is a {kind} already; wrap the plain optimizer once")
     try:

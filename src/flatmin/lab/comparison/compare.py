@@ -12,7 +12,8 @@ from typing import Any
 
 from ..._checks import Bounds
 from ...errors import FlatminWarning, InvalidArgumentError
-from ..methods import COMPARED
+from ..methods import COMPARED, get_method
+from ..methods import private as privacy
 from ..problems.load import import_experiment
 from ..recipe import Recipe, as_recipe
 from ..results import RESULTS, SELECTION, ComparisonResult
@@ -70,7 +71,8 @@ def compare(
     Args:
         recipe: What is trained and how: a `Recipe`, or the path of an experiment file, which defines ``model()``,
             ``train_set()`` and ``test_set()``. None trains a small network on digits.
-        methods: Names of the methods; ``"base"`` must be one. None: the default ones.
+        methods: Names of the methods; ``"base"`` must be one. None: the default ones; with ``Recipe(private=...)``
+            those that may train so, with DP-SAT in both its forms.
         settings: For a method, for a hyperparameter, its value or several values, each of which makes a row, such as
             ``{"saf": {"coefficient": [0.3, 0.8]}}``.
         seeds: How many seeds; None: as many as fit in ``minutes``, at least 5.
@@ -112,7 +114,12 @@ def compare(
         raise InvalidArgumentError("select holds out samples itself: leave out validation or select")
     experiment = import_experiment(recipe)  # which may register methods
     names = _default_methods(recipe, experiment) if methods is None else methods
-    rows = make_rows(names, _each_a_list(settings or {}), epochs=recipe.epochs)
+    given = _each_a_list(settings or {})
+    if recipe.private is not None and methods is None:
+        given = {**privacy.ROWS, **given}
+    rows = make_rows(names, given, epochs=recipe.epochs)
+    for row in rows:
+        privacy.check_privacy(row.label, get_method(row.method), row.settings, private=recipe.private is not None)
     if select is not None and len(rows) == len(names):
         raise InvalidArgumentError(
             "select has nothing to choose from: give a hyperparameter several values, such as --set "
@@ -190,10 +197,11 @@ def _check_numbers(*, seeds: int | None, select: int | None, look: int, minutes:
 
 def _default_methods(recipe: Recipe, experiment: Any) -> list[str]:
     """Those compared by default; without label smoothing where it cannot be, on a criterion of the user's own."""
+    compared = COMPARED if recipe.private is None else privacy.COMPARED
     if not hasattr(experiment, "criterion"):
-        return list(COMPARED)
+        return list(compared)
     _log.info("%s has its own criterion(), so smoothing is left out", recipe.experiment)
-    return [name for name in COMPARED if name != "smoothing"]
+    return [name for name in compared if name != "smoothing"]
 
 
 def _each_a_list(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Sequence[Any]]]:

@@ -90,6 +90,7 @@ CARDS = (
         stands_for=EMA,
         paper="Polyak and Juditsky 1992",
         choose="the learning rate does not fall to 0",
+        private=lambda settings: True,
         memory="one copy of the network",
         complete=complete_horizon,
     ),
@@ -101,6 +102,7 @@ CARDS = (
         stands_for=SwitchEMA,
         paper="Li et al. 2024, arXiv 2402.09240",
         choose="the learning rate does not fall to 0",
+        private=lambda settings: True,
         memory="one copy of the network",
         complete=complete_horizon,
     ),
@@ -112,6 +114,7 @@ CARDS = (
         stands_for=LAWA,
         paper="Kaddour 2022, arXiv 2209.14981",
         choose="the learning rate does not fall to 0",
+        private=lambda settings: True,
         memory="`k` + 1 copies of the network",
     ),
 )

@@ -87,6 +87,8 @@ class Card:
             one needs a hyperparameter ``when`` as the SAM family has it, so that both kinds of steps can be timed.
         complete: Fills in settings that are tied to the run, by ``(settings, given, epochs)``: what they are so far,
             those that were given, and the length of the run. It returns all.
+        private: Whether it may train with differential privacy, by its settings: the loss of a sample depends on that
+            sample and the weights alone, and the optimizer is the plain one. By default it may not.
 
     Raises:
         InvalidArgumentError: (a ValueError) if the name, or that of a hyperparameter, cannot be used.
@@ -119,6 +121,7 @@ class Card:
     complete: Callable[[dict[str, Any], Settings, int], dict[str, Any]] = field(
         default=lambda settings, given, epochs: settings, kw_only=True, repr=False
     )
+    private: Callable[[Settings], bool] = field(default=lambda settings: False, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         plain = self.name.replace("_", "").replace("-", "")

@@ -72,6 +72,7 @@ CARDS = (
         paper="Du et al. 2022, arXiv 2205.14083",
         choose="training long on fixed samples; compare with `logit_squeezing` first",
         memory='`lag` x samples rows of 4 x (classes + 1) bytes; about 100 with `history="lowrank"`',
+        private=lambda settings: settings["history"] not in ("lowrank", "auto"),
     ),
     Card(
         "mesa",
@@ -89,6 +90,7 @@ CARDS = (
         choose="wrong labels, mixup, streams of data",
         memory="one copy of the network",
         passes="a forward pass without gradient",
+        private=lambda settings: settings["fraction"] == 1 and settings["statistics"] != "batch",
         complete=complete_horizon,
     ),
     Card(
@@ -109,5 +111,6 @@ CARDS = (
         stands_for=logit_squeezing,
         paper="Szegedy et al. 2016, arXiv 1512.00567; Kannan et al. 2018, arXiv 1803.06373",
         choose="first of all: it costs nothing, and it won our comparisons",
+        private=lambda settings: True,
     ),
 )

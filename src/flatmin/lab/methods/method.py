@@ -68,6 +68,7 @@ class Assembled:
         refresh: Called with batches of training inputs after each epoch, just before the evaluation, and before the
             first: makes batch-norm statistics anew. None: the average's `refresh`, if there is an average.
         chooses: Whether the closure is told which samples to take, and returns the loss of each, as ESAM's.
+        attach: Where training is private, called with what Opacus makes of network and optimizer. None: nothing.
         extra_bytes: What the method has in memory beyond the base optimizer while a pass runs, at most, in bytes.
     """
 
@@ -77,5 +78,6 @@ class Assembled:
     extra_bytes: int = 0
     average: WeightAverage | None = None
     chooses: bool = False
+    attach: Callable[[Any, Any], Any] | None = None
     at_epoch_end: Callable[[], None] = lambda: None
     refresh: Callable[[Iterable[Any]], None] | None = None

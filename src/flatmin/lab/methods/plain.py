@@ -12,7 +12,15 @@ def _base(given: Ingredients, settings: Settings) -> Assembled:
 
 
 CARDS = (
-    Card("base", "the plain optimizer", {}, _base, use="torch.optim.SGD(...)", choose="as the control"),
+    Card(
+        "base",
+        "the plain optimizer",
+        {},
+        _base,
+        use="torch.optim.SGD(...)",
+        choose="as the control",
+        private=lambda settings: True,
+    ),
     Card(
         "smoothing",
         "the plain optimizer with label smoothing",
@@ -22,5 +30,6 @@ CARDS = (
         use="CrossEntropyLoss(label_smoothing=0.1)",
         paper="Szegedy et al. 2016, arXiv 1512.00567",
         choose="always compare with it: it costs nothing",
+        private=lambda settings: True,
     ),
 )

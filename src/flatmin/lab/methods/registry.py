@@ -11,7 +11,7 @@ from typing import Any
 
 from ..._checks import check_choice, nearest
 from ...errors import InvalidArgumentError
-from . import averages, losses, plain, sam_family
+from . import averages, losses, plain, private, sam_family
 from .card import Card
 from .stand_in import check_settings
 
@@ -35,6 +35,9 @@ _methods: dict[str, Card] = {
 
 # What `register` puts in is seen here.
 METHODS: Mapping[str, Card] = MappingProxyType(_methods)
+
+# Those that train with differential privacy alone, which `get_method` knows too.
+PRIVATE: Mapping[str, Card] = MappingProxyType({card.name: card for card in private.CARDS})
 
 # Those that are compared where no others are named: what costs nothing, and each of the paper.
 COMPARED = ("base", "smoothing", "logit_squeezing", "sam", "saf", "mesa")
@@ -98,7 +101,7 @@ def register(card: Card) -> None:
         )
     here = _Origin.of(sys._getframe(1))
     known = _origins.get(card.name)
-    if card.name in _methods and (known is None or not here.may_replace(known)):
+    if card.name in PRIVATE or (card.name in _methods and (known is None or not here.may_replace(known))):
         place = "flatmin's own" if known is None else f"registered in {known.file}, line {known.line}"
         raise InvalidArgumentError(f"there is a method {card.name!r} already, {place}; give this one another name")
     _methods[card.name], _origins[card.name] = card, here
@@ -115,6 +118,8 @@ def get_method(name: str) -> Card:
         >>> get_method("saf").defaults["lag"]
         3
     """
+    if name in PRIVATE:
+        return PRIVATE[name]
     if name not in _methods and name in FORMER_NAMES:
         raise InvalidArgumentError(f"unknown method {name!r}; it is now {FORMER_NAMES[name]}")
     return _methods[check_choice("method", name, tuple(_methods))]

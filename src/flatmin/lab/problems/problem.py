@@ -76,7 +76,7 @@ def class_numbers(labels: Any, num_classes: int, prefix: str = "") -> Tensor:
             f"{prefix}labels must be class indices, int64 of shape (batch,), got {got:.80}; for soft labels (mixup, "
             "cutmix) write your own loop, with flatmin.MESA: SAF compares with the logits of another mixture"
         )
-    low, high = (int(bound) for bound in labels.aminmax())
+    low, high = (int(bound) for bound in labels.aminmax()) if len(labels) else (0, 0)
     if low < 0 or high >= num_classes:
         raise DataError(f"{prefix}a label is outside the {num_classes} classes: {low if low < 0 else high}")
     return labels.long()

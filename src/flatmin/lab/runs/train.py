@@ -16,6 +16,7 @@ from ..._checks import Bounds
 from ..._files import read_text
 from ...errors import FlatminWarning
 from ..methods import get_method, resolve_settings
+from ..methods.private import check_privacy
 from ..problems.load import import_experiment
 from ..recipe import SEED, Recipe, Run, as_recipe
 from ..results import LAST, METRICS
@@ -104,6 +105,7 @@ def train(
         check_path("out", out)
     import_experiment(recipe)  # which may register the method
     chosen = resolve_settings(get_method(method), settings or {}, epochs=recipe.epochs)
+    check_privacy(method, get_method(method), chosen, private=recipe.private is not None)
     run = Run(recipe, method, chosen, seed)
     with _interruptible(run) as here, torchrun.joined(recipe.device):
         # The first rank makes the folder and alone writes into it.

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -29,6 +30,7 @@ from . import torchrun
 from .device import resolve_device
 from .first_losses import FirstLosses
 from .logged_sharpness import epoch_sharpness
+from .private import Private, poisson_loader
 from .progress import Progress, StepResult
 from .randomness import Randomness
 from .state_check import check_fit, check_optimizer, check_values
@@ -70,9 +72,8 @@ class Trainer:
         with self._calling(OPTIMIZER):
             # The scheduler holds the base optimizer; a wrapper shares its param_groups.
             self.scheduler = CosineAnnealingLR(base, T_max=recipe.epochs)
-        self.loader = make_loader(
-            problem.train, recipe.batch_size, workers=recipe.workers, generator=self._randomness.order
-        )
+        make = make_loader if recipe.private is None else poisson_loader
+        self.loader = make(problem.train, recipe.batch_size, workers=recipe.workers, generator=self._randomness.order)
         if len(self.loader) == 0:
             raise InvalidArgumentError(
                 f"batch_size={recipe.batch_size} and {problem.sizes()['training samples']} samples, shared by "
@@ -108,6 +109,16 @@ class Trainer:
                 f"{run.method} needs the loss of each sample, but the experiment file's criterion() returns their "
                 f"mean: leave out {run.method} or the criterion"
             )
+        self._private = None
+        if recipe.private is None and method.attach is not None:
+            raise InvalidArgumentError(f"{run.method} trains with differential privacy alone: give private")
+        if recipe.private is not None:
+            if method.optimizer is not base:
+                raise InvalidArgumentError(
+                    f"{run.method} has an optimizer of its own, which would train without privacy: leave out private"
+                )
+            self._private = Private(self.model, base, self.loader, recipe, seed=run.seed, attach=method.attach)
+            self.optimizer = self._private.optimizer
         self.extra_bytes = method.extra_bytes
         self.criterion = make_criterion(problem, run.settings["smoothing"])
         self.epoch = 0
@@ -123,7 +134,8 @@ class Trainer:
         Returns:
             ``epoch`` (from 0), ``train_loss`` (with the trajectory term), ``train_loss_vanilla`` (without),
             ``test_loss``, ``test_accuracy`` (a share of 1), ``lr``, ``seconds`` (without the evaluation) and
-            ``closure_calls`` (of a step, on average); in epochs where it is due also what `epoch_sharpness` adds.
+            ``closure_calls`` (of a step, on average); with privacy ``epsilon``, spent so far; in epochs where it is
+            due also what `epoch_sharpness` adds.
 
         Raises:
             DivergedError: If no loss is finite from the first step of the run on, see `FirstLosses`.
@@ -152,7 +164,7 @@ class Trainer:
             self._at_epoch_end()
         self.make_statistics()
         test_loss, test_accuracy = self.evaluate()
-        with self._calling(NETWORK):
+        with self._calling(NETWORK), nullcontext() if self._private is None else self._private.measuring():
             measured = epoch_sharpness(self, lr)
         self.epoch += 1
         self.progress = Progress(totals=torch.zeros(2, device=self.device))
@@ -165,6 +177,7 @@ class Trainer:
             "lr": lr,
             "seconds": seconds,
             "closure_calls": progress.calls / progress.steps,
+            **({} if self._private is None else {"epsilon": self._private.epsilon()}),
             **measured,
         }
 
@@ -217,7 +230,7 @@ class Trainer:
             self.optimizer.zero_grad()
             with self._autocast():
                 logits = logits_of(self.problem, self._network, x)
-                vanilla = loss_of(self.problem, self.criterion, logits, y)
+                vanilla = loss_of(self.problem, self.criterion, logits, y) if len(y) else logits.sum()
                 loss = vanilla if self._penalty is None else vanilla + self._penalty(logits, y, index, x)
             scaled = self._scaler.scale(loss if weight == 1 else loss * weight)
             scaled.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -309,6 +322,7 @@ class Trainer:
             "trajectory": {} if self.trajectory is None else self.trajectory.state_dict(),
             "average": {} if self.average is None else self.average.state_dict(),
             "scaler": self._scaler.state_dict(),
+            "private": {} if self._private is None else self._private.state_dict(),
             "ranks": _distributed.from_all(own),
         }
 
@@ -337,6 +351,8 @@ class Trainer:
             self.trajectory.load_state_dict(state["trajectory"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self._private is not None:
+            self._private.load_state_dict(state.get("private", {}))
         self.epoch = epoch
         self.progress = Progress.from_state(state["progress"], part["totals"].to(self.device, copy=True))
         # On fewer processes an epoch may have more steps, see `RankBatches`; then nothing of it is left to do here.

@@ -87,6 +87,7 @@ class TestThePublishedNetworks:
         count = {name: parameters(models.create_model(name, 3, 10)) for name in models.model_names()}
         assert count == {
             "cnn": 24_346,
+            "cnn-gn": 24_346,
             "cnn1d": 13_914,
             "pyramidnet-110": 28_485_477,
             "resnet18": 11_173_962,
@@ -268,7 +269,7 @@ class TestErrors:
             models.create_model("RESNET-18", 3, 10)
         assert str(caught.value) == (
             "unknown model 'RESNET-18', did you mean resnet18?; "
-            "there are cnn, cnn1d, pyramidnet-110, resnet18, wrn-28-10, timm/NAME, torchvision/NAME"
+            "there are cnn, cnn-gn, cnn1d, pyramidnet-110, resnet18, wrn-28-10, timm/NAME, torchvision/NAME"
         )
 
     @pytest.mark.parametrize("name", ["", "zzz", "timm", "timm/", "other/resnet18"])

@@ -1,6 +1,7 @@
 """Networks by name: ours, and those of timm and torchvision where they are installed."""
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -72,7 +73,7 @@ def model_names() -> list[str]:
 
     Example:
         >>> model_names()
-        ['cnn', 'cnn1d', 'pyramidnet-110', 'resnet18', 'wrn-28-10']
+        ['cnn', 'cnn-gn', 'cnn1d', 'pyramidnet-110', 'resnet18', 'wrn-28-10']
     """
     return sorted(_BUILDERS)
 
@@ -120,6 +121,7 @@ def _unknown(library: str, architecture: str, known: list[str]) -> InvalidArgume
 
 _BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
     "cnn": SmallCNN,
+    "cnn-gn": partial(SmallCNN, groups=4),
     "cnn1d": SmallCNN1d,
     "pyramidnet-110": pyramidnet,
     "resnet18": resnet18,
