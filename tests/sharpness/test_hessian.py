@@ -87,7 +87,7 @@ def test_lanczos_stops_where_the_space_is_exhausted():
 
 
 def test_the_density_integrates_to_one_and_has_the_hessians_mean(network, batches, hessian):
-    found = spectral_density(Objective(network, F.cross_entropy, batches), probes=64, steps=50)
+    found = spectral_density(Objective(network, F.cross_entropy, batches), probes=8, steps=50)
     grid, density = torch.tensor(found.grid), torch.tensor(found.density)
     assert float(torch.trapezoid(density, grid)) == pytest.approx(1, abs=1e-4)
     assert (density >= 0).all()
