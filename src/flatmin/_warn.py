@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-# Files whose frames a warning passes over, through which it was called: flatmin's, torch's, and what torch has compiled.
+# Files whose frames a warning passes over, through which it was called: flatmin's, torch's, what torch has compiled.
 INNER = (*(f"{Path(file).parent}{os.sep}" for file in (__file__, str(torch.__file__))), "<eval_with_key>")
 
 

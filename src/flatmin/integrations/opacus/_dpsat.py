@@ -16,7 +16,7 @@ from ..._checks import check_choice
 from ..._warn import depth_in_package
 from ...errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
 from ...optim._displaced import Displaced
-from ...optim._foreach import add_, clones, length
+from ...optim._foreach import Scalar, add_, clones, length
 from ...optim._memory import Memory
 from ...optim._network_hooks import Attached
 from ...optim._perturbation import (
@@ -123,7 +123,7 @@ class DPSAT:
         self._next: tuple[list[Tensor], list[Tensor]] | None = None  # what this step leaves to the next
         self._seen = self._stepped = False  # whether this step's forward was, and whether there was a step
         self._rho: float | None = None  # of this step
-        self._norm: float | None = None  # of its direction
+        self._norm: Scalar | None = None  # of its direction
         self._check: Callable[..., None] | None = self._check_rounding  # of the first move
         self.displaced = Displaced()
         self._attached: Attached | None = Attached(network, self)
