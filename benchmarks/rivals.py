@@ -12,7 +12,7 @@ rows. Methods have their names of today, whatever they were called when the resu
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +26,10 @@ COMPARISONS = (
     *("rivals-mnist1d-noise", "rivals-mnist1d", "rivals-digits", "rivals-digits-noise", "rivals-fashion"),
     *("looksam-mnist1d-noise", "looksam-digits", "squeeze-mnist1d-noise", "squeeze-digits"),
 )
+# Averages of the weights were judged there with averaged batch-norm statistics, which are none of their own. They have
+# been measured again, on another processor, so that they stand in tables of their own.
+JUDGED_AGAIN = {"ema", "lawa", "switch_ema"}
+AVERAGES = ("averages-mnist1d-noise",)
 DATA = {"mnist1d": "MNIST-1D", "digits": "digits", "fashion_experiment": "Fashion-MNIST"}
 SHAPES = {"mnist1d": [1, 40], "digits": [1, 8, 8]}  # of which overhead.py measures the steps
 
@@ -174,11 +178,17 @@ def title(results: dict[str, Any]) -> str:
     return f"{data}{samples}{noise}"
 
 
-def read_all(results: Sequence[Path], costs: Path) -> list[tuple[dict[str, Any], list[Point]]]:
-    """The comparisons in these files, with their points."""
+def read_all(
+    results: Sequence[Path], costs: Path, without: Collection[str] = ()
+) -> list[tuple[dict[str, Any], list[Point]]]:
+    """The comparisons in these files, with their points.
+
+    Some methods are left out, and counted in the correction of the p-values all the same.
+    """
     every = merged([renamed(json.loads(path.read_text())) for path in results])
+    kept = [{**each, "rows": [row for row in each["rows"] if row["method"] not in without]} for each in every]
     measured = json.loads(costs.read_text())
-    return [(each, read(each, measured)) for each in every]
+    return [(each, read(each, measured)) for each in kept]
 
 
 def tables(comparisons: list[tuple[dict[str, Any], list[Point]]]) -> str:
@@ -265,7 +275,7 @@ def _name(axis: Any, points: list[Point]) -> None:
 
 
 def main() -> None:
-    """Writes the tables and the plot."""
+    """Writes the tables and the plot, and the tables of the averages beside them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [RESULTS / f"{name}.json" for name in COMPARISONS]
     parser.add_argument("results", type=Path, nargs="*", default=every, help="results.json of flatmin compare")
@@ -273,8 +283,10 @@ def main() -> None:
     parser.add_argument("--costs", type=Path, default=costs, help="result of benchmarks/overhead.py")
     parser.add_argument("--out", type=Path, default=RESULTS / "rivals", help="the .md and the .svg without its ending")
     arguments = parser.parse_args()
-    comparisons = read_all(arguments.results, arguments.costs)
+    comparisons = read_all(arguments.results, arguments.costs, JUDGED_AGAIN)
     arguments.out.with_suffix(".md").write_text(tables(comparisons))
+    again = read_all([RESULTS / f"{name}.json" for name in AVERAGES], arguments.costs)
+    arguments.out.with_name(f"{arguments.out.name}-averages.md").write_text(tables(again))
     plot(comparisons, arguments.out.with_suffix(".svg"))
 
 

@@ -125,6 +125,11 @@ def which_table(root: Path) -> str:
     return _markdown(("your case", "take", "time per step", "begin with"), rows)
 
 
+def averages_tables(root: Path) -> str:
+    """The averages of the weights, measured again, as `benchmarks/rivals.py` writes them."""
+    return (root / "benchmarks" / "results" / "rivals-averages.md").read_text().strip()
+
+
 def rivals_tables(root: Path) -> str:
     """The comparisons of all methods, as `benchmarks/rivals.py` writes them."""
     return (root / "benchmarks" / "results" / "rivals.md").read_text().strip()
@@ -147,6 +152,7 @@ TABLES: dict[tuple[str, str], Callable[[Path], str]] = {
     ("docs/methods.md", "methods"): methods_table,
     ("README.md", "which"): which_table,
     ("docs/comparison.md", "rivals"): rivals_tables,
+    ("docs/comparison.md", "averages"): averages_tables,
 }
 
 
