@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._attached import Attachment, attach
-from .._checks import check_integer, check_number
+from .._checks import Loaded, check_counts, check_integer, check_number
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ..history import Codec, History, make_history
@@ -23,7 +23,7 @@ from ._trajectory import trajectory_loss
 from ._watch import Watch
 
 
-class SAF(nn.Module):
+class SAF(Loaded):
     """Penalises how far the network's output on a sample has moved in the last ``lag`` epochs.
 
     ``coefficient * T**2 / B * sum_i KL(softmax(past_i / T) || softmax(logits_i / T))``
@@ -131,9 +131,16 @@ class SAF(nn.Module):
         """Tells SAF which epoch begins, from 0. Call it before each epoch, as ``DistributedSampler.set_epoch``.
 
         Raises:
-            InvalidArgumentError: If ``epoch`` is not an integer of at least 0.
+            InvalidArgumentError: If ``epoch`` is not an integer of at least 0, or an earlier one than the last, but for
+                0, with which another training begins.
         """
-        self._epoch = check_integer("epoch", epoch, least=0)
+        epoch = check_integer("epoch", epoch, least=0)
+        if 0 < epoch < self._epoch:
+            raise InvalidArgumentError(
+                f"epoch must not go backwards, got {epoch} after {self._epoch}: SAF has recorded over what it would "
+                "compare with; load the state that SAF had in that epoch, or begin with epoch 0"
+            )
+        self._epoch = epoch
         self._seen = 0
 
     def forward(self, logits: Tensor, index: Tensor) -> Tensor:
@@ -160,7 +167,7 @@ class SAF(nn.Module):
         logits = logits.masked_fill(masked_classes(logits), filling(logits.dtype))
         # The host knows when nothing can contribute; then nothing is computed.
         compare = self._epoch >= max(self.start_epoch, self.history.lag) and self.coefficient > 0
-        compared = self.history.exchange(index, logits, self._epoch, compare=compare)
+        compared = self.history._exchange(index, logits, self._epoch, compare=compare)
         self._watch(self._epoch, index, None if compared is None else compared[2])
         if compared is None:
             return zero
@@ -178,7 +185,7 @@ class SAF(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Reads them from a ``state_dict``."""
-        self._epoch, self._seen = (int(number) for number in state)
+        self._epoch, self._seen = check_counts("state", state, (2,))
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Saves and loads SAF with ``optimizer``, a plain one or flatmin's, in whatever checkpoint that is.
