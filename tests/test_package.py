@@ -50,7 +50,7 @@ REPORT = {*RESULTS, "_interrupts", "lab/report"}
 COMPARISON = {*RUNS, *REPORT, "lab/comparison"}
 ALLOWED = {
     "errors": set(),
-    "_attached": {"errors", "_warn"},
+    "_attached": {"errors", "_checks", "_warn"},
     "_checks": {"errors"},
     "_distributed": {"errors", "_checks"},
     "_files": {"errors", "_checks", "_interrupts"},

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 from torch.optim import Optimizer
 
+from ._checks import check_mapping, shown, trains
 from ._warn import depth_in_package
 from .errors import FlatminWarning, InvalidArgumentError
 
@@ -95,6 +96,7 @@ def attach(
     module: nn.Module,
     optimizer: Optimizer,
     *,
+    network: nn.Module | None = None,
     after_step: Callable[[Any], None] | None = None,
     save: Callable[[Any], dict[str, Any]] = nn.Module.state_dict,
 ) -> Attachment:
@@ -103,13 +105,16 @@ def attach(
     Args:
         module: What is saved and loaded with the optimizer. Those of one class are told apart by their order.
         optimizer: A plain one or flatmin's, also as a trainer has wrapped it.
+        network: The network that the optimizer must train, or a part of it. None: any.
         after_step: Called with the module after each step; not after one that flatmin's has dropped.
         save: Returns the module's state, without talking to other ranks.
 
     Raises:
-        InvalidArgumentError: If ``optimizer`` is none, or one on which torch's hooks do not work.
+        InvalidArgumentError: If ``optimizer`` is none, one on which torch's hooks do not work, or another network's.
     """
     optimizer = _inside(optimizer)
+    if network is not None:
+        _check_trains(optimizer, network, type(module).__name__)
     known = [each for each in _attachments(module) if not each.lost]
     for each in known:
         if each.connects(optimizer):
@@ -158,7 +163,8 @@ class _Carrier:
     def _load(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         if getattr(_thread, "apart", False):
             return None
-        found = dict(state_dict.get(KEY, {}))
+        check_mapping("state_dict", state_dict)
+        found = dict(check_mapping(f"state_dict[{KEY!r}]", state_dict.get(KEY, {})))
         missing = []
         for name, (module, _save) in self._named().items():
             if name in found:
@@ -206,10 +212,20 @@ def _inside(optimizer: Any) -> Optimizer:
         optimizer.register_step_post_hook(lambda *_: None).remove()
     except AttributeError:
         raise InvalidArgumentError(
-            f"optimizer must be a torch.optim.Optimizer on which torch's hooks work, got {type(given).__name__}; if it "
+            f"optimizer must be a torch.optim.Optimizer on which torch's hooks work, got {shown(given)}; if it "
             "wraps another, attach to that one"
         ) from None
     return optimizer  # type: ignore[no-any-return]
+
+
+def _check_trains(optimizer: Optimizer, network: nn.Module, name: str) -> None:
+    """Raises `InvalidArgumentError` if ``optimizer`` has no parameter of ``network``, so that their steps differ."""
+    if not trains(optimizer, network):
+        raise InvalidArgumentError(
+            f"optimizer, a {type(optimizer).__name__}, trains no parameter of the network that this {name} was made "
+            "of: attach it to the optimizer of that network, or if this one trains copies of its weights, call update() "
+            "after each step yourself"
+        )
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:

@@ -2,13 +2,20 @@
 
 import math
 import operator
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .errors import InvalidArgumentError
+from .errors import FlatminError, InvalidArgumentError, StateDictError
+
+Anything = TypeVar("Anything")
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,10 @@ def check_integer(name: str, value: int, *, least: int, hint: str = "") -> int:
     """Returns ``value`` as an int if it is an integer, numpy's too, of at least ``least``; a bool is none."""
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # the second is of a tensor on the meta device
         number = least - 1
     if number < least:
-        raise InvalidArgumentError(f"{name} must be an integer of at least {least}, got {value!r:.100}{hint}")
+        raise InvalidArgumentError(f"{name} must be an integer of at least {least}, got {shown(value)}{hint}")
     return number
 
 
@@ -95,7 +102,7 @@ def check_number(
     """Returns ``value`` as a float if it is finite and within the bounds given (``above`` and ``below`` exclude)."""
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is of a tensor of several numbers, or none
         number = math.nan
     wanted = [f"> {above:g}"] if above is not None else []
     wanted += [f">= {least:g}"] if least is not None else []
@@ -110,24 +117,160 @@ def check_number(
     )
     if not fits:
         bounds = f" {' and '.join(wanted)}" if wanted else ""
-        raise InvalidArgumentError(f"{name} must be a finite number{bounds}, got {value!r:.100}{hint}")
+        raise InvalidArgumentError(f"{name} must be a finite number{bounds}, got {shown(value)}{hint}")
     return number
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     """Returns ``value`` if it is one of ``choices``; otherwise the error names the nearest."""
-    if value not in choices:
-        raise InvalidArgumentError(
-            f"unknown {name} {value!r:.100}{nearest(value, choices)}; there are {', '.join(choices)}"
-        )
+    if not isinstance(value, str) or value not in choices:
+        close = nearest(value, choices) if isinstance(value, str) else ""
+        raise InvalidArgumentError(f"unknown {name} {shown(value)}{close}; there are {', '.join(choices)}")
     return value
+
+
+def check_one_of(name: str, value: Anything, choices: Sequence[Any], said: str) -> Anything:
+    """Returns ``value`` if it is one of the objects in ``choices``, which ``said`` lists."""
+    if not any(value is choice for choice in choices):
+        raise InvalidArgumentError(f"{name} must be {said}, got {shown(value)}")
+    return value
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Returns ``value`` as a bool if it is one, numpy's or that of 0 and 1 too."""
+    if not (isinstance(value, int) or type(value).__name__ in ("bool", "bool_")) or value not in (0, 1):
+        raise InvalidArgumentError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
 
 
 def check_module(name: str, value: nn.Module) -> nn.Module:
     """Returns ``value`` if it is a network: an instance, and no class of them."""
     if not isinstance(value, nn.Module):
-        raise InvalidArgumentError(f"{name} must be a network, an instance of torch.nn.Module, got {value!r}")
+        raise InvalidArgumentError(f"{name} must be a network, an instance of torch.nn.Module, got {shown(value)}")
     return value
+
+
+def trains(optimizer: Any, network: nn.Module) -> bool:
+    """Whether an optimizer of torch's has a parameter of a network."""
+    own = {id(parameter) for parameter in network.parameters()}
+    return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+
+
+def check_function(name: str, value: Any, what: str, *, otherwise: str = "") -> Any:
+    """Returns ``value`` if it can be called, and is no class.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        what: What it is a function of, such as ``"of a list of samples"``.
+        otherwise: What else it may be, such as ``", or None"``.
+    """
+    if isinstance(value, type) or not callable(value):
+        raise InvalidArgumentError(f"{name} must be a function {what}{otherwise}, got {shown(value)}")
+    return value
+
+
+def check_tensor(name: str, value: Any, *, like: Tensor | None = None, owner: str = "logits") -> Tensor:
+    """Returns ``value`` if it is a floating-point tensor. Looks at no values, so that no device is waited for.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        like: The tensor whose shape it must have.
+        owner: Of which argument that is.
+    """
+    if not isinstance(value, Tensor):
+        raise InvalidArgumentError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise InvalidArgumentError(f"{name} must be floating point numbers, got {shown(value)}")
+    if like is not None and value.shape != like.shape:
+        raise InvalidArgumentError(f"{name} must have the shape of {owner}, {tuple(like.shape)}, got {shown(value)}")
+    return value
+
+
+def check_mask(name: str, value: Any, shape: Sequence[int], *, first: bool = False) -> None:
+    """Checks that ``value`` is a bool tensor of a shape; with ``first`` of any number of its first dimensions."""
+    found = list(value.shape) if isinstance(value, Tensor) and value.dtype == torch.bool else None
+    if found is None or found != list(shape)[: len(found) if first else None]:
+        raise InvalidArgumentError(f"{name} must be a bool tensor of shape {tuple(shape)}, got {shown(value)}")
+
+
+def check_path(name: str, value: Any) -> Path | None:
+    """Returns ``value`` as a path, None as it is."""
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise InvalidArgumentError(f"{name} must be a path, got {shown(value)}")
+    return Path(value)
+
+
+def check_mapping(name: str, value: Any, *keys: str) -> Mapping[Any, Any]:
+    """Returns ``value`` if it is a mapping that has ``keys``.
+
+    Raises:
+        StateDictError: If it is none, or has not.
+    """
+    if not isinstance(value, Mapping):
+        raise StateDictError(f"{name} must be what state_dict() returned, a dictionary, got {shown(value)}")
+    for key in keys:
+        if key not in value:
+            held = ", ".join(map(shown, list(value)[:5])) or "nothing"
+            raise StateDictError(f"{name} has no {key!r}, only {held}: give what state_dict() of the same returned")
+    return value
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Inside, a state is loaded: any error of what is in it is a `StateDictError`."""
+    try:
+        yield
+    except FlatminError:
+        raise
+    except Exception as error:
+        said = str(error) if isinstance(error, (RuntimeError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise StateDictError(f"state_dict does not fit {what}: {' '.join(said.split()):.500}") from error
+
+
+class Loaded(nn.Module):
+    """A module whose ``load_state_dict`` raises a `StateDictError` for whatever is no state of it."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads what ``state_dict`` returned, as torch's modules do.
+
+        Raises:
+            StateDictError: (a ValueError and a RuntimeError) If it is none, or of another module.
+        """
+        check_mapping("state_dict", state_dict)
+        with loading(f"this {type(self).__name__}"):
+            return super().load_state_dict(state_dict, strict, assign)
+
+
+def check_counts(name: str, state: Any, sizes: Sequence[int]) -> list[int]:
+    """Returns the integers of at least 0 in a state that was saved as a tensor.
+
+    Args:
+        name: Of the argument.
+        state: What was given: a tensor, or what a format has made of it.
+        sizes: How many there may be.
+    """
+    try:
+        values = state.flatten().tolist() if isinstance(state, Tensor) else list(state)
+        found = [int(value) for value in values]
+    except (TypeError, RuntimeError, ValueError, OverflowError):
+        values, found = [], []
+    if found != values or len(found) not in sizes or min(found) < 0:
+        wanted = " or ".join(map(str, sizes))
+        raise StateDictError(f"{name} must be what get_extra_state() returned, {wanted} integers, got {shown(state)}")
+    return found
+
+
+def shown(value: object) -> str:
+    """A value in a line of an error: a tensor by its dtype and shape, a module by its class, all else as its repr."""
+    if isinstance(value, Tensor) and value.ndim:
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    return f"{' '.join(repr(value).split()):.100}"
 
 
 def nearest(value: str, choices: Sequence[str], *, prefix: str = "") -> str:

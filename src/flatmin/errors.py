@@ -5,7 +5,8 @@ Each names the argument, the value it got and the way out::
     Exception
     └── FlatminError                          everything below; the command prints it as one line
         ├── InvalidArgumentError (ValueError)     a wrong argument, shape, index or hyperparameter
-        │   └── NoDirectionError                      normalised logits that have no direction to measure
+        │   ├── NoDirectionError                      normalised logits that have no direction to measure
+        │   └── StateDictError (RuntimeError)         a state_dict that is none, or of something else
         ├── DataError                             a data file or folder that is missing, empty or damaged
         ├── ExperimentError                       an experiment file that cannot be used
         ├── NonFiniteLossError (ArithmeticError)  a loss that is infinite or not a number, where one is to be measured
@@ -33,6 +34,10 @@ class InvalidArgumentError(FlatminError, ValueError):
 
 class NoDirectionError(InvalidArgumentError):
     """Logits cannot be normalised: they are of fewer than three classes, or a sample's are all equal."""
+
+
+class StateDictError(InvalidArgumentError, RuntimeError):
+    """A ``state_dict`` cannot be loaded; a RuntimeError too, as torch's own for that."""
 
 
 class DataError(FlatminError):

@@ -323,7 +323,9 @@ def test_a_second_object_goes_on_bitwise(form: str, epoch: int, within: int | No
 
 def test_low_rank_goes_on_bitwise_after_an_epoch_gone_back_to() -> None:
     one, two = make("lowrank"), make("lowrank")
-    follow(one, steps(0, 1, 2, 3, 4) + steps(3)[:2])
+    follow(one, steps(0, 1, 2, 3, 4))
+    one.set_extra_state(torch.tensor([3, 0]))  # set_epoch goes forwards alone
+    follow(one, steps(3)[:2])
     two.load_state_dict(one.state_dict())
     rest = steps(3)[2:] + steps(4, 5, 6)
     assert_same(follow(one, rest), follow(two, rest))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed, nn
 
-from .._checks import check_integer, check_number
+from .._checks import check_integer, check_number, shown
 from .._distributed import unwrapped
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
@@ -67,12 +67,14 @@ def check_alike(average: nn.Module, model: nn.Module) -> nn.Module:
         InvalidArgumentError: If neither has.
     """
     if not isinstance(average, nn.Module):
-        raise InvalidArgumentError(f"average must be a module with the parameters of model, got {average!r}")
+        raise InvalidArgumentError(f"average must be a module with the parameters of model, got {shown(average)}")
     model, network = unwrapped(model), unwrapped(average)
     wanted, inner = _shapes(model), getattr(network, "module", None)
     if isinstance(inner, nn.Module) and _shapes(network) != wanted:
         network = unwrapped(inner)
     got = _shapes(network)
+    if not wanted:
+        raise InvalidArgumentError(f"model has no parameters to average, got {shown(model)}; give the network itself")
     if network is model:
         raise InvalidArgumentError("average must be another network than model, got model itself")
     for name in {**wanted, **got}:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._attached import Attachment, is_lost_copy
-from .._checks import check_choice
+from .._checks import Loaded, check_choice, shown
 from .._distributed import unwrapped
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
@@ -21,7 +21,7 @@ from ._copy import copied
 from ._statistics import CHOICES, moving_layers, own_statistics, refresh
 
 
-class WeightAverage(nn.Module, ABC):
+class WeightAverage(Loaded, ABC):
     """An average of a network's weights along its training, to evaluate in place of the network.
 
     `update` takes the network's current weights into the average; each subclass says when to call it. Calling the
@@ -109,6 +109,10 @@ class WeightAverage(nn.Module, ABC):
         Raises:
             InvalidArgumentError: If there is no batch. After any error the statistics are as before.
         """
+        if not isinstance(batches, Iterable):
+            raise InvalidArgumentError(
+                f"batches must be inputs of the network, such as a DataLoader, got {shown(batches)}"
+            )
         with evaluating(self.module):
             refresh(self.module, self.model, batches)
         self._refreshed = True

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .._checks import check_module
+from .._checks import check_module, shown
 from .._distributed import unwrapped
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
@@ -31,6 +31,8 @@ def copied(model: nn.Module) -> nn.Module:
     """
     network = unwrapped(check_module("model", model))
     refuse_lazy(network)
+    if next(named_parameters(network), None) is None:
+        raise InvalidArgumentError(f"model has no parameters to average, got {shown(model)}; give the network itself")
     memo = {**_computed(network), **_beside(network)}
     for layer in layers(network):
         memo.update({id(getattr(layer, name)): OrderedDict() for name in (*HOOKS, *BACKWARD)})

@@ -69,7 +69,7 @@ class EMA(WeightAverage):
         Returns:
             A handle; its ``remove()`` detaches.
         """
-        return attach(self, optimizer, after_step=type(self).update)
+        return attach(self, optimizer, network=self.model, after_step=type(self).update)
 
     def extra_repr(self) -> str:
         """Shows the decay when printed."""

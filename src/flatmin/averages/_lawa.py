@@ -96,7 +96,7 @@ class LAWA(WeightAverage):
         Returns:
             A handle; its ``remove()`` detaches.
         """
-        return attach(self, optimizer, after_step=type(self)._note_step)
+        return attach(self, optimizer, network=self.model, after_step=type(self)._note_step)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the averaged network, in evaluation mode and without gradient."""

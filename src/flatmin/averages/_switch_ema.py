@@ -103,7 +103,7 @@ class SwitchEMA(WeightAverage):
         Returns:
             A handle; its ``remove()`` detaches.
         """
-        return attach(self, optimizer, after_step=type(self).update)
+        return attach(self, optimizer, network=self.model, after_step=type(self).update)
 
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from .. import _distributed
-from .._checks import check_choice
+from .._checks import check_choice, check_path, shown
 from ..errors import InvalidArgumentError
 from ._codec import Codec
 from ._dense import Dense
-from ._history import LAG, History
+from ._history import History, check_sizes
 from ._lowrank import LowRank
 from ._memory import physical_memory
 from ._quantized import Quantized
@@ -80,16 +80,15 @@ def make_history(
     elif not isinstance(history, Codec):
         raise InvalidArgumentError(
             f"history must be a name or a codec, such as 'int6' or flatmin.history.LowRank(rank=64), "
-            f"got {history!r:.80}"
+            f"got {shown(history)}"
         )
+    path = check_path("path", path)
     if history == "mean" and momentum is None:
         momentum = MEAN_MOMENTUM
     if history == "auto":
         if path is not None:
             raise InvalidArgumentError(f"path={str(path)!r} and history='auto' exclude each other: name the form")
-        chosen = _choose(
-            num_samples, num_classes, LAG if lag is None else lag, momentum=momentum, on_host=location == "host"
-        )
+        chosen = _choose(*check_sizes(num_samples, num_classes, lag, momentum), on_host=location == "host")
         history = str(_distributed.from_first(chosen))
     return History(
         CODECS[history] if isinstance(history, str) else history,
@@ -105,17 +104,16 @@ def make_history(
     )
 
 
-def _choose(num_samples: int, num_classes: int, lag: int, *, momentum: float | None, on_host: bool) -> str:
+def _choose(num_samples: int, num_classes: int, lag: int, momentum: float | None, *, on_host: bool) -> str:
     """Names the most exact codec that takes a fair share of the memory, and logs why."""
     where, memory = _memory(on_host)
     sizes: dict[str, int] = {}
     for name in AUTO if momentum is None else AUTO_MEAN:
         if name == "lowrank" and num_classes <= LowRank().rank:
             continue
-        slots = lag if momentum is None else 1
-        codec = CODECS[name].bind(num_classes, lag=slots, temperature=1.0, momentum=momentum)
+        codec = CODECS[name].bind(num_classes, lag=lag, temperature=1.0, momentum=momentum)
         learnt = sum(buffer.nbytes for buffer in codec.buffers())
-        sizes[name] = slots * num_samples * (codec.row_bytes + TAG_BYTES) + learnt
+        sizes[name] = lag * num_samples * (codec.row_bytes + TAG_BYTES) + learnt
         if sizes[name] <= SHARE * memory:
             reason = "the most exact within"
             break

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_one_of
 from ..errors import InvalidArgumentError
 from ._codec import Codec
 from ._rows import from_bytes
@@ -34,9 +35,7 @@ class Dense(Codec):
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise InvalidArgumentError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
-        self.dtype = dtype
+        self.dtype = check_one_of("dtype", dtype, DTYPES, f"one of {', '.join(map(str, DTYPES))}")
 
     def prepare(self) -> int:
         """See `Codec.prepare`."""

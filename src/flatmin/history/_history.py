@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._checks import Loaded, check_flag, check_integer, check_mapping, check_number, check_path, check_tensor, shown
 from ..errors import InvalidArgumentError
 from ._codec import Codec
 from ._ranks import occurrences
@@ -41,7 +41,7 @@ class _Batch:
     read: tuple[Tensor, Tensor] | None = None
 
 
-class History(nn.Module):
+class History(Loaded):
     """Remembers the logits of every sample, from ``lag`` epochs earlier or as a running mean.
 
     `flatmin.SAF` makes one; you rarely do. A codec turns each row of logits into bytes. The history decides when a row
@@ -110,13 +110,10 @@ class History(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(codec, Codec):
-            raise InvalidArgumentError(f"codec must be one of flatmin.history, such as Dense(), got {codec!r:.80}")
-        self.num_samples = check_integer("num_samples", num_samples, least=1)
-        self.num_classes = check_integer("num_classes", num_classes, least=2)
-        self.momentum = None if momentum is None else check_number("momentum", momentum, least=0, below=1)
-        if lag is not None and momentum is not None:
-            raise exclude_each_other(lag, momentum)
-        self.lag = 1 if momentum is not None else check_integer("lag", LAG if lag is None else lag, least=1)
+            raise InvalidArgumentError(f"codec must be one of flatmin.history, such as Dense(), got {shown(codec)}")
+        self.num_samples, self.num_classes, self.lag, self.momentum = check_sizes(
+            num_samples, num_classes, lag, momentum
+        )
         self.codec = codec.bind(
             self.num_classes,
             lag=self.lag,
@@ -124,7 +121,8 @@ class History(nn.Module):
             momentum=self.momentum,
         )
         self.grown = grown
-        self.store = Store(self.lag, self.num_samples, self.row_bytes, path=path, location=location, sharing=sharing)
+        folder = check_path("path", path)
+        self.store = Store(self.lag, self.num_samples, self.row_bytes, path=folder, location=location, sharing=sharing)
 
     def exchange(
         self, index: Tensor, logits: Tensor, epoch: int, *, compare: bool = True, decode: bool = True
@@ -148,8 +146,16 @@ class History(nn.Module):
             samples to compare: the first occurrence of each sample that has a past.
 
         Raises:
-            InvalidArgumentError: If the ranks are not those the history was made for, or are in different epochs.
+            InvalidArgumentError: If an argument does not fit, or the ranks are not those the history was made for, or
+                are in different epochs.
         """
+        self._check(index, logits, epoch)
+        return self._exchange(index, logits, epoch, compare=check_flag("compare", compare), decode=decode)
+
+    def _exchange(
+        self, index: Tensor, logits: Tensor, epoch: int, *, compare: bool, decode: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The same for arguments that were checked."""
         batch = self._begin(index, epoch)
         compared = self._compare(batch, logits, decode) if compare else None
         self._record(batch, logits)
@@ -157,6 +163,7 @@ class History(nn.Module):
 
     def recall(self, index: Tensor, logits: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Reads the past logits of a batch and records nothing; see `exchange` for arguments, results and errors."""
+        self._check(index, logits, epoch)
         return self._compare(self._begin(index, epoch), logits)
 
     @property
@@ -201,6 +208,9 @@ class History(nn.Module):
             state: A ``state_dict``.
             prefix: The prefix of this history's keys in it, such as ``"history."``.
         """
+        check_mapping("state", state)
+        if not isinstance(prefix, str):
+            raise InvalidArgumentError(f"prefix must be a text, got {shown(prefix)}")
         self._fewer(state, prefix)
 
     def get_extra_state(self) -> Tensor:
@@ -218,6 +228,26 @@ class History(nn.Module):
     def _fewer(self, state: Mapping[str, Any], prefix: str) -> int | None:
         """The number of samples in a state that has fewer, which may be loaded."""
         return check_described(self.describe(), state.get(f"{prefix}_extra_state"), grown=self.grown)
+
+    def _check(self, index: Tensor, logits: Tensor, epoch: int) -> None:
+        """Checks the arguments of `exchange`."""
+        check_integer("epoch", epoch, least=0)
+        shape = check_tensor("logits", logits).shape
+        if len(shape) != 2 or shape[1] != self.num_classes:
+            raise InvalidArgumentError(f"logits must be of shape (batch, {self.num_classes}), got {shown(logits)}")
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or index.shape != shape[:1]:
+            raise InvalidArgumentError(
+                f"index must be int64 and of shape ({shape[0]},), one sample index for each row of logits, got "
+                f"{shown(index)}"
+            )
+        if (
+            index.device.type == "cpu"
+            and len(index)
+            and not 0 <= int(index.min()) <= int(index.max()) < self.num_samples
+        ):
+            raise InvalidArgumentError(
+                f"index must lie in [0, {self.num_samples}), got values from {int(index.min())} to {int(index.max())}"
+            )
 
     def _begin(self, index: Tensor, epoch: int) -> _Batch:
         """Lets what is under way arrive, tells all ranks which samples the batch has, and readies the codec."""
@@ -276,8 +306,18 @@ class History(nn.Module):
         return batch.read
 
 
-def exclude_each_other(lag: int, momentum: float) -> InvalidArgumentError:
-    """The error for both at once."""
-    return InvalidArgumentError(
-        f"lag={lag} and momentum={momentum} exclude each other: a running mean covers all epochs; leave one out"
-    )
+def check_sizes(
+    num_samples: int, num_classes: int, lag: int | None, momentum: float | None
+) -> tuple[int, int, int, float | None]:
+    """Returns the arguments of a `History` that its size depends on, checked; the lag is 1 with a running mean."""
+    num_samples = check_integer("num_samples", num_samples, least=1)
+    num_classes = check_integer("num_classes", num_classes, least=2)
+    lag = None if lag is None else check_integer("lag", lag, least=1)
+    if momentum is None:
+        return num_samples, num_classes, LAG if lag is None else lag, None
+    momentum = check_number("momentum", momentum, least=0, below=1)
+    if lag is not None:
+        raise InvalidArgumentError(
+            f"lag={lag} and momentum={momentum} exclude each other: a running mean covers all epochs; leave one out"
+        )
+    return num_samples, num_classes, 1, momentum

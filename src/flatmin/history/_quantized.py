@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._checks import shown
 from ..errors import InvalidArgumentError
 from ._codec import Codec
 from ._rows import OUT_OF_RANGE, RANGE, from_bytes, nonzero, within_range
@@ -82,8 +83,8 @@ class Quantized(Codec):
 
     def __init__(self, bits: int = 8) -> None:
         super().__init__()
-        if bits not in (8, 6, 4) or not isinstance(bits, int):
-            raise InvalidArgumentError(f"bits must be 8, 6 or 4, got {bits!r}")
+        if not isinstance(bits, int) or bits not in (8, 6, 4):
+            raise InvalidArgumentError(f"bits must be 8, 6 or 4, got {shown(bits)}")
         self.bits = bits
 
     def prepare(self) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate, default_convert
 
+from .._checks import shown
 from ..errors import InvalidArgumentError
-from ._indexed import KEY, Indexed, as_index, put
+from ._indexed import KEY, Indexed, as_index, check_key, put
 from ._order import is_moved
 
 _WATCHED = 8  # batches, in each process, in which the order of the collated samples is checked
@@ -41,8 +42,8 @@ def collate(collate_fn: Callable[[Any], Any], *, key: str = KEY) -> "Collate":
         Indexed(index=tensor([0, 1, 2]), sample='a-bc-d')
     """
     if not callable(collate_fn):
-        raise InvalidArgumentError(f"collate_fn must be a function of a list of samples, got {collate_fn!r:.80}")
-    return Collate(collate_fn, key)
+        raise InvalidArgumentError(f"collate_fn must be a function of a list of samples, got {shown(collate_fn)}")
+    return Collate(collate_fn, check_key("key", key))
 
 
 class Collate:

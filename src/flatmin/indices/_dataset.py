@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .._checks import shown
 from ..errors import InvalidArgumentError
-from ._indexed import KEY, Indexed, as_index, not_integers, put
+from ._indexed import KEY, Indexed, as_index, check_key, not_integers, put
 
 
 def indexed(dataset: Any, *, key: str = KEY) -> "IndexedDataset":
@@ -55,16 +56,14 @@ def indexed(dataset: Any, *, key: str = KEY) -> "IndexedDataset":
             f"the data set, {name}, is iterable and has no indices; use flatmin.MESA, which needs none"
         )
     if not hasattr(dataset, "__getitem__") or isinstance(dataset, (str, bytes)):
-        raise InvalidArgumentError(f"dataset must be a map-style data set, which has dataset[i], got {dataset!r:.80}")
+        raise InvalidArgumentError(f"dataset must be a map-style data set, which has dataset[i], got {shown(dataset)}")
     if isinstance(dataset, Mapping) and isinstance(next(iter(dataset), None), str):
         raise InvalidArgumentError(
             f"the data set, {name}, is read by names; give one of its parts, such as that of {next(iter(dataset))!r}"
         )
     if find(dataset) is not None:
         raise InvalidArgumentError("the data set carries its indices already; call indexed once")
-    if not isinstance(key, str) or not key:
-        raise InvalidArgumentError(f"key must be a name, got {key!r}")
-    return IndexedDataset(dataset, key)
+    return IndexedDataset(dataset, check_key("key", key))
 
 
 class IndexedDataset(Dataset[Any]):
@@ -77,14 +76,19 @@ class IndexedDataset(Dataset[Any]):
     Attributes:
         dataset: The data set. All attributes but these two are read and set there.
         index_key: As given.
+
+    Raises:
+        InvalidArgumentError: If ``dataset`` cannot be read by indices, or ``index_key`` is no name.
     """
 
     dataset: Any
     index_key: str | None
 
     def __init__(self, dataset: Any, index_key: str | None) -> None:
+        if not hasattr(dataset, "__getitem__") and not hasattr(dataset, "__getitems__"):
+            raise InvalidArgumentError(f"dataset must be a map-style data set, got {shown(dataset)}")
         self.dataset = dataset
-        self.index_key = index_key
+        self.index_key = None if index_key is None else check_key("index_key", index_key)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import shown
 from ..errors import InvalidArgumentError
 
 KEY = "index"
@@ -47,6 +48,8 @@ def split(batch: Any, key: str = KEY) -> tuple[Tensor, Any]:
         >>> split({"x": torch.zeros(2), "index": torch.tensor([5, 3])})
         (tensor([5, 3]), {'x': tensor([0., 0.])})
     """
+    if key != "":  # where there are no mappings
+        check_key("key", key)
     if isinstance(batch, Indexed):
         return as_index(batch.index, _CARRIED), batch.sample
     if isinstance(batch, Mapping) and key in batch:
@@ -91,7 +94,14 @@ def as_index(drawn: Any, wanted: str = _DRAWN) -> Tensor:
 
 def not_integers(drawn: Any, wanted: str = _DRAWN) -> InvalidArgumentError:
     """The error for an index that is none."""
-    return InvalidArgumentError(f"{wanted}, got {drawn!r:.80}; number the samples from 0")
+    return InvalidArgumentError(f"{wanted}, got {' '.join(repr(drawn).split()):.80}; number the samples from 0")
+
+
+def check_key(name: str, key: Any) -> str:
+    """Returns ``key`` if it is a name that an index can have in a mapping."""
+    if not isinstance(key, str) or not key:
+        raise InvalidArgumentError(f"{name} must be a name, got {shown(key)}")
+    return key
 
 
 def _describe(batch: Any) -> str:

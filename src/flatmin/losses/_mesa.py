@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._attached import Attachment, attach
-from .._checks import check_choice, check_integer, check_module, check_number
+from .._checks import Loaded, check_choice, check_counts, check_integer, check_module, check_number, check_one_of
 from .._passes import Pass, current_pass, steps
 from .._privacy import check_unmixed
 from ..averages import EMA
@@ -29,7 +29,7 @@ from ._share import random_share, take
 DECAY = 0.9998  # the authors'
 
 
-class MESA(nn.Module):
+class MESA(Loaded):
     """Penalises how far the network's output has moved from that of the moving average of its weights.
 
     ``coefficient * T**2 / B * sum_i KL(softmax(average(x)_i / T) || softmax(logits_i / T))``
@@ -131,9 +131,9 @@ class MESA(nn.Module):
         self.start_epoch = check_integer("start_epoch", start_epoch, least=0)
         self.fraction = check_number("fraction", fraction, above=0, most=1)
         self.interval = check_integer("interval", interval, least=1)
-        if autocast not in (None, torch.bfloat16, torch.float16):
-            raise InvalidArgumentError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
-        self.autocast = autocast
+        self.autocast = check_one_of(
+            "autocast", autocast, (None, torch.bfloat16, torch.float16), "torch.bfloat16, torch.float16 or None"
+        )
         self.statistics = check_choice("statistics", statistics, CHOICES)
         self._comparison = Comparison(output=output, class_dim=class_dim, link=link, distance=distance)
         if average is None:
@@ -253,8 +253,7 @@ class MESA(nn.Module):
         Raises:
             InvalidArgumentError: If the average was given.
         """
-        self._updated_here()
-        return attach(self, optimizer, after_step=type(self).update)
+        return attach(self, optimizer, network=self._updated_here().model, after_step=type(self).update)
 
     def train(self, mode: bool = True) -> "MESA":
         """Sets the mode of the loss; its own average stays in evaluation mode, and one that was given as it is."""
@@ -269,7 +268,7 @@ class MESA(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Reads them from a ``state_dict``; one with the epoch alone continues with its own calls and seed."""
-        self._epoch, *rest = (int(number) for number in state)
+        self._epoch, *rest = check_counts("state", state, (1, 3))
         if rest:
             self._calls, self._seed = rest
 

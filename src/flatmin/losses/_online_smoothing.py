@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._attached import Attachment, attach
-from .._checks import check_integer, check_number
+from .._checks import Loaded, check_counts, check_integer, check_number, check_tensor, shown
 from .._distributed import total
 from .._passes import current_pass
 from .._privacy import check_unmixed
@@ -30,7 +30,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets.to(dtype) * logits.to(dtype).log_softmax(dim=1)).sum(dim=1).mean()
 
 
-class OnlineLabelSmoothing(nn.Module):
+class OnlineLabelSmoothing(Loaded):
     """Moves a part of the criterion's weight from the label to the network's own mean prediction for that class.
 
     ``coefficient / B * sum_i (CE(S_y) - CE(y))``
@@ -89,7 +89,8 @@ class OnlineLabelSmoothing(nn.Module):
         Raises:
             InvalidArgumentError: If ``epoch`` is not an integer of at least 0.
         """
-        if check_integer("epoch", epoch, least=0) == self._epoch:
+        epoch = check_integer("epoch", epoch, least=0)
+        if epoch == self._epoch:
             return
         self._epoch = epoch
         total(self.sums)
@@ -132,7 +133,7 @@ class OnlineLabelSmoothing(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Reads the epoch from a ``state_dict``."""
-        self._epoch = int(state)
+        (self._epoch,) = check_counts("state", state, (1,))
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Saves and loads the soft labels with ``optimizer``, a plain one or flatmin's. Attach before a load.
@@ -165,8 +166,10 @@ class OnlineLabelSmoothing(nn.Module):
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, *rest)
         if key not in state_dict:
             missing_keys.append(key)
-        elif state_dict[key].shape == self.sums.shape:  # else torch complains of the soft labels
-            self.sums.copy_(state_dict[key])
+        elif isinstance(found := state_dict[key], Tensor) and found.shape == self.sums.shape:
+            self.sums.copy_(found)
+        else:
+            rest[-1].append(f"{key} must be a tensor of shape {tuple(self.sums.shape)}, got {shown(found)}.")
 
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""
@@ -178,7 +181,13 @@ class OnlineLabelSmoothing(nn.Module):
         self.sums.index_add_(0, y, predictions.where(correct[:, None], 0))  # masked, since selecting would wait
 
     def _check(self, logits: Tensor, y: Tensor) -> None:
-        if logits.ndim != 2 or logits.shape[1] != self.num_classes or not logits.is_floating_point():
+        if not isinstance(y, Tensor):
+            raise InvalidArgumentError(f"y must be a tensor of class indices, got {shown(y)}")
+        if (
+            check_tensor("logits", logits).ndim != 2
+            or logits.shape[1] != self.num_classes
+            or not logits.is_floating_point()
+        ):
             raise InvalidArgumentError(
                 f"logits must be floating and of shape (batch, {self.num_classes}), got {logits.dtype} of shape "
                 f"{tuple(logits.shape)}; OnlineLabelSmoothing was made for num_classes={self.num_classes}"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .._attached import Attachment, attach
-from .._checks import check_integer, check_number
+from .._checks import Loaded, check_counts, check_integer, check_number
 from .._privacy import check_unmixed
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
@@ -26,7 +26,7 @@ from ._trajectory import trajectory_loss
 from ._watch import Watch
 
 
-class SAF(nn.Module):
+class SAF(Loaded):
     """Penalises how far the network's output on a sample has moved in the last ``lag`` epochs.
 
     ``coefficient * T**2 / B * sum_i KL(softmax(past_i / T) || softmax(logits_i / T))``
@@ -140,9 +140,16 @@ class SAF(nn.Module):
         """Tells SAF which epoch begins, from 0. Call it before each epoch, as ``DistributedSampler.set_epoch``.
 
         Raises:
-            InvalidArgumentError: If ``epoch`` is not an integer of at least 0.
+            InvalidArgumentError: If ``epoch`` is not an integer of at least 0, or an earlier one than the last, but for
+                0, with which another training begins.
         """
-        self._epoch = check_integer("epoch", epoch, least=0)
+        epoch = check_integer("epoch", epoch, least=0)
+        if 0 < epoch < self._epoch:
+            raise InvalidArgumentError(
+                f"epoch must not go backwards, got {epoch} after {self._epoch}: SAF has recorded over what it would "
+                "compare with; load the state that SAF had in that epoch, or begin with epoch 0"
+            )
+        self._epoch = epoch
         self._clock.tell(epoch)
         self._seen = 0
 
@@ -194,7 +201,7 @@ class SAF(nn.Module):
     def _exchange(self, logits: Tensor, index: Tensor, *, decode: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
         """See `History.exchange`; None also where nothing can contribute, which the host knows."""
         begun = self._epoch >= max(self.start_epoch, self.history.lag) and self.coefficient > 0
-        return self.history.exchange(index, logits, self._epoch, compare=begun, decode=decode)
+        return self.history._exchange(index, logits, self._epoch, compare=begun, decode=decode)
 
     def _loss(self, now: Tensor, past: Tensor, mask: Tensor) -> Tensor:
         return self.coefficient * trajectory_loss(now, past, temperature=self.temperature, mask=mask)
@@ -243,7 +250,7 @@ class SAF(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Reads them from a ``state_dict``."""
-        self._epoch, self._seen = (int(number) for number in state)
+        self._epoch, self._seen = check_counts("state", state, (2,))
         self._clock.tell(self._epoch)
 
     def attach(self, optimizer: Optimizer) -> Attachment:

@@ -9,7 +9,7 @@ smoothing); *Adversarial Logit Pairing*, Kannan et al. 2018, arXiv 1803.06373 (l
 import torch
 from torch import Tensor
 
-from .._checks import check_number
+from .._checks import check_number, check_tensor
 from ..errors import InvalidArgumentError
 from ._trajectory import resolve_class_dim, trajectory_loss
 
@@ -54,9 +54,7 @@ def logit_squeezing(
         tensor(0.1987)
         >>> loss = torch.nn.functional.cross_entropy(logits, y) + flatmin.logit_squeezing(logits)
     """
-    if not isinstance(logits, Tensor):
-        raise InvalidArgumentError(f"logits must be a tensor, got {type(logits).__name__}")
-    if not logits.is_floating_point() or logits.shape[resolve_class_dim(logits, class_dim)] < 2:
+    if check_tensor("logits", logits).shape[resolve_class_dim(logits, class_dim)] < 2:
         raise InvalidArgumentError(
             f"logits must be floating and of shape (batch, classes), with two classes at least, got {logits.dtype} of "
             f"shape {tuple(logits.shape)}; give a binary problem two logits, whose softmax is not constant"

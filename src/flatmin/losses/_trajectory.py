@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._checks import check_mask, check_number, check_tensor, shown
 from .._privacy import clipped
 from ..errors import InvalidArgumentError
 
@@ -40,7 +41,8 @@ def trajectory_loss(
         arguments are, and 0 for an empty batch.
 
     Raises:
-        InvalidArgumentError: (a ValueError) if logits have another number of dimensions than two and no ``class_dim``.
+        InvalidArgumentError: (a ValueError) if an argument cannot be used, or logits have another number of dimensions
+            than two and no ``class_dim``.
 
     Example:
         >>> import torch
@@ -51,7 +53,8 @@ def trajectory_loss(
         >>> trajectory_loss(logits, -logits, temperature=5.0, mask=torch.tensor([True, False]))
         tensor(0.9869)
     """
-    dim = resolve_class_dim(logits, class_dim)
+    dim = _check(logits, target, mask, class_dim)
+    check_number("temperature", temperature, above=0)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     divergence = F.kl_div(
         _log_softmax(logits.to(dtype), temperature, dim),
@@ -82,12 +85,19 @@ def binary_trajectory_loss(logits: Tensor, target: Tensor, *, temperature: float
     Returns:
         A scalar, float64 if ``logits`` are float64 and float32 otherwise; 0 for an empty batch.
 
+    Raises:
+        InvalidArgumentError: (a ValueError) if an argument cannot be used.
+
     Example:
         >>> import torch
         >>> from flatmin.losses import binary_trajectory_loss
         >>> binary_trajectory_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]]), temperature=1.0)
         tensor(0.2169)
     """
+    check_tensor("target", target, like=check_tensor("logits", logits))
+    if mask is not None:
+        check_mask("mask", mask, logits.shape, first=True)
+    check_number("temperature", temperature, above=0)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     now = (logits.to(dtype) / temperature).clamp(-BOUND, BOUND)
     then = (target.detach().to(dtype) / temperature).clamp(-BOUND, BOUND)
@@ -118,8 +128,8 @@ def feature_distance(
         A scalar, float64 if ``features`` are float64 and float32 otherwise; 0 for an empty batch.
 
     Raises:
-        InvalidArgumentError: (a ValueError) if features have another number of dimensions than two and no
-            ``class_dim``.
+        InvalidArgumentError: (a ValueError) if an argument cannot be used, or features have another number of
+            dimensions than two and no ``class_dim``.
 
     Example:
         >>> import torch
@@ -127,7 +137,7 @@ def feature_distance(
         >>> feature_distance(torch.tensor([[0.0, 2.0]]), torch.tensor([[2.0, 0.0]]))
         tensor(4.0000)
     """
-    dim = resolve_class_dim(features, class_dim)
+    dim = _check(features, target, mask, class_dim, name="features")
     dtype = torch.promote_types(features.dtype, torch.float32)
     now, then = (each.to(dtype).movedim(dim, -1) for each in (features, target.detach()))
     width = (now.shape[-1],)
@@ -137,8 +147,8 @@ def feature_distance(
     return clipped(error.sum() / max(error.numel(), 1), features)
 
 
-def resolve_class_dim(logits: Tensor, class_dim: int | None) -> int:
-    """Which dimension of ``logits`` is the classes'.
+def resolve_class_dim(logits: Tensor, class_dim: int | None, *, name: str = "logits") -> int:
+    """Which dimension of ``logits``, an argument called ``name``, is the classes'.
 
     Raises:
         InvalidArgumentError: If it is not said and there is a choice, or it is the first or none of them.
@@ -147,15 +157,26 @@ def resolve_class_dim(logits: Tensor, class_dim: int | None) -> int:
         return 1
     if class_dim is None:
         raise InvalidArgumentError(
-            f"logits must be floating and of shape (batch, classes), got {logits.dtype} of shape "
+            f"{name} must be floating and of shape (batch, classes), got {logits.dtype} of shape "
             f"{tuple(logits.shape)}; with more dimensions say which is the classes': class_dim=1 for maps (B, C, H, "
             "W), class_dim=-1 for tokens (B, L, C)"
         )
-    dim = class_dim + logits.ndim if class_dim < 0 else class_dim
-    if not 0 < dim < logits.ndim:
+    known = isinstance(class_dim, int) and not isinstance(class_dim, bool)
+    dim = class_dim % logits.ndim if known and -logits.ndim <= class_dim < logits.ndim else 0
+    if dim == 0:
         raise InvalidArgumentError(
-            f"class_dim must be a dimension after the first, got {class_dim} for logits of shape {tuple(logits.shape)}"
+            f"class_dim must be a dimension after the first, got {shown(class_dim)} for {name} of shape "
+            f"{tuple(logits.shape)}"
         )
+    return dim
+
+
+def _check(logits: Tensor, target: Tensor, mask: Tensor | None, class_dim: int | None, name: str = "logits") -> int:
+    """Checks the tensors of a loss over classes, and returns which dimension is theirs."""
+    dim = resolve_class_dim(check_tensor(name, logits), class_dim, name=name)
+    check_tensor("target", target, like=logits, owner=name)
+    if mask is not None:
+        check_mask("mask", mask, [*logits.shape[:dim], *logits.shape[dim + 1 :]])
     return dim
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from .._checks import check_choice, check_integer, check_module, check_number
+from .._checks import check_choice, check_flag, check_integer, check_mapping, check_module, check_number, shown, trains
 from .._privacy import check_not_trained_privately
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
@@ -132,8 +132,8 @@ class SharpnessAware(Stepping, Wrapper):
         self._scaling = check_scaling(scaling)
         self._when = as_schedule(when)
         self._when_new = copy.deepcopy(self._when.state_dict())  # to begin anew with a state that has none
-        self._surroundings = Surroundings(None if model is None else check_module("model", model))
-        self._replay = bool(same_randomness)
+        self._surroundings = Surroundings(None if model is None else check_trained(model, self.base_optimizer))
+        self._replay = check_flag("same_randomness", same_randomness)
         self._steps = 0  # that were made
         self._memory = Memory()
         self._checked = False  # whether weights were moved before
@@ -274,8 +274,14 @@ class SharpnessAware(Stepping, Wrapper):
         memory = Memory.from_state(own.get("state", {}), self.param_groups)
         self._settle(stacklevel=3)
         self._dropping = Dropping()
-        self.base_optimizer.load_state_dict(base)
-        self._when.load_state_dict(own.get("when") or copy.deepcopy(self._when_new))
+        when = check_mapping("state_dict['flatmin']['when']", own.get("when") or copy.deepcopy(self._when_new))
+        before = copy.deepcopy(self._when.state_dict())
+        self._when.load_state_dict(dict(when))
+        try:
+            self.base_optimizer.load_state_dict(base)
+        except BaseException:
+            self._when.load_state_dict(before)
+            raise
         self._steps, self._memory = steps, memory
         self._progress.close()
         self._beginnings.note(None)
@@ -323,8 +329,18 @@ class SharpnessAware(Stepping, Wrapper):
 _OF_THIS_OBJECT = ("_progress", "_beginnings", "_seen", "_dropping")
 
 
+def check_trained(model: nn.Module, base: Optimizer) -> nn.Module:
+    """Returns ``model`` if the base optimizer trains some of it."""
+    if not trains(base, check_module("model", model)):
+        raise InvalidArgumentError(
+            f"model, {shown(model)}, has none of the parameters that base_optimizer trains; give the network that "
+            "these belong to"
+        )
+    return model
+
+
 def check_scaler(scaler: GradScaler | None) -> GradScaler:
     """Returns ``scaler``; one that does nothing where it is None."""
     if scaler is not None and not isinstance(scaler, GradScaler):
-        raise InvalidArgumentError(f"scaler must be a torch.amp.GradScaler, got {scaler!r}")
+        raise InvalidArgumentError(f"scaler must be a torch.amp.GradScaler, got {shown(scaler)}")
     return GradScaler("cpu", enabled=False) if scaler is None else scaler

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgumentError
+from .._checks import check_mapping
+from ..errors import StateDictError
 from ._foreach import put_back_
 
 
@@ -67,20 +68,21 @@ class Memory:
         """Makes one of what `state_dict` returned, on the device and with the dtype of each parameter.
 
         Raises:
-            InvalidArgumentError: If it belongs to other parameters.
+            StateDictError: If it belongs to other parameters.
         """
         parameters, memory = _parameters(groups), cls()
-        for index, entries in state.items():
-            if not 0 <= index < len(parameters):
-                raise InvalidArgumentError(
-                    f"state_dict['flatmin'] has a parameter {index}, and there are {len(parameters)}; "
+        for index, entries in check_mapping("state_dict['flatmin']['state']", state).items():
+            if not isinstance(index, int) or not 0 <= index < len(parameters):
+                raise StateDictError(
+                    f"state_dict['flatmin'] has a parameter {index!r:.60}, and there are {len(parameters)}; "
                     "load it into an optimizer of the same parameters"
                 )
             parameter = parameters[index]
-            for name, tensor in entries.items():
-                if tensor.shape != parameter.shape:
-                    raise InvalidArgumentError(
-                        f"state_dict['flatmin'] has {name} of shape {tuple(tensor.shape)} for parameter {index} of "
+            for name, tensor in check_mapping(f"state_dict['flatmin']['state'][{index}]", entries).items():
+                if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+                    found = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"{tensor!r:.60}"
+                    raise StateDictError(
+                        f"state_dict['flatmin'] has {name} {found} for parameter {index} of "
                         f"shape {tuple(parameter.shape)}; load it into an optimizer of the same parameters"
                     )
                 own = tensor.detach().to(device=parameter.device, dtype=parameter.dtype)

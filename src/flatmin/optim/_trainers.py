@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
+from .._checks import check_function
 from ..errors import FlatminWarning, InvalidArgumentError
 
 CALLBACK = "add the callback flatmin.integrations.lightning.SharpnessAware() to the Trainer"
@@ -28,6 +29,7 @@ def check_closure(optimizer: Any, closure: Callable[..., Any]) -> None:
     Raises:
         InvalidArgumentError: If the step would be wrong.
     """
+    check_function("closure", closure, "that computes the loss", otherwise=f", {optimizer._closure}")
     _check_prepared(optimizer)
     if not (isinstance(closure, partial) and len(closure.args) == 3 and _is_lightning(closure.func)):
         return

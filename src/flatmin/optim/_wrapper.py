@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._attached import warn_of_unattached
+from .._checks import check_mapping, loading
 from .._privacy import check_not_private
 from ..errors import InvalidArgumentError
 from ._joined import Joined, attributes, loaded, saved
@@ -78,7 +79,12 @@ class Wrapper(Optimizer, ABC):
         return saved(self, lambda: {**self.base_optimizer.state_dict(), OWN: self._own_state()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned; a plain optimizer's state fits too, and begins at step 0."""
+        """Loads what `state_dict` returned; a plain optimizer's state fits too, and begins at step 0.
+
+        Raises:
+            StateDictError: (a ValueError and a RuntimeError) If it is none, or of other optimizers.
+        """
+        check_mapping("state_dict", state_dict)
         loaded(self, state_dict, self._load_parts)
 
     @abstractmethod
@@ -104,8 +110,12 @@ class Wrapper(Optimizer, ABC):
                 raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its base: {error}") from None
 
     def _load_parts(self, state_dict: dict[str, Any]) -> None:
+        check_mapping("state_dict", state_dict, "state", "param_groups")
+        check_mapping("state_dict['state']", state_dict["state"])
+        own = dict(check_mapping(f"state_dict[{OWN!r}]", state_dict.get(OWN, {})))
         warn_of_unattached(state_dict, self.base_optimizer)
-        self._load({name: part for name, part in state_dict.items() if name != OWN}, state_dict.get(OWN, {}))
+        with loading(f"this {type(self).__name__}"):
+            self._load({name: part for name, part in state_dict.items() if name != OWN}, own)
 
     def _has_base(self) -> bool:
         return "base_optimizer" in self.__dict__

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .._checks import check_integer, check_number
+from .._checks import check_integer, check_mapping, check_number, shown
 from ..errors import InvalidArgumentError
 
 __all__ = ["Adaptive", "Every", "Late", "RhoByLR", "Schedule", "Sometimes"]
@@ -233,6 +233,7 @@ class Adaptive(Schedule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned."""
+        check_mapping("state_dict", state_dict)
         mean, variance = state_dict.get("mean", 0.0), state_dict.get("variance", 0.0)
         self._statistics = (check_number("mean", mean, least=0), check_number("variance", variance, least=0))
 
@@ -307,7 +308,7 @@ def as_schedule(when: Schedule | Callable[[int], bool] | None) -> Schedule:
     if isinstance(when, type) or not callable(when):
         raise InvalidArgumentError(
             "when must be a function of the step index to a bool, or a flatmin.optim.schedules.Schedule such as "
-            f"Every(5), got {when!r}"
+            f"Every(5), got {shown(when)}"
         )
     if hasattr(when, "state_dict"):
         raise InvalidArgumentError(

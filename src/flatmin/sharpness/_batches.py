@@ -1,14 +1,14 @@
 """The batches that are measured on: the same in every pass, and kept where the model is if they are small."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _rng
-from .._checks import check_integer
+from .._checks import check_integer, shown
 from ..errors import InvalidArgumentError
 
 Batch = tuple[Tensor, Any]
@@ -100,13 +100,19 @@ class Batches:
         empty = True
         for batch in self._source:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
-                raise InvalidArgumentError(f"batches must be pairs (x, y), x a tensor, got {type(batch).__name__}")
+                raise InvalidArgumentError(f"batches must be pairs (x, y), x a tensor, got {shown(batch)}")
             x, y = batch
+            if not isinstance(y, Sized) or (isinstance(y, Tensor) and y.ndim == 0):
+                raise InvalidArgumentError(
+                    f"batches must be pairs (x, y), y of an entry for each sample, got {shown(y)}"
+                )
             if len(y) > 0:
                 empty = False
                 yield x, y
         if empty:
-            raise InvalidArgumentError("batches are empty: there is no sample to measure the loss on")
+            raise InvalidArgumentError(
+                "batches are empty, no y has an entry: there is no sample to measure the loss on"
+            )
 
     def _moved(self, place: Place) -> Iterator[Batch]:
         """A pass over the source, each batch brought to its place."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._checks import check_mapping, shown
 from ..errors import InvalidArgumentError
 from ._snapshot import Snapshot
 
@@ -65,12 +66,15 @@ def plane_axes(loss: Snapshot, checkpoints: Sequence[Mapping[str, Tensor]], *, p
 
     The first checkpoint is the origin, the second lies on the first axis.
     """
-    if len(checkpoints) != 3:
-        raise InvalidArgumentError(f"a plane goes through three checkpoints, got {len(checkpoints)}")
+    if not isinstance(checkpoints, (list, tuple)) or len(checkpoints) != 3:
+        got = len(checkpoints) if isinstance(checkpoints, (list, tuple)) else shown(checkpoints)
+        raise InvalidArgumentError(f"a plane goes through three checkpoints, got {got}")
     flats = []
     for number, checkpoint in enumerate(checkpoints):
+        check_mapping(f"plane[{number}]", checkpoint)
         for name, shape in loss.shapes.items():
-            found = tuple(checkpoint[name].shape) if name in checkpoint else "missing"
+            tensor = checkpoint.get(name)
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else "missing"
             if found != tuple(shape):
                 raise InvalidArgumentError(
                     f"checkpoint {number} is of another network: {name} is {found}, the model's is {tuple(shape)}"

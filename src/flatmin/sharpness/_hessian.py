@@ -92,6 +92,7 @@ def hessian_eigenvalues(
     """
     check_integer("k", k, least=1)
     check_number("tolerance", tolerance, above=0)
+    vectors = None if vectors is None else check_integer("vectors", vectors, least=1)
     linalg = require("scipy.sparse.linalg", install="flatmin[cli]")
     with objective._snapshot() as loss:
         size, products, largest = len(loss.weights), 0, 0.0

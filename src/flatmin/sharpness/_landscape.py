@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .._checks import check_integer, check_number
+from .._checks import check_function, check_integer, check_number, check_path
 from ..errors import InvalidArgumentError
 from ._directions import Axes, plane_axes, random_axes
 from ._objective import Objective, measure
@@ -113,12 +112,16 @@ def loss_landscape(
         raise InvalidArgumentError(f"directions must be 1 or 2, got {directions}")
     check_integer("direction_seed", direction_seed, least=0)
     check_number("margin", margin, least=0)
+    path = check_path("partial", partial)
+    if on_progress is not None:
+        check_function("on_progress", on_progress, "of the points done and of all", otherwise=", or None")
     if plane is not None and not objective.batch_statistics and _averages_statistics(objective.model):
         raise InvalidArgumentError(
             "a plane needs the Objective's batch_statistics=True, since the averaged statistics of one network's "
             "batch-norm layers are wrong for another: take objective.variant(batch_statistics=True)"
         )
     with objective._snapshot() as loss:
+        loss.check_changes()
         if plane is None:
             axes = random_axes(loss, count=directions, points=points, radius=radius, seed=direction_seed)
         else:
@@ -128,7 +131,7 @@ def loss_landscape(
             [axes.origin, *axes.directions, *loss.buffers.values()],
             *(axes.x, axes.y, loss.samples, objective.normalise_logits, objective.batch_statistics),
         )
-        done = Partial(None if partial is None else Path(partial), key, origin)
+        done = Partial(path, key, origin)
         _fill(loss, axes, done, on_progress or (lambda done, total: None))
         width = len(axes.x)
         rows = tuple(tuple(done.losses[start : start + width]) for start in range(0, len(done.losses), width))

@@ -10,12 +10,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from .._checks import check_module
+from .._checks import check_flag, check_function, check_module, check_one_of
 from .._distributed import unwrapped
 from ..errors import InvalidArgumentError
 from ._batches import Batches
 from ._snapshot import Loss, Snapshot
 from ._state import undisturbed
+
+DTYPES = (torch.float32, torch.float64)
 
 Measure = TypeVar("Measure", bound=Callable[..., Any])
 
@@ -80,11 +82,12 @@ class Objective:
         seed: int = 0,
     ) -> None:
         self.model = check_module("model", model)
-        if not callable(loss_fn):
-            raise InvalidArgumentError(f"loss_fn must be a function of (model(x), y), got {loss_fn!r}")
-        self.loss_fn, self.dtype, self.seed = loss_fn, dtype, seed
-        self.normalise_logits, self.batch_statistics = normalise_logits, batch_statistics
+        self.loss_fn = check_function("loss_fn", loss_fn, "of (model(x), y)")
+        self.dtype = check_one_of("dtype", dtype, (None, *DTYPES), "torch.float32 or torch.float64")
+        self.normalise_logits = check_flag("normalise_logits", normalise_logits)
+        self.batch_statistics = check_flag("batch_statistics", batch_statistics)
         self._batches = Batches(batches, samples=samples, seed=seed)
+        self.seed = self._batches.seed
         with self._snapshot():
             pass  # reads the batches
 
@@ -102,9 +105,9 @@ class Objective:
         """
         other = copy.copy(self)
         if normalise_logits is not None:
-            other.normalise_logits = normalise_logits
+            other.normalise_logits = check_flag("normalise_logits", normalise_logits)
         if batch_statistics is not None:
-            other.batch_statistics = batch_statistics
+            other.batch_statistics = check_flag("batch_statistics", batch_statistics)
         return other
 
     def _where(self) -> tuple[torch.device, torch.dtype]:
@@ -119,9 +122,7 @@ class Objective:
         _check_measurable(self.model)
         kinds = (torch.promote_types(p.dtype, torch.float32) for p in trainable)
         dtype = self.dtype or max(kinds, key=lambda kind: kind.itemsize)
-        if dtype not in (torch.float32, torch.float64):
-            raise InvalidArgumentError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
-        return trainable[0].device, dtype
+        return trainable[0].device, check_one_of("dtype", dtype, DTYPES, "torch.float32 or torch.float64")
 
     @contextmanager
     def _snapshot(self) -> Iterator[Snapshot]:

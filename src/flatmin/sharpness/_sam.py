@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._checks import check_flag, check_integer, check_number
 from ._batches import Batch
 from ._objective import Objective, measure
 from ._result import Result
@@ -115,6 +115,7 @@ def sam_sharpness(
     rho = check_number("rho", rho, above=0)
     check_number("eta", eta, least=0)
     check_integer("ascent_steps", ascent_steps, least=1)
+    adaptive, per_batch = check_flag("adaptive", adaptive), check_flag("per_batch", per_batch)
     with objective._snapshot() as loss:
         scales = loss.scales(eta) if adaptive else None
         sums, total = [0.0, 0.0, 0.0], loss.total()
@@ -188,7 +189,9 @@ def average_sharpness(
     rho = check_number("rho", rho, above=0)
     check_number("eta", eta, least=0)
     check_integer("directions", directions, least=2)
+    adaptive = check_flag("adaptive", adaptive)
     with objective._snapshot() as loss:
+        loss.check_changes()
         scales = loss.scales(eta) if adaptive else torch.ones_like(loss.weights)
         start = check_finite("the loss", loss.loss(loss.weights))
         generator, rises = torch.Generator().manual_seed(objective.seed), []

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import _rng
+from .._checks import shown
 from ..errors import InvalidArgumentError, NoDirectionError, NonFiniteLossError
 from ._batches import Batch, Batches, cast
 from ._mean import counting
@@ -157,7 +158,7 @@ class Snapshot:
         buffers = self.buffers
         if self._batch_statistics:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        with _rng.seeded(self.device, (self.batches.seed * _PRIME + number) % 2**63):
+        with _rng.seeded(self.device, (self.batches.seed * _PRIME + number) % 2**63), _said_of(x, y):
             output = functional_call(self._model, ({**self.split(weights), **self._constants}, buffers), (x,))
             loss = self._loss_fn(normalised(output) if self._normalise_logits else output, y)
         if not isinstance(loss, Tensor) or loss.ndim > 0:
@@ -174,6 +175,21 @@ class Snapshot:
             )
         return loss
 
+    def check_changes(self) -> None:
+        """Refuses a loss that is constant; one without a slope, such as the error rate, has only to change somewhere.
+
+        Raises:
+            InvalidArgumentError: If it depends on no weight.
+        """
+        for number, x, y, _ in self._each():
+            loss = self._call(self.weights.detach().requires_grad_(), x, y, number)
+            if not loss.requires_grad:
+                generator = torch.Generator().manual_seed(0)
+                far = (torch.randn(self.weights.shape, generator=generator).to(self.weights) for _ in range(8))
+                if all(torch.equal(self._call(weights, x, y, number), loss) for weights in far):
+                    self._depending(loss)
+            return
+
     def _fastest(self) -> torch.memory_format:
         """Images with their channels last where the network can take them: twice as fast on a CPU, pooling tenfold."""
         images = self.batches.images()
@@ -183,8 +199,10 @@ class Snapshot:
         try:
             y = y.to(self.device) if isinstance(y, Tensor) else y
             self._call(self.weights, cast(x, self.device, self.dtype, torch.channels_last), y, 0)
-        except RuntimeError:  # of a view that this layout does not allow
-            return torch.preserve_format
+        except InvalidArgumentError as error:
+            if type(error.__cause__) is not RuntimeError:
+                raise
+            return torch.preserve_format  # of a view that this layout does not allow
         return torch.channels_last
 
 
@@ -214,6 +232,20 @@ def normalised(logits: Tensor) -> Tensor:
             "direction; measure with normalise_logits=False"
         )
     return centred / lengths.clamp_min(1e-10)
+
+
+@contextmanager
+def _said_of(x: Tensor, y: Any) -> Iterator[None]:
+    """Says of which batch it is what torch says of shapes and types that do not fit; more special errors pass."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if type(error) not in (RuntimeError, ValueError, TypeError, IndexError) or any(w in str(error) for w in _ONCE):
+            raise
+        raise InvalidArgumentError(
+            f"the model or the loss_fn cannot be called with a batch of x, {shown(x)}, and y, {shown(y)}: "
+            f"{' '.join(str(error).split()):.300}"
+        ) from error
 
 
 @contextmanager
