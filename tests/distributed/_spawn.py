@@ -3,7 +3,6 @@
 A rank is a process forked from a server that has loaded torch, so that only the first call of a session waits for that.
 """
 
-import multiprocessing
 import os
 import tempfile
 import time
@@ -17,10 +16,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-HERE = multiprocessing.get_context("forkserver")
-HERE.set_forkserver_preload(
-    ["pytest", "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "flatmin"]
-)
+from tests.fresh import SERVER
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
@@ -37,7 +33,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            HERE.Process(target=_rank, args=(function, rank, world_size, folder, timeout, args), daemon=True)
+            SERVER.Process(target=_rank, args=(function, rank, world_size, folder, timeout, args), daemon=True)
             for rank in range(world_size)
         ]
         for process in ranks:

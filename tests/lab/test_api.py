@@ -19,7 +19,8 @@ from flatmin.lab.runs.checkpoint import load_checkpoint
 from flatmin.lab.runs.train import RunInterrupted
 from flatmin.lab.training.trainer import Trainer
 
-CALL = "lab.compare({experiment!r}, methods=['base', 'sam'], seeds=1, jobs=1, minutes=0.01, out='found')"
+RECIPE = "lab.Recipe(experiment={experiment!r}, epochs=1, batch_size=32, device='cpu')"
+CALL = f"lab.compare({RECIPE}, methods=['base', 'sam'], seeds=1, jobs=1, minutes=0.01, out='found')"
 
 
 def recipe(experiment, **options):
@@ -138,7 +139,8 @@ class TestCompare:
         script.write_text(
             "from flatmin import lab\nfrom flatmin.lab.methods import Card, METHODS, register\n\n"
             "if __name__ == '__main__':\n    register(Card('mine', 'x', {}, METHODS['base'].assemble))\n"
-            f"    lab.compare({str(experiment)!r}, methods=['base', 'mine'], seeds=1, jobs=1, out='found')\n"
+            f"    recipe = {RECIPE.format(experiment=experiment)}\n"
+            "    lab.compare(recipe, methods=['base', 'mine'], seeds=1, jobs=1, minutes=0.01, out='found')\n"
         )
         done = python(str(script), cwd=tmp_path)
         assert done.returncode == 1
@@ -219,6 +221,7 @@ class TestCompare:
 
     def test_ctrl_c_while_settings_are_chosen_says_what_is_kept(self, experiment, tmp_path, monkeypatch):
         def select(recipe, rows, folder, **_):
+            assert (recipe.experiment, recipe.epochs) == (str(experiment), 60)  # a path stands for a recipe
             run = folder / "runs" / "base-seed1000"
             run.mkdir(parents=True)
             (run / "metrics.jsonl").write_text("{}\n")
@@ -227,13 +230,13 @@ class TestCompare:
         monkeypatch.setattr(compare_module, "select_rows", select)
         settings = {"sam": {"rho": [0.1, 0.2]}}
         with pytest.raises(RunInterrupted, match=r"not chosen yet, kept in .*selection"):
-            lab.compare(recipe(experiment), methods=["base", "sam"], settings=settings, select=1, out=tmp_path / "run")
+            lab.compare(str(experiment), methods=["base", "sam"], settings=settings, select=1, out=tmp_path / "run")
         assert (tmp_path / "run" / "selection").exists()
 
     def test_a_diverged_network_is_not_looked_at_and_the_others_are(self, experiment, tmp_path):
         with pytest.warns(FlatminWarning, match=r"so without a result: logit_squeezing .*\(1 of 1\)") as caught:
             found = lab.compare(
-                recipe(experiment, epochs=6), methods=["base", "logit_squeezing"],
+                recipe(experiment, epochs=2), methods=["base", "logit_squeezing"],
                 settings={"logit_squeezing": {"coefficient": 1e38}},
                 seeds=1, jobs=1, look=3, minutes=0.01, out=tmp_path / "run",
             )  # fmt: skip

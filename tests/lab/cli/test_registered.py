@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flatmin.lab.runs.saved import open_saved
+from tests import fresh
 from tests.registry import restored
 
 METHODS = """
@@ -56,12 +57,6 @@ def path(experiment):
     return experiment(methods=METHODS)
 
 
-def fresh(*arguments):
-    """The command in a process of its own."""
-    command = [sys.executable, "-m", "flatmin", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
@@ -72,36 +67,36 @@ def weights_of(folder):
 
 def test_trained_resumed_and_measured_in_fresh_processes(flatmin, path):
     command = ["train", path, "--method", "squared", "--batch-size", 16, "--out"]
-    found = fresh(*command, "run", "--set", "strength=0.5", "--epochs", 2)
+    found = fresh.run(*command, "run", "--set", "strength=0.5", "--epochs", 2)
     assert (found.returncode, found.stderr) == (0, "")
     config = json.loads(Path("run/config.json").read_text())
     assert config["method"] == "squared"
     assert config["settings"] == {"strength": 0.5, "form": "plain", "smoothing": 0.0}
     assert all(epoch["train_loss"] > epoch["train_loss_vanilla"] for epoch in metrics("run"))
 
-    assert fresh("sharpness", "run", "--samples", 8, "--eigenvalues", 0).returncode == 0
+    assert fresh.run("sharpness", "run", "--samples", 8, "--eigenvalues", 0).returncode == 0
     assert json.loads(Path("run/sharpness.json").read_text())["method"] == "squared"
 
     whole = weights_of("run")
     for name in ("last", "previous"):
         Path(f"run/checkpoints/{name}").rename(f"run/checkpoints/{name}-gone")
     Path("run/checkpoints/previous-gone").rename("run/checkpoints/last")
-    found = fresh("train", "--resume", "run", "--set", "strength=0.5")
+    found = fresh.run("train", "--resume", "run", "--set", "strength=0.5")
     assert (found.returncode, found.stderr) == (0, "")
     assert "epoch 2/2" in found.stdout
     assert weights_of("run") == whole
 
 
 def test_resumed_from_the_copy_of_the_file_where_it_is_gone(flatmin, path):
-    assert fresh("train", path, "--method", "squared", "--epochs", 1, "--out", "run").returncode == 0
+    assert fresh.run("train", path, "--method", "squared", "--epochs", 1, "--out", "run").returncode == 0
     Path(path).unlink()
     refused = flatmin("train", "--resume", "run")
     assert refused.code == 2
     assert "run/experiment.py came with the run" in refused.err
-    found = fresh("train", "--resume", "run", "--trust-experiment")
+    found = fresh.run("train", "--resume", "run", "--trust-experiment")
     assert (found.returncode, found.stderr) == (0, "")
     assert "the run is finished" in found.stdout
-    assert fresh("sharpness", "run", "--samples", 8, "--eigenvalues", 0, "--trust-experiment").returncode == 0
+    assert fresh.run("sharpness", "run", "--samples", 8, "--eigenvalues", 0, "--trust-experiment").returncode == 0
 
 
 def test_options_that_differ_from_the_runs_own_are_refused(flatmin, path):
@@ -114,10 +109,10 @@ def test_options_that_differ_from_the_runs_own_are_refused(flatmin, path):
 
 
 def test_compared_selected_and_timed_by_worker_processes(flatmin, path):
-    options = "--methods base,squared,opposite,twice --set squared.strength=0.1,0.5 --select 1 --seeds 2 --jobs 2"
-    found = fresh(
-        "compare", path, *options.split(), "--epochs", 2, "--batch-size", 16, "--minutes", 0.1, "--out", "run"
-    )
+    options = "--methods base,squared,opposite,twice --set squared.strength=0.1,0.5 --select 1 --seeds 1 --jobs 1"
+    options += " --epochs 2 --batch-size 16 --minutes 0.01 --out run"
+    command = [sys.executable, "-m", "flatmin", "compare", path, *options.split()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     results = json.loads(Path("run/results.json").read_text())
     names = [row["method"] for row in results["rows"]]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flatmin.lab.runs.checkpoint import load_checkpoint
+from tests import fresh
 
 TRAIN = [sys.executable, "-m", "flatmin", "train"]
 SLOW = "import time\ndef criterion(): return lambda *a: (time.sleep(0.1), nn.functional.cross_entropy(*a))[1]"
@@ -50,17 +51,18 @@ def test_killed_at_random_moments_the_result_is_bit_identical(flatmin, tmp_path,
     options += ["--lag", "2"] if method == "saf" else []
     assert flatmin("train", *options, "--out", "whole").code == 0
     draw, killed = random.Random(method), 0
-    command = [*TRAIN, *options, "--out", "run", "--checkpoint-minutes", "0"]
+    command = [*options, "--out", "run"]
     while killed < 3:
-        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            before = newest(tmp_path)
-            while newest(tmp_path) == before and process.poll() is None:  # it has begun to write
-                time.sleep(0.005)
-            time.sleep(draw.uniform(0, 0.25))
-            process.kill()
-            assert process.communicate()[1] == b""
+        before = newest(tmp_path)
+        process = fresh.start("train", *command, "--checkpoint-minutes", "0", cwd=tmp_path)
+        while newest(tmp_path) == before and process.exitcode is None:  # it has begun to write
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.25))
+        process.kill()
+        process.join()
+        assert Path(".stderr").read_text() == ""
         killed += 1
-        command = [*TRAIN, "--resume", "run", "--checkpoint-minutes", "0"]
+        command = ["--resume", "run"]
     assert flatmin("train", "--resume", "run").code == 0
     assert_same("run", "whole")
 
@@ -222,8 +224,8 @@ def test_a_full_disk(flatmin, tmp_path, experiment):
     try:
         options = [experiment(), "--method", "base", "--epochs", "9", "--batch-size", "16"]
         run = str(small / "run")
-        command = [*TRAIN, *options, "--out", run]
-        check_full(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120))
+        command = ["train", *options, "--out", run]
+        check_full(fresh.run(*command, cwd=tmp_path))
         assert load_checkpoint(Path(run, "checkpoints/last"))["epoch"] == len(lines(run)) >= 1
         subprocess.run(["mount", "-o", "remount,size=1m", run.removesuffix("/run")], check=True)
         assert flatmin("train", "--resume", run).code == 0

@@ -2,6 +2,7 @@ import random
 import socket
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ generator = pytest.importorskip("mnist1d.data")
 
 
 @pytest.fixture
-def anew():
-    """The set is generated again, and not remembered for the tests that follow."""
-    _mnist1d._generate.cache_clear()
-    yield
-    _mnist1d._generate.cache_clear()
+def anew(monkeypatch):
+    """A small set is generated again, and not remembered for the tests that follow."""
+    arguments = generator.get_dataset_args()
+    arguments.num_samples = 100
+    monkeypatch.setattr(generator, "get_dataset_args", lambda: arguments)
+    monkeypatch.setattr(_mnist1d, "_generate", cache(_mnist1d._generate.__wrapped__))
 
 
 @pytest.fixture(scope="module")
