@@ -223,7 +223,7 @@ def _check_trains(optimizer: Optimizer, network: nn.Module, name: str) -> None:
     if not trains(optimizer, network):
         raise InvalidArgumentError(
             f"optimizer, a {type(optimizer).__name__}, trains no parameter of the network that this {name} was made "
-            "of: attach it to the optimizer of that network, or if this one trains copies of its weights, call update() "
+            "of: attach it to the optimizer of that network, or if this one trains copies of them, call update() "
             "after each step yourself"
         )
 
