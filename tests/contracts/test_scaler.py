@@ -47,6 +47,22 @@ def test_float16_learns_what_float32_does_and_the_scale_grows(name):
 
 
 @every
+def test_a_scaler_that_the_optimizer_was_not_given_is_noticed(name):
+    training = Training(name)
+    before = [parameter.detach().clone() for parameter in training.model.parameters()]
+    training.scaler = scaler()
+    if training.own_passes:  # ESAM makes the backward pass itself, and is to be told
+        return
+    with pytest.raises(InvalidArgumentError, match=rf"{name} was not given.*{name}\(\.\.\., scaler=scaler\)"):
+        training.step()
+    assert_same([parameter.detach() for parameter in training.model.parameters()], before)
+    other = scaler()  # of another optimizer, and used before
+    other.scale(torch.ones(()))
+    training.scaler = None
+    training.step(2)
+
+
+@every
 def test_bfloat16_needs_no_scaler(name):
     """All passes are in it, and what is perturbed, kept and trained is in float32."""
     half = Training(name, dtype=torch.float32, autocast=torch.bfloat16)

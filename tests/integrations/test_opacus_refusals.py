@@ -56,7 +56,9 @@ def ways(private):
     yield lambda: [closure(), inner.step()]
 
 
-@pytest.mark.parametrize("options", [{}, {"when": flatmin.optim.Adaptive(10)}, {"model": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"when": flatmin.optim.Adaptive(10)}, {"model": True}], ids=["", "adaptive", "model"]
+)
 @pytest.mark.parametrize("name", sorted(EVERY))
 def test_inside_of_the_private_optimizer(name, options):
     if "when" in options and EVERY[name].max_passes == 1:

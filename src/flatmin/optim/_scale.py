@@ -76,6 +76,11 @@ class LossScale:
                 self._scaler.unscale_(self._optimizer)
 
 
+def has_scaled(scaler: GradScaler) -> bool:
+    """Whether ``scaler`` has ever scaled a loss; torch does not say it, and makes its scale with the first."""
+    return getattr(scaler, "_scale", None) is not None
+
+
 def has_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
     """Whether ``scaler`` has unscaled the gradients of ``optimizer`` since its last update; torch does not say it."""
     states = getattr(scaler, "_per_optimizer_states", {})

@@ -19,6 +19,7 @@ from ._first_pass import Beginning, Beginnings
 from ._mark import Seen
 from ._memory import Memory
 from ._progress import ORDER, Progress
+from ._scale import has_scaled
 from ._step import ADDS, Passes, Step
 from ._surroundings import Buffers, Surroundings
 from ._trainers import check_closure
@@ -266,6 +267,7 @@ class Stepping(ABC):
         """A step whose passes the closure has made."""
         check_closure(self, closure)
         step = self._begin(closure)
+        unused = [] if self._steps or self.scaler.is_enabled() else self._surroundings.unused_scalers(step.every())
         with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
                 if not self._progress.advance(step):
@@ -274,6 +276,11 @@ class Stepping(ABC):
                 with torch.enable_grad():
                     loss = step.closure()
                 step.loss = loss if index == 0 else step.loss
+                if any(map(has_scaled, unused)):
+                    raise InvalidArgumentError(
+                        f"the closure scales its loss by a GradScaler that {type(self).__name__} was not given, so "
+                        f"that it would step with scaled gradients: {type(self).__name__}(..., scaler=scaler)"
+                    )
         self._after_passes(step)
         return step
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from ._foreach import put_back_
-from ._scale import has_unscaled
+from ._scale import has_scaled, has_unscaled
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _WHOLE = (torch.jit.ScriptModule, fx.GraphModule)  # whose parts have lost their classes
@@ -178,6 +178,12 @@ class Surroundings:
             if scaler is not None and scaler.is_enabled() and has_unscaled(scaler, optimizer):
                 return scaler
         return None
+
+    def unused_scalers(self, parameters: list[Tensor]) -> list[GradScaler]:
+        """Scalers that have scaled no loss yet."""
+        self._look(parameters)
+        found = (reference() for reference in self._scalers)
+        return [each for each in found if each is not None and each.is_enabled() and not has_scaled(each)]
 
     def _look(self, parameters: list[Tensor]) -> None:
         if self._others is not None:
