@@ -3,6 +3,8 @@
 `tests/contracts/test_wrong_arguments.py` puts each wrong value in each place; `tests/fuzz/test_library_calls.py` draws.
 """
 
+import copy
+import functools
 import importlib
 import inspect
 import re
@@ -88,7 +90,9 @@ def objective(model: nn.Module | None = None) -> sharpness.Objective:
 
 
 OPTIMIZERS = [
-    getattr(optim, name) for name in ("ASAM", "ESAM", "FriendlySAM", "GSAM", "LookSAM", "MSAM", "S2SAM", "SAM")
+    kind
+    for kind in vars(optim).values()
+    if inspect.isclass(kind) and issubclass(kind, optim.SharpnessAware) and not inspect.isabstract(kind)
 ]
 AVERAGES = [flatmin.EMA, flatmin.LAWA, flatmin.SwitchEMA]
 CODECS = [history.Dense(), history.Quantized(4), history.LowRank(2), history.TopK(2)]
@@ -158,10 +162,10 @@ def _() -> Made:
 
 @call("MESA.forward")
 def _() -> Made:
-    def forward(logits: Any, x: Any, where: Any) -> Any:
-        return flatmin.MESA(network(), start_epoch=0, decay=0.9)(logits, x, where=where)
+    def forward(logits: Any, where: torch.Tensor | None) -> Any:  # what the network takes is between it and its user
+        return flatmin.MESA(network(), start_epoch=0, decay=0.9)(logits, batch()[0], where=where)
 
-    return forward, {"logits": logits(), "x": batch()[0], "where": torch.tensor([True, False, True, True])}
+    return forward, {"logits": logits(), "where": torch.tensor([True, False, True, True])}
 
 
 for kind, make in {
@@ -195,7 +199,6 @@ for average, numbers in {
 
     CALLS[average.__name__] = averaged
     saved(average.__name__, lambda average=average: average(network()))
-CALLS["EMA.forward"] = lambda: (lambda x: flatmin.EMA(network())(x), {"x": batch()[0]})
 
 # Histories.
 
@@ -208,7 +211,8 @@ HISTORY = {"lag": 1, "momentum": None, "temperature": 2.0, "path": None, "locati
 simple(history.History, codec=history.Dense(), **SIZES, **HISTORY)
 simple(history.make_history, history="dense", **SIZES, **HISTORY)
 for codec in CODECS:
-    saved(f"History of {type(codec).__name__}", lambda codec=codec: history.History(codec, **SIZES, lag=1))
+    kind = "" if isinstance(codec, history.Dense) else f" of {type(codec).__name__}"
+    saved(f"History{kind}", lambda codec=codec: history.History(codec, **SIZES, lag=1))
 BATCH = {"index": torch.tensor([0, 5]), "logits": torch.randn(2, 3), "epoch": 1}
 for method, more in {"exchange": {"compare": True}, "recall": {}}.items():
     CALLS[f"History.{method}"] = lambda method=method, more=more: (
@@ -225,6 +229,14 @@ def _() -> Made:
 
 # Optimizers.
 
+
+def around(method: Any, model: Any, base: Any, **more: Any) -> Any:
+    """An optimizer of a method around another one."""
+    if "step_sizes" in inspect.signature(method).parameters:
+        more["step_sizes"] = [model[0].bias]
+    return method(base, **more)
+
+
 RULES = {"parameters": None, "scaling": None, "scaler": None, "max_norm": 1.0, "when": None, "model": None}
 for method in OPTIMIZERS:
 
@@ -234,43 +246,37 @@ for method in OPTIMIZERS:
         given = {"rho": 0.1, "eta": 0.1, "beta": 0.5, "gamma": 0.5, "alpha": 0.5, "seed": 1, "k": 2, "sigma": 1.0}
         given |= {**RULES, "parameters": list(model.parameters()), "model": model, "norm": "global"}
         given |= {"same_randomness": True, "base_optimizer": base}
+        given |= {"step_sizes": [model[0].bias], "period": 2, "perturb": "weights", "quantizers": []}
         return method, {name: given.get(name, parameter.default) for name, parameter in taken.items()}
 
     CALLS[method.__name__] = made
 
-    def wrapped(method: Any = method) -> Any:
-        torch.manual_seed(0)
+    @functools.cache
+    def state(method: Any = method) -> dict[str, Any]:
         model, base = trained(torch.optim.Adam)
         own = {} if method.max_passes == 1 else {"when": optim.Adaptive(9)}
-        optimizer, (x, y) = method(base, **own), batch()
+        optimizer, (x, y) = around(method, model, base, **own), batch()
         if method.per_sample_closure:
             optimizer.step(lambda keep: F.cross_entropy(model(x[keep]), y[keep], reduction="none"))
         else:
             for _ in optimizer.passes():
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
-        return optimizer
+        return optimizer.state_dict()
 
-    CALLS[f"{method.__name__}.load_state_dict"] = lambda wrapped=wrapped: (
-        wrapped().load_state_dict,
-        {"state_dict": wrapped().state_dict()},
-    )
+    def loading(method: Any = method, state: Any = state, part: str = "") -> Made:
+        load = around(method, *trained(torch.optim.Adam)).load_state_dict
+        if not part:
+            return load, {"state_dict": copy.deepcopy(state())}
+        return lambda state_dict: load({**state(), part: state_dict}), {"state_dict": state()[part]}
+
+    CALLS[f"{method.__name__}.load_state_dict"] = loading
     for part in ("state", "param_groups", "flatmin"):
-
-        def of_part(wrapped: Any = wrapped, part: str = part) -> Made:
-            optimizer = wrapped()
-            state = optimizer.state_dict()
-
-            def load(state_dict: Any) -> None:
-                optimizer.load_state_dict({**state, part: state_dict})
-
-            return load, {"state_dict": state[part]}
-
-        CALLS[f"{method.__name__}.load_state_dict of {part}"] = of_part
+        CALLS[f"{method.__name__}.load_state_dict of {part}"] = functools.partial(loading, part=part)
 
     def stepping(method: Any = method) -> Made:
         model, base = trained()
-        (x, y), optimizer = batch(), method(base)
+        (x, y), optimizer = batch(), around(method, model, base)
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()
@@ -375,12 +381,20 @@ simple(indices.split, batch={"index": torch.tensor([1]), "x": 1}, key="index")
 
 
 def public() -> dict[str, Any]:
-    """Everything in the ``__all__`` of the library's modules, by its name there."""
-    found = {}
+    """Every class and function in the ``__all__`` of the library's modules."""
+    found: dict[str, Any] = {}
     for name in MODULES:
         module = importlib.import_module(f"flatmin.{name}".rstrip("."))
         found |= {each: getattr(module, each) for each in module.__all__}
-    return {name: value for name, value in found.items() if not inspect.ismodule(value)}
+    return {name: value for name, value in found.items() if callable(value)}
+
+
+def methods(kind: type) -> Iterator[str]:
+    """The methods of a class that take an argument and are flatmin's, not torch's."""
+    for name, method in inspect.getmembers(kind, inspect.isfunction):
+        shown = not name.startswith("_") or name in ("__call__", "__getitem__")
+        if shown and method.__module__.startswith("flatmin") and len(inspect.signature(method).parameters) > 1:
+            yield name
 
 
 def judge(name: str, spoiled: list[str], function: Callable[..., Any], arguments: dict[str, Any]) -> str:
@@ -399,9 +413,10 @@ def judge(name: str, spoiled: list[str], function: Callable[..., Any], arguments
     return f"{shown} returned"
 
 
-def cases() -> Iterator[tuple[str, str, str]]:
-    """Every call with each argument and each wrong value."""
-    for name, make in CALLS.items():
-        for argument in make()[1]:
-            for wrong in WRONG:
-                yield name, argument, wrong
+def takes_none(function: Callable[..., Any], argument: str, value: Any) -> bool:
+    """Whether None is right for an argument: as it is in the table, is the default, or its type says so."""
+    try:
+        parameter = inspect.signature(function).parameters[argument]
+    except KeyError:
+        return value is None
+    return value is None or parameter.default is None or "None" in str(parameter.annotation)

@@ -270,7 +270,11 @@ def shown(value: object) -> str:
         return f"{value.dtype} of shape {tuple(value.shape)}"
     if isinstance(value, nn.Module):
         return type(value).__name__
-    return f"{' '.join(repr(value).split()):.100}"
+    try:
+        said = " ".join(repr(value).split())
+    except Exception:
+        said = type(value).__name__
+    return f"{said:.100}"
 
 
 def nearest(value: str, choices: Sequence[str], *, prefix: str = "") -> str:

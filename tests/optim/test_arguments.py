@@ -14,14 +14,15 @@ from flatmin.optim._one_pass import OnePass
 from flatmin.optim._wrapper import Wrapper
 from tests.contracts._optimizers import EVERY
 
-WEIGHT = nn.Parameter(torch.ones(2, 2))
+MODEL = nn.Linear(2, 2, bias=False)
+WEIGHT = MODEL.weight
 ALL = {
     "parameters": [WEIGHT],
     "scaling": Elementwise(0.1),
     "scaler": torch.amp.GradScaler("cpu"),
     "max_norm": 1.0,
     "when": Every(2),
-    "model": nn.Linear(2, 2),
+    "model": MODEL,
     "same_randomness": False,
     "norm": "global",
 }
