@@ -187,7 +187,7 @@ def test_a_dropped_step_leaves_them_and_the_averages_as_they_were(name, steps, n
     training = Training(name, make(), given=given)
     averages = []
     if "exported" not in str(make) and not isinstance(training.model, torch.jit.ScriptModule):
-        averages = [flatmin.EMA(network(), decay=0.9)]
+        averages = [flatmin.EMA(training.model, decay=0.9)]
         averages[0].attach(training.optimizer)
     training.step(steps)
     before = copy.deepcopy([training.optimizer.state_dict(), [average.state_dict() for average in averages]])

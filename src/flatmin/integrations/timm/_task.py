@@ -99,7 +99,7 @@ class MESATask:
             "class_dim": class_dim,
             "link": link,
         }
-        MESA(nn.Identity(), average=nn.Identity(), **self._options)  # checks them
+        MESA(nn.Linear(1, 1), average=nn.Linear(1, 1), **self._options)  # checks them
         self.mesa = None
         self._loaded: dict[str, Any] | None = None  # what is to be loaded when there is a MESA
         self._passes = 0  # in training, since the last update
