@@ -7,6 +7,13 @@ from tests.library_calls import CALLS, ODD, WRONG
 
 SPOILT = {**WRONG, **ODD}
 OF_NETWORKS = "refresh"  # runs the network on what it is given, whose errors are its user's
+THEIRS = {  # what a closure, a callback, a data set or a collate function that was given does
+    (".step", "a network without parameters"),
+    ("on_progress", "a network without parameters"),
+    ("IndexedDataset", "a tensor of int8"),
+    ("IndexedDataset", "text"),
+    ("collate.__call__", "an empty list"),
+}
 # Of files that are changed elsewhere at this time, see tests/contracts/test_wrong_arguments.py.
 WAITING = {"normalization_parameters", "SQuAT"}
 
@@ -26,6 +33,8 @@ def test_a_spoilt_call_is_right_or_an_error_in_a_line(draw, times, part):
     faults = []
     for _ in range(100 * times):
         function, arguments, shown = spoil(draw.choice(names), draw)
+        if any(part in shown and kind in shown for part, kind in THEIRS):
+            continue
         found, fault = guarded(lambda function=function, arguments=arguments: function(**arguments), seconds=10)
         if not fault and isinstance(found, Exception) and not str(found).strip():
             fault = "says nothing"

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._attached import Attachment, attach
-from .._checks import check_integer
+from .._checks import Bounds
 from .._warn import depth_in_package
 from ..errors import FlatminWarning
 from ._base import WeightAverage
 from ._modes import in_modes_of
 from ._pairs import Kind, pairs
 from ._spectral import renew_vectors
+
+BOUNDS = Bounds(integer=True, least=1, most=100_000)  # of k
 
 
 class LAWA(WeightAverage):
@@ -54,7 +56,7 @@ class LAWA(WeightAverage):
     """
 
     def __init__(self, model: nn.Module, *, k: int = 6, statistics: str = "averaged") -> None:
-        self.k = check_integer("k", k, least=1)
+        self.k = int(BOUNDS.check("k", k))
         super().__init__(model, statistics=statistics)
         self._stepped = False  # whether an optimizer that it is attached to has made a step
         # A slot for each of the last k epochs, as buffers, so that they are saved and moved with the module.

@@ -31,7 +31,7 @@ class Batches:
     """
 
     def __init__(self, source: Iterable[Any], *, samples: int | None, seed: int) -> None:
-        if not isinstance(source, Iterable) or isinstance(source, Iterator):
+        if not isinstance(source, Iterable) or isinstance(source, (Iterator, Tensor)):
             raise InvalidArgumentError(
                 f"batches must be something that can be iterated again, such as a list or a DataLoader, got "
                 f"{type(source).__name__}; list(...) makes one of a generator"

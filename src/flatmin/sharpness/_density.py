@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._checks import Bounds
 from ._objective import Objective, measure
 from ._result import Result
+
+MOST_POINTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,10 @@ def spectral_density(
         >>> round(found.smallest, 4), round(found.largest, 4)
         (1.0, 4.0)
     """
-    check_integer("probes", probes, least=1)
-    check_integer("steps", steps, least=2)
-    check_integer("points", points, least=101)
-    check_number("width", width, least=0.01)
+    Bounds(integer=True, least=1).check("probes", probes)
+    Bounds(integer=True, least=2).check("steps", steps)
+    Bounds(integer=True, least=101, most=MOST_POINTS).check("points", points)
+    Bounds(least=0.01).check("width", width)
     with objective._snapshot() as loss:
         loss.gradient(loss.weights)  # raises where nothing can be measured
         generator = torch.Generator().manual_seed(objective.seed)

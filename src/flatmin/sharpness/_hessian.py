@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._checks import check_integer, check_number
+from .._checks import Bounds, check_integer, check_number
 from ..errors import FlatminError, InvalidArgumentError, require
 from ._objective import Objective, measure
 from ._result import Result
@@ -155,7 +155,7 @@ def hessian_trace(objective: Objective, *, probes: int = 32) -> HessianTrace:
         >>> hessian_trace(objective).value  # exact, since the Hessian is diagonal
         5.0
     """
-    check_integer("probes", probes, least=2)
+    Bounds(integer=True, least=2).check("probes", probes)
     with objective._snapshot() as loss:
         size = len(loss.weights)
         loss.gradient(loss.weights)  # raises where nothing can be measured

@@ -13,7 +13,7 @@ from os import PathLike
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .._checks import check_function, check_integer, check_number, check_path
+from .._checks import Bounds, check_function, check_integer, check_path
 from ..errors import InvalidArgumentError
 from ._directions import Axes, plane_axes, random_axes
 from ._objective import Objective, measure
@@ -21,6 +21,7 @@ from ._partial import Partial, fingerprint
 from ._result import Result
 from ._snapshot import Snapshot, check_finite
 
+MOST_POINTS = 10_000  # along an axis
 SAVE_EVERY = 10.0  # seconds
 
 
@@ -106,12 +107,12 @@ def loss_landscape(
         >>> found.x, sorted(found.loss)
         ((-1.0, 0.0, 1.0), [0.0, 9.0, 36.0])
     """
-    check_integer("points", points, least=2)
-    radius = check_number("radius", radius, above=0)
+    Bounds(integer=True, least=2, most=MOST_POINTS).check("points", points)
+    radius = Bounds(above=0).check("radius", radius)
     if check_integer("directions", directions, least=1) > 2:
         raise InvalidArgumentError(f"directions must be 1 or 2, got {directions}")
     check_integer("direction_seed", direction_seed, least=0)
-    check_number("margin", margin, least=0)
+    Bounds(least=0).check("margin", margin)
     path = check_path("partial", partial)
     if on_progress is not None:
         check_function("on_progress", on_progress, "of the points done and of all", otherwise=", or None")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_flag, check_integer, check_number
+from .._checks import Bounds, check_flag
 from ._batches import Batch
 from ._objective import Objective, measure
 from ._result import Result
@@ -112,9 +112,9 @@ def sam_sharpness(
         >>> sam_sharpness(objective, rho=0.5).value  # (3.5 - 1)^2 - (3 - 1)^2
         2.25
     """
-    rho = check_number("rho", rho, above=0)
-    check_number("eta", eta, least=0)
-    check_integer("ascent_steps", ascent_steps, least=1)
+    rho = Bounds(above=0).check("rho", rho)
+    Bounds(least=0).check("eta", eta)
+    Bounds(integer=True, least=1).check("ascent_steps", ascent_steps)
     adaptive, per_batch = check_flag("adaptive", adaptive), check_flag("per_batch", per_batch)
     with objective._snapshot() as loss:
         scales = loss.scales(eta) if adaptive else None
@@ -186,9 +186,9 @@ def average_sharpness(
         >>> average_sharpness(objective, directions=4).directions
         4
     """
-    rho = check_number("rho", rho, above=0)
-    check_number("eta", eta, least=0)
-    check_integer("directions", directions, least=2)
+    rho = Bounds(above=0).check("rho", rho)
+    Bounds(least=0).check("eta", eta)
+    Bounds(integer=True, least=2).check("directions", directions)
     adaptive = check_flag("adaptive", adaptive)
     with objective._snapshot() as loss:
         loss.check_changes()
