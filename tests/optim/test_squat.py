@@ -250,6 +250,7 @@ def test_gradients_of_micro_batches_are_added_up():
         ({"rho": 0.0}, "rho must"),
         ({"perturb": "scales"}, "perturb must be 'weights' or 'quantized'"),
         ({"quantizers": [nn.Identity()]}, "quantizers are of use with perturb='quantized'"),
+        ({"quantizers": None}, "quantizers must be modules, got NoneType"),
         ({"perturb": "quantized", "quantizers": []}, "perturb='quantized' needs quantizers="),
         ({"perturb": "quantized", "quantizers": [torch.ones(1)]}, "quantizers must be modules"),
         (

@@ -226,6 +226,8 @@ def _checked_sizes(step_sizes: Iterable[Tensor], base: Optimizer) -> set[Tensor]
 
 
 def _checked_quantizers(quantizers: Iterable[nn.Module], perturb: str, scaling: Scaling | None) -> list[nn.Module]:
+    if not isinstance(quantizers, Iterable):
+        raise InvalidArgumentError(f"quantizers must be modules, got {type(quantizers).__name__}")
     found = list(quantizers)
     wrong = [type(each).__name__ for each in found if not isinstance(each, nn.Module)]
     if wrong:
