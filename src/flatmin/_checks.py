@@ -72,6 +72,7 @@ class Bounds:
 
 MOST_COUNT = 2**31 - 1
 MOST_NUMBER = 3.4e38
+SEED = Bounds(integer=True, least=0, most=2**63 - 1)  # what torch's generators take
 
 
 def _say(bound: float) -> str:

@@ -12,6 +12,7 @@ THEIRS = {  # what a closure, a callback, a data set or a collate function that 
     ("on_progress", "a network without parameters"),
     ("IndexedDataset", "a tensor of int8"),
     ("IndexedDataset", "text"),
+    ("IndexedDataset", "too large"),
     ("collate.__call__", "an empty list"),
 }
 # Of files that are changed elsewhere at this time, see tests/contracts/test_wrong_arguments.py.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._attached import Attachment, attach
-from .._checks import Loaded, check_counts, check_integer, check_number, check_tensor, shown
+from .._checks import Bounds, Loaded, check_counts, check_integer, check_number, check_tensor, shown
 from .._distributed import total
 from .._passes import current_pass
 from .._privacy import check_unmixed
@@ -22,6 +22,7 @@ from ..errors import InvalidArgumentError
 from ._masked import filling, masked_classes
 
 TINY = 1e-12
+CLASSES = Bounds(integer=True, least=2, most=2**16)  # their square is kept twice
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class OnlineLabelSmoothing(Loaded):
 
     def __init__(self, num_classes: int, *, coefficient: float = 0.5) -> None:
         super().__init__()
-        self.num_classes = check_integer("num_classes", num_classes, least=2)
+        self.num_classes = num_classes = int(CLASSES.check("num_classes", num_classes))
         self.coefficient = check_number("coefficient", coefficient, least=0, most=1)
         self.register_buffer(
             "soft_labels", torch.full((num_classes, num_classes), 1 / num_classes, dtype=torch.float32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _rng
-from .._checks import check_integer, shown
+from .._checks import SEED, check_integer, shown
 from ..errors import InvalidArgumentError
 
 Batch = tuple[Tensor, Any]
@@ -37,7 +37,7 @@ class Batches:
                 f"{type(source).__name__}; list(...) makes one of a generator"
             )
         self._most = None if samples is None else check_integer("samples", samples, least=1)
-        self._source, self.seed = source, check_integer("seed", seed, least=0)
+        self._source, self.seed = source, int(SEED.check("seed", seed))
         self.generators = _generators(source)
         self.samples = 0
         self._kept: list[Batch] | None = None

@@ -13,7 +13,7 @@ from os import PathLike
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .._checks import Bounds, check_function, check_integer, check_path
+from .._checks import SEED, Bounds, check_function, check_integer, check_path
 from ..errors import InvalidArgumentError
 from ._directions import Axes, plane_axes, random_axes
 from ._objective import Objective, measure
@@ -111,7 +111,7 @@ def loss_landscape(
     radius = Bounds(above=0).check("radius", radius)
     if check_integer("directions", directions, least=1) > 2:
         raise InvalidArgumentError(f"directions must be 1 or 2, got {directions}")
-    check_integer("direction_seed", direction_seed, least=0)
+    SEED.check("direction_seed", direction_seed)
     Bounds(least=0).check("margin", margin)
     path = check_path("partial", partial)
     if on_progress is not None:
