@@ -27,8 +27,6 @@ NETWORKS = {  # a batch of another shape is between the network and its user
 WAITING = {
     *(("MESA", argument, "a wrong shape") for argument in ("class_dim", "distance", "output")),
     *((kind.__name__, argument, "a wrong shape") for kind in OPTIMIZERS for argument in ("perturb", "scaling")),
-    *(("normalization_parameters", "model", wrong) for wrong in WRONG),
-    *(("SQuAT", "quantizers", wrong) for wrong in WRONG),
 }
 # What the table has no call of.
 ABSTRACT = {"Codec", "PerSampleClosure", "Schedule", "SharpnessAware", "WeightAverage"}

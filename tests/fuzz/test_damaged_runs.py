@@ -16,7 +16,7 @@ from flatmin import lab
 from tests.fuzz.harness import command, report
 from tests.fuzz.test_experiment_files import write
 
-CASES = 60  # --fuzz 3: 180
+CASES = 180
 WORDS = {
     "report": ("report", "run"),
     "sharpness": ("sharpness", "run", "--samples", 8, "--eigenvalues", 0),

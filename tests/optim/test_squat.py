@@ -253,6 +253,7 @@ def test_gradients_of_micro_batches_are_added_up():
         ({"quantizers": None}, "quantizers must be modules, got NoneType"),
         ({"perturb": "quantized", "quantizers": []}, "perturb='quantized' needs quantizers="),
         ({"perturb": "quantized", "quantizers": [torch.ones(1)]}, "quantizers must be modules"),
+        ({"perturb": "quantized", "quantizers": [nn.Identity()], "norm": "global"}, "norm must be 'rank' with"),
         (
             {"perturb": "quantized", "quantizers": [nn.Identity()], "scaling": flatmin.optim.Elementwise()},
             "scaling: perturb='quantized' takes none",
@@ -286,5 +287,5 @@ def test_quantizers_that_are_not_run_are_noticed():
     training.optimizer = flatmin.SQuAT(
         training.base, step_sizes=training.sizes, perturb="quantized", quantizers=[nn.Identity()]
     )
-    with pytest.raises(InvalidArgumentError, match="quantizers: none of them was run"):
+    with pytest.raises(InvalidArgumentError, match="quantizers: none of them was seen"):
         training.step()

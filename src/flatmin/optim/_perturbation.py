@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from .._checks import check_number
+from .._checks import check_module, check_number
 from .._distributed import local
 from ..errors import InvalidArgumentError
 from ._foreach import Scalar, absolute, add_, clones, copy_, length, multiply_, times
@@ -147,7 +147,7 @@ def normalization_parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> sam = flatmin.SAM(base, rho=0.5, parameters=flatmin.optim.normalization_parameters(model))
     """
     found: dict[nn.Parameter, None] = {}
-    for module in model.modules():
+    for module in check_module("model", model).modules():
         if isinstance(module, _NORMS) or _NORM_NAME.search(type(module).__name__):
             found.update(dict.fromkeys(module.parameters(recurse=False)))
     if not found:

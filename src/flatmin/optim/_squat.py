@@ -104,7 +104,7 @@ class SQuAT(SharpnessAware):
         if perturb not in ("weights", "quantized"):
             raise InvalidArgumentError(f"perturb must be 'weights' or 'quantized', got {perturb!r}")
         self._after_rounding = perturb == "quantized"  # the argument's name is a method's
-        self._quantizers = _checked_quantizers(quantizers, perturb, scaling)
+        self._quantizers = _checked_quantizers(quantizers, perturb, scaling, norm)
         super().__init__(
             base_optimizer,
             rho=rho,
@@ -191,7 +191,8 @@ class _Quantized:
         modules, gradients = list(self._gradients), list(self._gradients.values())
         if not modules:
             raise InvalidArgumentError(
-                "quantizers: none of them was run, or makes what the loss depends on; give those of the network"
+                "quantizers: none of them was seen in the first pass, or makes what the loss depends on; give "
+                "those of the network, and make the step with a closure or in a loop over passes(), not by perturb()"
             )
         norm = length(gradients)
         zeros = [torch.zeros_like(gradient) for gradient in gradients]
@@ -225,8 +226,10 @@ def _checked_sizes(step_sizes: Iterable[Tensor], base: Optimizer) -> set[Tensor]
     return found
 
 
-def _checked_quantizers(quantizers: Iterable[nn.Module], perturb: str, scaling: Scaling | None) -> list[nn.Module]:
-    if not isinstance(quantizers, Iterable):
+def _checked_quantizers(
+    quantizers: Iterable[nn.Module], perturb: str, scaling: Scaling | None, norm: str
+) -> list[nn.Module]:
+    if not isinstance(quantizers, Iterable) or isinstance(quantizers, Tensor):
         raise InvalidArgumentError(f"quantizers must be modules, got {type(quantizers).__name__}")
     found = list(quantizers)
     wrong = [type(each).__name__ for each in found if not isinstance(each, nn.Module)]
@@ -241,6 +244,8 @@ def _checked_quantizers(quantizers: Iterable[nn.Module], perturb: str, scaling: 
             "perturb='quantized' needs quantizers=, the modules that make quantised weights; for torchao's, "
             "flatmin.integrations.torchao.quantizers(model)"
         )
+    if norm != "rank":
+        raise InvalidArgumentError("norm must be 'rank' with perturb='quantized', whose gradients are never averaged")
     if scaling is not None:
         raise InvalidArgumentError("scaling: perturb='quantized' takes none, since it moves no parameter")
     return found
