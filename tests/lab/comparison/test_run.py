@@ -7,6 +7,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from flatmin.errors import DataError, InvalidArgumentError
 from flatmin.lab.comparison import run as run_module
@@ -49,6 +50,16 @@ def test_the_cost_of_a_row_is_the_mean_over_steps_that_pay_and_others():
         found.metrics[label] = {0: {"test_accuracy": 0.9, "mean_closure_calls": calls}}
     ratios = [row.step_ratio for row in found.result().rows]
     assert ratios == pytest.approx([1.0, 0.25 * 2.0 + 0.75 * 1.1, 0.5 * 2.4 + 0.5 * 1.2])
+
+
+@pytest.mark.parametrize(("limit", "jobs", "threads"), [(1, 1, 1), (2, 1, 2), (8, 1, 4), (8, 3, 1), (1, 8, 1)])
+def test_runs_share_the_cores_and_keep_to_the_limit_of_threads_that_the_process_has(
+    tmp_path, monkeypatch, limit, jobs, threads
+):
+    monkeypatch.setattr(run_module, "_cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: limit)
+    rows = make_rows(["base"], {}, epochs=1)
+    assert Comparison(Recipe(device="cpu"), rows, tmp_path, jobs=jobs).threads == threads
 
 
 def verdict_of(found):

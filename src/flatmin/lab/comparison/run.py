@@ -68,7 +68,7 @@ class Comparison:
         self.minutes = minutes
         cores = _cores()
         self.jobs = jobs or (cores if resolve_device(recipe.device).type == "cpu" else 1)
-        self.threads = max(cores // self.jobs, 1)
+        self.threads = max(min(cores // self.jobs, torch.get_num_threads()), 1)  # OMP_NUM_THREADS is a limit here too
         self._tell = on_progress or (lambda done, planned, word: None)
 
     def run_folder(self, row: Row, seed: int) -> Path:
