@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Compiled when imported: compiling all of torch and transformers takes longer than installing them.
+# Compiled when imported: compiling all of torch and transformers takes longer than installing them. Imports must then
+# be allowed to keep what they compile.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
 

@@ -27,3 +27,12 @@ def pytest_collection_finish() -> None:
     """Optimizers look for the network among all objects, once each: among those that tests make, and not torch's."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a comparison are forked from a server that has loaded torch, instead of loading it each."""
+    from flatmin.lab.comparison import workers
+    from tests.fresh import SERVER
+
+    monkeypatch.setattr(workers, "CONTEXT", SERVER)

@@ -16,6 +16,7 @@ SERVER.set_forkserver_preload(
     [
         *["pytest", "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"],
         *["safetensors.torch", "flatmin.lab.cli._train", "flatmin.lab.cli._sharpness", "flatmin.lab.runs.run"],
+        "flatmin.lab.comparison.run",
     ]
 )
 

@@ -34,6 +34,11 @@ def test_set():
 """
 
 
+@pytest.fixture(autouse=True)
+def _forked(forked_workers):
+    """What a comparison starts is the same process either way, but for its beginning (see test_workers.py)."""
+
+
 @pytest.fixture
 def make_run():
     """Makes a run of a method whose trajectory loss, if any, acts soon."""

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from flatmin.errors import DataError
+from flatmin.lab.comparison import workers as workers_module
 from flatmin.lab.comparison.workers import WorkerDiedError, Workers, _sendable
+
+SPAWN = workers_module.CONTEXT
 
 
 def job(what, value, tick, check):
@@ -62,8 +65,9 @@ def until(condition):
     assert any(condition() or time.sleep(0.05) for _ in range(1200))
 
 
-def test_what_they_give_back_and_how_they_are(workers, tmp_path):
-    """All in one process, since to start one takes seconds."""
+def test_what_they_give_back_and_how_they_are(workers, tmp_path, monkeypatch):
+    """All in one process, since to start one takes seconds, and in one that begins as users' do."""
+    monkeypatch.setattr(workers_module, "CONTEXT", SPAWN)
     own = workers(jobs=1, threads=1)
     own.submit("first", "facts", None)
     own.submit("second", "return", [torch.ones(2), "more"])
@@ -144,8 +148,10 @@ def test_when_what_started_them_is_killed_they_end_and_begin_nothing(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT.format(folder=str(Path(__file__).parent)))
     before = set(os.listdir("/dev/shm"))
     with subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path, start_new_session=True) as process:
-        until(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
-        process.kill()
+        try:
+            until(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
+        finally:
+            process.kill()
     until(lambda: not in_session(process.pid))
     assert not (tmp_path / "c").exists()
     assert not {name for name in set(os.listdir("/dev/shm")) - before if str(process.pid) in name}

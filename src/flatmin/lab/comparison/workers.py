@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 
+CONTEXT: Any = multiprocessing.get_context("spawn")  # a process that has used CUDA or threads cannot be forked
 GRACE = 5.0  # seconds in which a job may come to its next step once nobody is there who wants its result
 
 Tick = Callable[[int], None]
@@ -46,7 +47,7 @@ class _TracebackThereError(Exception):
 
 @dataclass(eq=False)
 class _Worker:
-    process: SpawnProcess
+    process: BaseProcess
     pipe: "Connection[Any, Any]"
     job: Hashable = None  # the one that it does, by name
 
@@ -125,9 +126,8 @@ class Workers:
             _send(idle, arguments)
 
     def _start(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self._function, self._threads))
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=_work, args=(theirs, self._function, self._threads))
         with _interrupts_blocked():
             process.start()
         theirs.close()
