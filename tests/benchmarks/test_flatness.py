@@ -1,23 +1,21 @@
 """The benchmark of flatness runs from end to end, on two seeds and two epochs."""
 
+import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "flatness.py"
 
 
-def test_flatness(tmp_path):
+def test_flatness(tmp_path, monkeypatch, forked_workers):
+    spec = importlib.util.spec_from_file_location("benchmark_flatness", SCRIPT)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
     out = tmp_path / "out.json"
     options = ["--methods", "base,sam", "--seeds", "2", "--epochs", "1", "--samples", "8", "--out", str(out)]
-    subprocess.run(
-        [sys.executable, str(SCRIPT), *options],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+    benchmark.main()
     found = json.loads(out.read_text())
     assert found["seeds"] == [0, 1]
     assert found["rows"].keys() == {"base", "sam"}
