@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
 
-.PHONY: demo test lint types unit browser stress dist format clean
+.PHONY: demo test lint types unit browser stress dist wheel format clean
 demo: $(VENV)/cli.done
 	$(BIN)/flatmin compare --log-sharpness 3 --look 21
 
@@ -42,6 +42,10 @@ dist: $(VENV)/bin/python
 	rm -rf dist
 	$(BIN)/python -m build --quiet
 	$(BIN)/twine check --strict dist/*
+
+# The wheel in an empty environment: it imports, trains, compares, and its types are seen.
+wheel: dist
+	.ci/wheel
 
 format: $(VENV)/dev.done
 	$(BIN)/ruff check --fix .
