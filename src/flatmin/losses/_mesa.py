@@ -25,6 +25,7 @@ from ..errors import FlatminWarning, InvalidArgumentError
 from ._comparison import Comparison
 from ._outputs import as_called, first_tensor, needs_gradient
 from ._share import random_share, take
+from ._undivided import watched
 
 DECAY = 0.9998  # the authors'
 
@@ -219,7 +220,7 @@ class MESA(Loaded):
             if share is not None:
                 args, kwargs = take((args, kwargs), share, len(first))
             target = compare.outputs(self.average(*args, **kwargs))
-        return self.coefficient * compare.loss(logits, target, where, self.temperature)
+        return watched(self.coefficient * compare.loss(logits, target, where, self.temperature), "MESA")
 
     @property
     def decay(self) -> float | None:

@@ -23,6 +23,7 @@ from . import _compiled
 from ._fused import Clock, fused_step
 from ._masked import masked_filled
 from ._trajectory import trajectory_loss
+from ._undivided import watched
 from ._watch import Watch
 
 
@@ -196,7 +197,7 @@ class SAF(Loaded):
         else:
             loss, mask = fused
         self._watch(self._epoch, index, mask)
-        return zero if loss is None else loss
+        return zero if loss is None else watched(loss, "SAF")
 
     def _exchange(self, logits: Tensor, index: Tensor, *, decode: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
         """See `History.exchange`; None also where nothing can contribute, which the host knows."""
