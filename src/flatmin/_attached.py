@@ -171,6 +171,8 @@ class _Carrier:
                 module.load_state_dict(found.pop(name))
             else:
                 missing.append(name)
+                for inner in module.modules():
+                    getattr(inner, "_settle_loads", int)()  # of averages, which would say the same
         if missing and not self._warned:
             self._warned = True
             warnings.warn(

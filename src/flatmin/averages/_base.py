@@ -18,6 +18,7 @@ from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ._average import evaluating
 from ._copy import copied
+from ._loads import Loads
 from ._statistics import CHOICES, moving_layers, own_statistics, refresh
 
 
@@ -68,6 +69,7 @@ class WeightAverage(Loaded, ABC):
         self.module = copied(model)
         self.register_buffer("n_averaged", torch.ones((), dtype=torch.int64, device="cpu"))
         self._model = (model,)  # in a tuple, so that it is no submodule and not saved twice
+        self._loads = Loads(model)
 
     @property
     def model(self) -> nn.Module:
@@ -130,6 +132,11 @@ class WeightAverage(Loaded, ABC):
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._refreshed = True  # as far as can be known
+        self._settle_loads()
+
+    def _settle_loads(self) -> None:
+        """What the average is to go on from is known; called by `flatmin._attached` too, which has said it."""
+        self._loads.settle()
 
     def _warn_if_never_refreshed(self) -> None:
         """Warns once where the statistics are still those of the network that the average was made from."""

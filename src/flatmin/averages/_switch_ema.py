@@ -74,6 +74,7 @@ class SwitchEMA(WeightAverage):
         Raises:
             InvalidArgumentError: If the network was sharded and the average was not.
         """
+        self._loads.check(self.model, self)
         move(self.module, self.model, self.decay, statistics=self.statistics != "fresh")
         self.n_averaged += 1
         self._switched = False

@@ -233,7 +233,9 @@ class MESA(Loaded):
         Raises:
             InvalidArgumentError: If the average was given, or the model was sharded and its average was not.
         """
-        self._updated_here().update()
+        average = self._updated_here()
+        average._loads.check(average.model, self)  # by the name of what the user made
+        average.update()
 
     def refresh(self, batches: Iterable[Any]) -> None:
         """Makes the statistics of MESA's own average anew, see `flatmin.averages.WeightAverage.refresh`.
