@@ -122,3 +122,13 @@ def test_copies_follow_their_own_network_and_a_pickle_of_one_needs_nothing_of_fl
     stored = pickle.dumps(run.model)
     assert b"flatmin.averages" not in stored
     pickle.loads(stored).load_state_dict(other)
+
+
+@every
+def test_an_average_that_moves_twice_a_step_is_said_once(name):
+    run = Run(name, attached=True)
+    run.attached = False  # it is updated by hand too
+    caught = run.steps()
+    assert len(caught) == (name != "LAWA")  # which no optimizer updates
+    assert all(f"update() was called of a {name} that is attached" in str(each.message) for each in caught)
+    assert not run.steps()

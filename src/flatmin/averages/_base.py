@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._attached import Attachment, is_lost_copy
+from .._attached import Attachment, is_lost_copy, is_updated_twice
 from .._checks import Loaded, check_choice, shown
 from .._distributed import unwrapped
 from .._warn import depth_in_package
@@ -150,6 +150,22 @@ class WeightAverage(Loaded, ABC):
                 FlatminWarning,
                 stacklevel=depth_in_package(),
             )
+
+
+def warn_if_updated_twice(attached: nn.Module) -> None:
+    """Warns once where somebody updates an average by hand that an optimizer updates, so that it moves twice a step.
+
+    Args:
+        attached: The average, or the MESA that has it.
+    """
+    if is_updated_twice(attached) and not vars(attached).get("_twice", False):
+        vars(attached)["_twice"] = True
+        warnings.warn(
+            f"update() was called of a {type(attached).__name__} that is attached to an optimizer, which calls it "
+            "after each step, so that it moves twice: leave out update(), or attach (warned once)",
+            FlatminWarning,
+            stacklevel=depth_in_package(),
+        )
 
 
 def warn_if_left_behind(average: WeightAverage, attached: nn.Module) -> None:
