@@ -39,6 +39,7 @@ class Attachment:
 
     Attributes:
         lost: Whether it belongs to a copy that is attached to no optimizer.
+        updating: Whether it calls ``after_step`` now.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Attachment:
         after_step: Callable[[Any], None] | None,
         save: Callable[[Any], dict[str, Any]],
     ) -> None:
-        self.lost = False
+        self.lost = self.updating = False
         self._made = (ref(module), ref(optimizer), after_step, save)  # weak: the optimizer's hooks keep the module
         self._carrier = _carrier_of(optimizer)
         self._carrier.entries.append((module, save))
@@ -57,7 +58,11 @@ class Attachment:
 
             def after(stepped: Optimizer, *_: Any) -> None:
                 if not getattr(stepped, "_dropped", False):  # by one of flatmin's
-                    after_step(module)
+                    self.updating = True
+                    try:
+                        after_step(module)
+                    finally:
+                        self.updating = False
 
             self._hook = optimizer.register_step_post_hook(after)
 
@@ -129,6 +134,12 @@ def is_lost_copy(module: nn.Module) -> bool:
     return any(each.lost for each in _attachments(module))
 
 
+def is_updated_twice(module: nn.Module) -> bool:
+    """Whether a module that an optimizer updates is being updated by somebody else."""
+    hooked = [each for each in _attachments(module) if not each.lost and each._hook is not None]
+    return bool(hooked) and not any(each.updating for each in hooked)
+
+
 @contextmanager
 def apart() -> Iterator[None]:
     """Inside, optimizers' state dicts neither hold nor expect what is attached: it is saved in another place."""
@@ -171,6 +182,8 @@ class _Carrier:
                 module.load_state_dict(found.pop(name))
             else:
                 missing.append(name)
+                for inner in module.modules():
+                    getattr(inner, "_settle_loads", int)()  # of averages, which would say the same
         if missing and not self._warned:
             self._warned = True
             warnings.warn(
@@ -246,7 +259,7 @@ def _attachments(module: nn.Module) -> list[Attachment]:
 
 def _lost() -> Attachment:
     attachment = Attachment.__new__(Attachment)
-    attachment.lost = True
+    attachment.lost, attachment.updating = True, False
     return attachment
 
 

@@ -367,3 +367,23 @@ def test_an_average_that_is_never_updated_is_warned_of_once(given, recwarn):
         mesa(model(torch.ones(2, 4)), torch.ones(2, 4))
     (warning,) = recwarn.list
     assert f"call {'average' if given else 'mesa'}.update()" in str(warning.message)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_forgotten_epoch_is_said_once(told):
+    model, (x, _) = network(), data()
+    mesa = flatmin.MESA(model)
+    if told:
+        mesa.set_epoch(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        logits = model(x)
+        assert not any(mesa(logits, x) for _ in range(1100))
+    assert len(caught) == (not told)
+    assert told or "start_epoch=5 for ever: call mesa.set_epoch(epoch)" in str(caught[0].message)
+
+
+def test_what_the_network_was_called_with_is_asked_for():
+    model, (x, _) = network(), data()
+    with pytest.raises(InvalidArgumentError, match=r"mesa\(logits, x\)"):
+        flatmin.MESA(model, **SOON)(model(x))

@@ -374,3 +374,37 @@ def test_bad_batch_is_explained_and_not_recorded(logits, index, message, trainin
     with pytest.raises(InvalidArgumentError, match=message):
         saf(logits, index)
     assert torch.equal(kept(saf), before)
+
+
+def test_the_second_pass_of_another_optimizer_is_named_and_not_a_forgotten_epoch():
+    model, saf = torch.nn.Linear(4, C), flatmin.SAF(N, C, lag=1, start_epoch=1)
+    optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = saf(model(torch.ones(N, 4)), torch.arange(N)) + model(torch.ones(2, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in range(3):
+            saf.set_epoch(epoch)
+            optimizer.step(closure)
+    (said,) = (str(warning.message) for warning in caught)
+    assert "no past in the second pass" in said
+    assert "not both" in said
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_resumed_run_whose_past_was_not_loaded_is_said_once(loaded):
+    saf, before = (flatmin.SAF(N, C, lag=1, start_epoch=1) for _ in range(2))
+    if loaded:
+        saf.load_state_dict(before.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in (3, 4):
+            saf.set_epoch(epoch)
+            saf(live(torch.randn(2, C)), torch.tensor([0, 1]))
+    assert len(caught) == (not loaded)
+    assert loaded or "first samples in epoch 3" in str(caught[0].message)

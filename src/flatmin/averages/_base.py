@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._attached import Attachment, is_lost_copy
+from .._attached import Attachment, is_lost_copy, is_updated_twice
 from .._checks import Loaded, check_choice, shown
 from .._distributed import unwrapped
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ._average import evaluating
 from ._copy import copied
+from ._loads import Loads
 from ._statistics import CHOICES, moving_layers, own_statistics, refresh
 
 
@@ -68,6 +69,7 @@ class WeightAverage(Loaded, ABC):
         self.module = copied(model)
         self.register_buffer("n_averaged", torch.ones((), dtype=torch.int64, device="cpu"))
         self._model = (model,)  # in a tuple, so that it is no submodule and not saved twice
+        self._loads = Loads(model)
 
     @property
     def model(self) -> nn.Module:
@@ -130,6 +132,11 @@ class WeightAverage(Loaded, ABC):
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._refreshed = True  # as far as can be known
+        self._settle_loads()
+
+    def _settle_loads(self) -> None:
+        """What the average is to go on from is known; called by `flatmin._attached` too, which has said it."""
+        self._loads.settle()
 
     def _warn_if_never_refreshed(self) -> None:
         """Warns once where the statistics are still those of the network that the average was made from."""
@@ -143,6 +150,22 @@ class WeightAverage(Loaded, ABC):
                 FlatminWarning,
                 stacklevel=depth_in_package(),
             )
+
+
+def warn_if_updated_twice(attached: nn.Module) -> None:
+    """Warns once where somebody updates an average by hand that an optimizer updates, so that it moves twice a step.
+
+    Args:
+        attached: The average, or the MESA that has it.
+    """
+    if is_updated_twice(attached) and not vars(attached).get("_twice", False):
+        vars(attached)["_twice"] = True
+        warnings.warn(
+            f"update() was called of a {type(attached).__name__} that is attached to an optimizer, which calls it "
+            "after each step, so that it moves twice: leave out update(), or attach (warned once)",
+            FlatminWarning,
+            stacklevel=depth_in_package(),
+        )
 
 
 def warn_if_left_behind(average: WeightAverage, attached: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .._attached import Attachment, attach
 from .._checks import check_number
 from ._average import move, warn_if_too_coarse
-from ._base import WeightAverage
+from ._base import WeightAverage, warn_if_updated_twice
 
 
 class EMA(WeightAverage):
@@ -58,6 +58,8 @@ class EMA(WeightAverage):
         Raises:
             InvalidArgumentError: If the network was sharded and the average was not.
         """
+        self._loads.check(self.model, self)
+        warn_if_updated_twice(self)
         move(self.module, self.model, self.decay, statistics=self.statistics != "fresh")
         self.n_averaged += 1
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from .._attached import Attachment, attach
 from .._checks import check_integer, check_number
 from ._average import move, put_into, warn_if_too_coarse
-from ._base import WeightAverage
+from ._base import WeightAverage, warn_if_updated_twice
 
 
 class SwitchEMA(WeightAverage):
@@ -74,6 +74,8 @@ class SwitchEMA(WeightAverage):
         Raises:
             InvalidArgumentError: If the network was sharded and the average was not.
         """
+        self._loads.check(self.model, self)
+        warn_if_updated_twice(self)
         move(self.module, self.model, self.decay, statistics=self.statistics != "fresh")
         self.n_averaged += 1
         self._switched = False

@@ -16,17 +16,20 @@ from .._attached import Attachment, attach
 from .._checks import Loaded, check_choice, check_counts, check_integer, check_module, check_number, check_one_of
 from .._passes import Pass, current_pass, steps
 from .._privacy import check_unmixed
+from .._warn import depth_in_package
 from ..averages import EMA
 from ..averages._average import check_alike, evaluating
-from ..averages._base import warn_if_left_behind
+from ..averages._base import warn_if_left_behind, warn_if_updated_twice
 from ..averages._copy import refuse_lazy, without_hooks_of
 from ..averages._statistics import CHOICES, own_statistics
 from ..errors import FlatminWarning, InvalidArgumentError
 from ._comparison import Comparison
 from ._outputs import as_called, first_tensor, needs_gradient
 from ._share import random_share, take
+from ._undivided import watched
 
 DECAY = 0.9998  # the authors'
+MANY = 500  # calls that an epoch seldom has, unless whoever trains tells of epochs later
 
 
 class MESA(Loaded):
@@ -159,6 +162,8 @@ class MESA(Loaded):
         self._seed = torch.initial_seed() % 2**32  # each call draws its share with _seed + _calls
         self._first_epoch: int | None = None
         self._checked = False
+        self._told = False  # whether it knows of epochs
+        self._untold = 0  # calls for which it did not
 
     def set_epoch(self, epoch: int) -> None:
         """Tells MESA which epoch begins, from 0. Call it before each epoch.
@@ -167,6 +172,7 @@ class MESA(Loaded):
             InvalidArgumentError: If ``epoch`` is not an integer of at least 0.
         """
         self._epoch = check_integer("epoch", epoch, least=0)
+        self._told = True
 
     def forward(self, logits: Any, *args: Any, where: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Computes the loss of a batch.
@@ -197,6 +203,7 @@ class MESA(Loaded):
         compare.check(logits)
         off = not self.training or self._epoch < self.start_epoch or self.coefficient == 0
         if off or not needs_gradient(logits):
+            self._count_untold(logits)
             return self._nothing(logits)
         if (call := self._next_call()) % self.interval:
             return self._nothing(logits)
@@ -219,7 +226,7 @@ class MESA(Loaded):
             if share is not None:
                 args, kwargs = take((args, kwargs), share, len(first))
             target = compare.outputs(self.average(*args, **kwargs))
-        return self.coefficient * compare.loss(logits, target, where, self.temperature)
+        return watched(self.coefficient * compare.loss(logits, target, where, self.temperature), "MESA")
 
     @property
     def decay(self) -> float | None:
@@ -232,7 +239,10 @@ class MESA(Loaded):
         Raises:
             InvalidArgumentError: If the average was given, or the model was sharded and its average was not.
         """
-        self._updated_here().update()
+        average = self._updated_here()
+        average._loads.check(average.model, self)  # by the name of what the user made
+        warn_if_updated_twice(self)
+        average.update()
 
     def refresh(self, batches: Iterable[Any]) -> None:
         """Makes the statistics of MESA's own average anew, see `flatmin.averages.WeightAverage.refresh`.
@@ -307,13 +317,29 @@ class MESA(Loaded):
         call, self._calls = self._calls, self._calls + 1
         return call
 
+    def _count_untold(self, logits: Any) -> None:
+        """Warns once where ``start_epoch`` is waited for, and set_epoch was forgotten."""
+        if self._told or not self.training or torch.compiler.is_compiling() or not needs_gradient(logits):
+            return
+        self._untold += self._epoch < self.start_epoch
+        if self._untold == MANY:
+            self._told = True
+            warnings.warn(
+                f"MESA has returned 0 in {MANY} calls, and set_epoch was never called, without which it waits for "
+                f"start_epoch={self.start_epoch} for ever: call mesa.set_epoch(epoch) before each epoch, or make it "
+                "with start_epoch=0 (warned once)",
+                FlatminWarning,
+                stacklevel=depth_in_package(),
+            )
+
     def _check_updates(self) -> None:
-        """Warns once when an epoch has gone by without an update: the target is still the untrained network."""
+        """Warns once when an epoch, or many calls, went without an update: the target is the untrained network."""
         if self._own is not None:
             warn_if_left_behind(self._own, self)
         if self._first_epoch is None:
             self._first_epoch = self._epoch
-        if self._checked or self._epoch <= self._first_epoch or not isinstance(self.average, EMA):
+        later = self._epoch > self._first_epoch or (self._own is not None and self._calls > MANY)
+        if self._checked or not later or not isinstance(self.average, EMA):
             return
         self._checked = True
         counter = self.average.n_averaged

@@ -20,6 +20,7 @@ from .._passes import current_pass
 from .._privacy import check_unmixed
 from ..errors import InvalidArgumentError
 from ._masked import filling, masked_classes
+from ._undivided import watched
 
 TINY = 1e-12
 CLASSES = Bounds(integer=True, least=2, most=2**16)  # their square is kept twice
@@ -126,7 +127,8 @@ class OnlineLabelSmoothing(Loaded):
         soft = self.soft_labels[y].masked_fill(masked, 0)
         soft = torch.where(masked.any(dim=1, keepdim=True), soft / soft.sum(dim=1, keepdim=True).clamp(min=TINY), soft)
         logits = logits.masked_fill(masked, filling(logits.dtype))  # 0 * log 0 is 0
-        return self.coefficient * soft_cross_entropy(logits, soft - hard.masked_fill(masked, 0))
+        found = self.coefficient * soft_cross_entropy(logits, soft - hard.masked_fill(masked, 0))
+        return watched(found, "OnlineLabelSmoothing")
 
     def get_extra_state(self) -> Tensor:
         """Puts the epoch into ``state_dict``, as a tensor, which any format can store."""

@@ -20,7 +20,21 @@ def find_logits(returned: Any, output: Callable[[Any], Any] | None) -> Any:
 
 
 def as_called(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """Gives a batch that is a mapping as keyword arguments, if the network takes it in this way."""
+    """Gives a batch that is a mapping as keyword arguments, if the network takes it in this way.
+
+    Raises:
+        InvalidArgumentError: If there is nothing, and the network takes something.
+    """
+    if not args and not kwargs:
+        try:
+            signature(network.forward).bind()
+        except TypeError:
+            raise InvalidArgumentError(
+                "MESA was not given what the network was called with, on which it runs its average: mesa(logits, x), "
+                "or with a dictionary mesa(logits, **batch)"
+            ) from None
+        except ValueError:  # its arguments are not known
+            pass
     if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
         batch = dict(args[0])
         try:

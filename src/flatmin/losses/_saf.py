@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .._attached import Attachment, attach
 from .._checks import Loaded, check_counts, check_integer, check_number
+from .._passes import current_pass
 from .._privacy import check_unmixed
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
@@ -23,6 +24,7 @@ from . import _compiled
 from ._fused import Clock, fused_step
 from ._masked import masked_filled
 from ._trajectory import trajectory_loss
+from ._undivided import watched
 from ._watch import Watch
 
 
@@ -135,6 +137,8 @@ class SAF(Loaded):
         self._seen = 0  # samples so far in this epoch, counted on the host
         self._warned = False
         self._warned_of_share = False
+        self._warned_of_second = False
+        self._has_past = False  # whether it has recorded, or was loaded
 
     def set_epoch(self, epoch: int) -> None:
         """Tells SAF which epoch begins, from 0. Call it before each epoch, as ``DistributedSampler.set_epoch``.
@@ -196,7 +200,7 @@ class SAF(Loaded):
         else:
             loss, mask = fused
         self._watch(self._epoch, index, mask)
-        return zero if loss is None else loss
+        return zero if loss is None else watched(loss, "SAF")
 
     def _exchange(self, logits: Tensor, index: Tensor, *, decode: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
         """See `History.exchange`; None also where nothing can contribute, which the host knows."""
@@ -251,7 +255,12 @@ class SAF(Loaded):
     def set_extra_state(self, state: Tensor) -> None:
         """Reads them from a ``state_dict``."""
         self._epoch, self._seen = check_counts("state", state, (2,))
+        self._has_past = True
         self._clock.tell(self._epoch)
+
+    def _settle_loads(self) -> None:
+        """As of averages: `flatmin._attached` has said that nothing was loaded."""
+        self._has_past = True
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Saves and loads SAF with ``optimizer``, a plain one or flatmin's, in whatever checkpoint that is.
@@ -358,7 +367,27 @@ class SAF(Loaded):
                 )
 
     def _count(self, batch: int) -> None:
-        """Warns once if an epoch is much longer than the data set: set_epoch was forgotten."""
+        """Warns once if an epoch is much longer than the data set: set_epoch was forgotten; or of a second pass."""
+        now = current_pass()
+        if now is not None and now.second:
+            if not self._warned_of_second:
+                self._warned_of_second = True
+                warnings.warn(
+                    "SAF has no past in the second pass of an optimizer such as SAM, which it is to save: use SAF or "
+                    "that optimizer, not both; MESA goes with both passes (warned once)",
+                    FlatminWarning,
+                    stacklevel=depth_in_package(),
+                )
+            return
+        if not self._has_past and self._epoch >= max(self.start_epoch, self.lag):
+            warnings.warn(
+                f"SAF records its first samples in epoch {self._epoch}, and compares nothing for {self.lag} "
+                f"{'epoch' if self.lag == 1 else 'epochs'}: if a run is resumed, load SAF's state too, by "
+                "saf.attach(optimizer) before the optimizer's is loaded, or saf.load_state_dict(...) (warned once)",
+                FlatminWarning,
+                stacklevel=depth_in_package(),
+            )
+        self._has_past = True
         self._seen += batch
         if self._seen > 1.5 * self.num_samples and not self._warned:
             self._warned = True

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._checks import check_number, check_tensor
 from ..errors import InvalidArgumentError
 from ._trajectory import resolve_class_dim, trajectory_loss
+from ._undivided import watched
 
 
 def logit_squeezing(
@@ -61,4 +62,6 @@ def logit_squeezing(
         )
     coefficient = check_number("coefficient", coefficient, least=0)
     temperature = check_number("temperature", temperature, above=0)
-    return coefficient * trajectory_loss(logits, torch.zeros_like(logits), temperature=temperature, class_dim=class_dim)
+    target = torch.zeros_like(logits)
+    loss = coefficient * trajectory_loss(logits, target, temperature=temperature, class_dim=class_dim)
+    return watched(loss, "logit_squeezing")

@@ -289,6 +289,7 @@ class SharpnessAware(Stepping, Wrapper):
     def _begin(self, closure: Callable[..., Any] | None, begun: Beginning | None = None) -> Step:
         check_not_trained_privately(type(self).__name__, self)
         self._memory.forget()  # what a step that was not made would have remembered
+        self._beside.begin(self._surroundings.rest([], look=False))
         return Step(
             name=type(self).__name__,
             closure=closure,
@@ -326,7 +327,7 @@ class SharpnessAware(Stepping, Wrapper):
             )
 
 
-_OF_THIS_OBJECT = ("_progress", "_beginnings", "_seen", "_dropping")
+_OF_THIS_OBJECT = ("_progress", "_beginnings", "_seen", "_dropping", "_beside")
 
 
 def check_trained(model: nn.Module, base: Optimizer) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .._distributed import size
 from .._privacy import check_not_trained_privately
 from ..errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
+from ._beside import Beside
 from ._dropping import Dropping
 from ._first_pass import Beginning, Beginnings
 from ._mark import Seen
@@ -69,6 +70,7 @@ class Stepping(ABC):
     def _set_up(self) -> None:
         """Makes what belongs to this object, and not to a copy of it."""
         self._progress, self._seen, self._dropping = Progress(), None, Dropping()
+        self._beside = Beside(type(self).__name__)
         known = self._surroundings.model if self.max_passes == 2 else None
         self._beginnings = Beginnings(known, replay=self._replay)
 
@@ -337,6 +339,8 @@ class Stepping(ABC):
         self._dropped = bool(step.failed)
         if step.failed:
             self._skipped += 1
+        if not step.failed and step.rho > 0 and (self.max_passes == 1 or step.second_runs):
+            self._beside.end(self._surroundings.rest(step.every(), look=True), self.base_optimizer)
         unseen = step.begun is not None and not step.begun.seen and self.max_passes == 2
         self._beginnings.note(Buffers(self._surroundings.modules(step.every())) if unseen else None)
 

@@ -140,6 +140,7 @@ class Surroundings:
         self.model = model
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._others: list[weakref.ref[Optimizer]] | None = None  # None: not looked for yet
+        self._rest: list[tuple[weakref.ref[Optimizer], list[weakref.ref[Tensor]]]] = []
         self._scalers: list[weakref.ref[GradScaler]] = []
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
@@ -171,6 +172,18 @@ class Surroundings:
                 others.update((p, None) for group in optimizer.param_groups for p in group["params"] if p not in own)
         return OtherGradients(others)
 
+    def rest(self, parameters: list[Tensor], *, look: bool) -> list[tuple[Optimizer, list[Tensor]]]:
+        """Other optimizers with what they train of the network of ``parameters``, and nobody perturbs.
+
+        Args:
+            parameters: The optimizer's.
+            look: Whether to look for them, if that was not done; or nothing is known.
+        """
+        if look:
+            self._look(parameters)
+        found = ((owner(), [each() for each in trained]) for owner, trained in self._rest)
+        return [(owner, [each for each in trained if each is not None]) for owner, trained in found if owner]
+
     def scaler_of(self, optimizer: Optimizer) -> GradScaler | None:
         """The scaler by which a loop has just unscaled the optimizer's gradients, if there is one."""
         self._look([parameter for group in optimizer.param_groups for parameter in group["params"]])
@@ -198,8 +211,10 @@ class Surroundings:
             for optimizer in optimizers
             if any(parameter not in own for group in _groups(optimizer) for parameter in group["params"])
         ]
+        around = _around(own, modules) if self.model is None else set(self.model.modules())
+        self._rest = _rest(around, own, optimizers)
         if self.model is None:
-            for module in _around(own, modules):
+            for module in around:
                 self._layers.update(statistics_of(module))
 
 
@@ -233,6 +248,22 @@ def _around(parameters: set[Tensor], modules: list[nn.Module]) -> set[nn.Module]
             found.add(module)
             due += parents.get(module, [])
     return {inner for module in found for inner in module.modules()}
+
+
+def _rest(
+    network: set[nn.Module], own: set[Tensor], optimizers: list[Optimizer]
+) -> list[tuple[weakref.ref[Optimizer], list[weakref.ref[Tensor]]]]:
+    """Of ``optimizers`` those that train parameters of ``network`` and not ``own``; not within flatmin's."""
+    left = {parameter for module in network for parameter in _own_parameters(module)} - own
+    for optimizer in optimizers if left else []:
+        if isinstance(vars(optimizer).get("base_optimizer"), Optimizer):
+            left -= {parameter for group in _groups(optimizer) for parameter in group["params"]}
+    found = []
+    for optimizer in optimizers if left else []:
+        theirs = [parameter for group in _groups(optimizer) for parameter in group["params"] if parameter in left]
+        if theirs:
+            found.append((weakref.ref(optimizer), list(map(weakref.ref, theirs))))
+    return found
 
 
 def _children(module: nn.Module) -> list[nn.Module]:

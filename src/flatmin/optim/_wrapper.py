@@ -154,7 +154,10 @@ def check_base(base: object) -> None:
         )
     kind = type(base).__name__
     if not isinstance(base, Optimizer):
-        raise InvalidArgumentError(f"base_optimizer must be a torch.optim.Optimizer, got {kind}")
+        raise InvalidArgumentError(
+            f"base_optimizer must be a torch.optim.Optimizer, got {kind}; write torch.optim.SGD(model.parameters(), "
+            "lr=0.1)"
+        )
     check_not_private(base)
     if isinstance(base, Wrapper):
         raise InvalidArgumentError(f"base_optimizer is a {kind} already; wrap the plain optimizer once")

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 
+from ..._checks import shown
 from ...errors import InvalidArgumentError
 from ...optim import SharpnessAware as Optimizer
 from ._checks import check_package_of, check_trainer, check_without_saf, kind_of
@@ -135,8 +137,12 @@ def _check_method(method: Callable[..., Optimizer], keywords: dict[str, Any]) ->
             f"SharpnessAware takes the class, got an optimizer: SharpnessAware(flatmin.{type(method).__name__}, ...), "
             "or return it from configure_optimizers and make it SharpnessAware() alone"
         )
-    if not callable(method) or (isinstance(method, type) and not issubclass(method, Optimizer)):
-        raise InvalidArgumentError(f"method must be one of flatmin's optimizers, such as flatmin.SAM, got {method!r}")
+    wrong = isinstance(method, torch.nn.Module) or (isinstance(method, type) and not issubclass(method, Optimizer))
+    if wrong or not callable(method):
+        raise InvalidArgumentError(
+            f"method must be one of flatmin's optimizers, such as flatmin.SAM, got {shown(method)}; SAF and MESA are "
+            "given to the callback TrajectoryLoss"
+        )
     if isinstance(method, type):
         _check_class(method)
     if "scaler" in keywords:

@@ -1,5 +1,6 @@
 """The callback that carries SAF or MESA through Lightning's loop."""
 
+import inspect
 import operator
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 from torch.utils.hooks import RemovableHandle
 
+from ..._checks import shown
 from ..._distributed import broadcast_buffers
 from ...errors import FlatminWarning, InvalidArgumentError
 from ...indices import Indexed, split
@@ -77,7 +79,10 @@ class TrajectoryLoss(L.Callback):
     ) -> None:
         kind = loss if isinstance(loss, type) else type(loss)
         if not issubclass(kind, (SAF, MESA)):
-            raise InvalidArgumentError(f"loss must be flatmin.SAF or flatmin.MESA, or an object of them, got {loss!r}")
+            raise InvalidArgumentError(
+                f"loss must be flatmin.SAF or flatmin.MESA, or an object of them, got {shown(loss)}; optimizers are "
+                "given to the callback SharpnessAware, and logit_squeezing and OnlineLabelSmoothing need none"
+            )
         if not isinstance(loss, type) and (keywords or network is not None):
             raise InvalidArgumentError(
                 f"loss is made already, so that {', '.join(keywords) or 'network'} has no use: give it to the loss, or "
@@ -85,6 +90,13 @@ class TrajectoryLoss(L.Callback):
             )
         if network is not None and not issubclass(kind, MESA):
             raise InvalidArgumentError("network is for flatmin.MESA; SAF needs none")
+        if isinstance(loss, type):
+            try:
+                inspect.signature(kind).bind(*[None] * issubclass(kind, MESA), **keywords)
+            except TypeError as error:
+                raise InvalidArgumentError(
+                    f"TrajectoryLoss gives its keywords to {kind.__name__}, which refuses them: {error}"
+                ) from None
         self.loss = None if isinstance(loss, type) else loss
         self._given = self.loss
         self.network, self.key, self.keywords = network, key, keywords

@@ -1,0 +1,92 @@
+"""Notices where a network's weights were loaded, and the state of its average was not."""
+
+import sys
+import warnings
+import weakref
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._distributed import local, unwrapped
+from .._warn import depth_in_package
+from ..errors import FlatminWarning
+from ._layers import named_parameters
+
+
+class Loads:
+    """What has been loaded since an average was made or last updated.
+
+    Weights that are put back are no others: a loop may load the average into the network to evaluate it.
+
+    Args:
+        network: Whose weights are averaged, in its wrappers or not.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._before: list[float] | None = None  # the weights before the first load, each tensor's sum
+        self._stale = False  # whether the network has other weights since, and the average was not loaded
+        self._settled = False  # whether it was
+        self._warned = False
+        self._follow(network)
+
+    def settle(self) -> None:
+        """The average's own state was loaded, or it is said otherwise that it was not."""
+        self._stale, self._settled = False, True
+
+    def check(self, network: nn.Module, average: nn.Module) -> None:
+        """Warns once where ``average`` is about to go on from other weights than those of ``network``."""
+        stale, self._before, self._stale, self._settled = self._stale, None, False, False
+        self._follow(network)  # which in a copy is another one
+        if stale and not self._warned:
+            self._warned = True
+            name = type(average).__name__
+            warnings.warn(
+                f"the network's weights were loaded after this {name} was made or last updated, and {name}'s own state "
+                f"was not, so that its average is that of other weights: attach it to the optimizer before a "
+                "checkpoint is loaded, which then has it, or load what its state_dict() returned; to begin anew, make "
+                f"{name} after the weights are loaded (warned once)",
+                FlatminWarning,
+                stacklevel=depth_in_package(),
+            )
+
+    def before(self, network: nn.Module) -> None:
+        """Before weights are loaded."""
+        if self._before is None:
+            self._before = _sums(network)
+
+    def after(self, network: nn.Module) -> None:
+        """After it."""
+        self._stale = not self._settled and self._before != _sums(network)
+
+    def _follow(self, network: nn.Module) -> None:
+        network = unwrapped(network)
+        if network not in _registry:
+            _registry[network] = weakref.WeakSet()
+            network.register_load_state_dict_pre_hook(_Hook("before"))  # type: ignore[no-untyped-call]
+            network.register_load_state_dict_post_hook(_Hook("after"))  # type: ignore[no-untyped-call]
+        _registry[network].add(self)
+
+
+_registry: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Loads]]" = weakref.WeakKeyDictionary()
+
+
+class _Hook:
+    """Tells those that follow a network; in a copy or a pickle of it a function that does nothing, of Python's own."""
+
+    def __init__(self, when: str) -> None:
+        self._when = when
+
+    def __call__(self, network: nn.Module, *_: Any) -> None:
+        for loads in list(_registry.get(network, ())):
+            getattr(loads, self._when)(network)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (sys.audit, "flatmin.copied")
+
+
+@torch.no_grad()
+def _sums(network: nn.Module) -> list[float]:
+    found = (local(parameter) for _, parameter in named_parameters(network))
+    return [float(each.double().sum()) for each in found if each.is_floating_point() and not each.is_meta]
