@@ -23,8 +23,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_finish() -> None:
-    """Optimizers look for the network among all objects, once each: among those that tests make, and not torch's."""
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """Optimizers look for the network among all objects, once each: among those that tests make, and not torch's.
+
+    Torch makes many when it is first used, and again when it first compiles.
+    """
     gc.collect()
     gc.freeze()
 
@@ -36,3 +40,8 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.fresh import SERVER
 
     monkeypatch.setattr(workers, "CONTEXT", SERVER)
+
+
+def pytest_sessionfinish() -> None:
+    """Libraries that count what is theirs at the end find nothing left over."""
+    gc.unfreeze()
