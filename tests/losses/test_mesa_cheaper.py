@@ -51,6 +51,7 @@ class TestFraction:
         model, x = nn.Linear(4, C).double(), batch(5, torch.float64)
         whole, part = mesa_of(model), mesa_of(model, fraction=0.4)
         moved(whole), moved(part)
+        part.average.n_averaged += 1  # or MESA would say, after so many calls, that nobody updates it
         seen, draws = watched(part), 2000
         logits = model(x).detach().requires_grad_()
         gradients, counts = {}, collections.Counter()

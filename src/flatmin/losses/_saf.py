@@ -380,6 +380,7 @@ class SAF(Loaded):
                 )
             return
         if not self._has_past and self._epoch >= max(self.start_epoch, self.lag):
+            self._watch.begin(self._epoch)
             warnings.warn(
                 f"SAF records its first samples in epoch {self._epoch}, and compares nothing for {self.lag} "
                 f"{'epoch' if self.lag == 1 else 'epochs'}: if a run is resumed, load SAF's state too, by "

@@ -31,6 +31,7 @@ class Watch:
         self.num_samples = num_samples
         self.num_classes = num_classes
         self.lag = lag
+        self._first = 0  # the epoch from which on there is a past
         self._nothing = False  # whether the last epoch that compared found nothing to compare with
         self._warned = False
         self._now: _Epoch | None = None
@@ -57,6 +58,10 @@ class Watch:
                 self._warned = True
                 warnings.warn(f"SAF {fault}", FlatminWarning, stacklevel=depth_in_package())
 
+    def begin(self, epoch: int) -> None:
+        """Notes that nothing was recorded before ``epoch``, so that nothing can be compared for a while."""
+        self._first = epoch + self.lag
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_now": None, "_ended": None}
 
@@ -70,7 +75,7 @@ class Watch:
                 f"{', all of them class numbers' if classes else ''}, so samples share a past: give it each sample's "
                 "index in the data set, not its label or its place in the batch; flatmin.with_indices(loader) yields it"
             )
-        if epoch.compared is None or epoch.asked < _ENOUGH:
+        if epoch.compared is None or epoch.asked < _ENOUGH or epoch.number < self._first:
             return None
         share = int(epoch.compared) / epoch.asked
         # A single epoch with nothing may be the codec's: "lowrank" keeps nothing of its first.
@@ -82,7 +87,7 @@ class Watch:
             f"compared {share:.0%} of its samples in epoch {epoch.number}: the others were not recorded in epoch "
             f"{epoch.number - self.lag}, or came twice, and count as 0 in the mean. Let each epoch draw every sample "
             'once (no replacement, no limit to its batches), or take history="mean", which compares with the last time '
-            "a sample was seen; after a resume, SAF's state must be loaded too"
+            "a sample was seen"
         )
 
 
