@@ -99,7 +99,9 @@ def cleared(to_none):
 
 
 @pytest.mark.parametrize(
-    ("between", "warned"), [(clipped, True), (cleared(True), False), (cleared(False), False)], ids=str
+    ("between", "warned"),
+    [(clipped, True), (cleared(True), False), (cleared(False), False)],
+    ids=["clipped", "set to none", "zeroed"],
 )
 @pytest.mark.parametrize("name", ["SAM", "MSAM"])
 def test_only_the_gradient_of_the_same_pass_counts(name, between, warned):
