@@ -20,8 +20,9 @@ from ..results import RESULTS, SELECTION, ComparisonResult
 from ..results.files import check_path
 from ..results.values import is_diverged
 from ..runs.folder import holds_work, run_folder
-from ..runs.measure import write_landscape, write_sharpness
+from ..runs.landscape import write_landscape
 from ..runs.saved import open_saved
+from ..runs.sharpness import write_sharpness
 from ..runs.train import RunInterrupted, warn_if_idle
 from ..training import torchrun
 from ..training.logged_sharpness import fixed_batches
