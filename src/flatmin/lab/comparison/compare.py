@@ -55,6 +55,7 @@ def compare(
     seeds: int | None = None,
     select: int | None = None,
     look: int = 0,
+    after: bool = False,
     minutes: float = 3.0,
     jobs: int | None = None,
     out: "str | PathLike[str] | None" = None,
@@ -81,6 +82,9 @@ def compare(
             training set that is held out. None: compare all rows.
         look: Also measure the sharpness of the first seed's networks, and the loss around them at so many points along
             each of two directions. 0: do not.
+        after: Also measure what is left of each network after training: its accuracy with weights rounded to 8, 4, 3
+            and 2 bits, with noise on them, and after a short fine-tune on inputs whose sign is changed, or by an
+            experiment file's ``shift(x)``, on the original and on the shifted test set.
         minutes: Time for everything, where ``seeds`` is None.
         jobs: Runs at a time; None: one a core, or one on an accelerator.
         out: Folder of the comparison, new or empty; None for a new one under ``runs/``.
@@ -140,6 +144,7 @@ def compare(
             rows,
             folder,
             seeds=seeds,
+            after=after,
             selection=selection,
             minutes=(1 - LOOKING) * minutes if look else minutes,
             jobs=jobs,
