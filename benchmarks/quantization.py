@@ -166,16 +166,15 @@ def train(model: nn.Module, data: Data, settings: Settings, method: str, *, epoc
 def batches(size: int, batch: int, order: torch.Generator) -> Iterator[Tensor]:
     """The whole batches of an epoch."""
     places = torch.randperm(size, generator=order)
-    yield from places[: size - size % batch].split(batch)
+    yield from torch.split(places[: size - size % batch], batch)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
     """Test accuracy in percent."""
     model.eval()
-    right = [
-        (model(x).argmax(1) == y).sum() for x, y in zip(data.test_x.split(512), data.test_y.split(512), strict=True)
-    ]
+    pairs = zip(torch.split(data.test_x, 512), torch.split(data.test_y, 512), strict=True)
+    right = [(model(x).argmax(1) == y).sum() for x, y in pairs]
     return 100 * float(sum(right)) / len(data.test_y)
 
 

@@ -514,11 +514,13 @@ class TestComparison:
 
         with pytest.raises(Stopped):
             run_module._train_one(
-                make_run("base", experiment=experiment, epochs=50), tmp_path / "run", stop.append, check
+                make_run("base", experiment=experiment, epochs=50), tmp_path / "run", False, stop.append, check
             )
         assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
         with pytest.raises(Stopped):
-            run_module._train_one(make_run("base", experiment=experiment), tmp_path / "other", stop.append, check)
+            run_module._train_one(
+                make_run("base", experiment=experiment), tmp_path / "other", False, stop.append, check
+            )
         assert not (tmp_path / "other").exists()
 
 
