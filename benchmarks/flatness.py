@@ -22,9 +22,9 @@ from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.stats import interval
 from flatmin.lab.recipe import Recipe
 from flatmin.lab.results import LAST
-from flatmin.lab.runs.measure import NOTE, measures
 from flatmin.lab.runs.record import command_line, environment, write_json
 from flatmin.lab.runs.saved import open_saved
+from flatmin.lab.runs.sharpness import NOTE, measures
 from flatmin.lab.training.logged_sharpness import fixed_batches
 from flatmin.sharpness import Objective
 

@@ -3,23 +3,27 @@
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import flatmin
 
 C, B = 3, 12
-OF_ITS_OWN = {"SQuAT"}  # which needs a quantised network: tests/optim/test_squat.py
+QUANTIZED = {"SQuAT"}  # which need the step sizes of a quantised network, as `Training` gives them
 EVERY = {
     name: kind
     for name, kind in vars(flatmin.optim).items()
     if inspect.isclass(kind) and issubclass(kind, flatmin.optim.SharpnessAware) and not inspect.isabstract(kind)
-    if name not in OF_ITS_OWN
+    if name not in QUANTIZED
 }
 CLOSURES = [name for name in EVERY if not EVERY[name].per_sample_closure]  # those with a closure as torch's
+# The same with those of quantised networks, for what is tested by `Training` alone.
+TRAINED = EVERY | {name: getattr(flatmin.optim, name) for name in QUANTIZED}
+CLOSED = [name for name in TRAINED if not TRAINED[name].per_sample_closure]
 # With these the mechanism is at work in the few steps here.
 VISIBLE = {"LookSAM": {"k": 2}, "GSAM": {"alpha": 0.6}, "FriendlySAM": {"lam": 0.6}, "ESAM": {"beta": 0.8}}
 
@@ -31,6 +35,26 @@ def network(dropout: float = 0.0) -> nn.Sequential:
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+class FakeQuantizer(nn.Module):
+    """Rounds a weight to 4 bits by a learned step size; gradients are passed where nothing is clipped."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(weight.detach().abs().amax() / 7.5)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        levels = (weight / self.scale).clamp(-8, 7)
+        return (levels + (levels.round() - levels).detach()) * self.scale
+
+
+def step_sizes(model: nn.Module) -> list[nn.Parameter]:
+    """Those of a network whose linear layers become quantised here, if they are not yet."""
+    for layer in [each for each in model.modules() if isinstance(each, nn.Linear)]:
+        if not parametrize.is_parametrized(layer):
+            parametrize.register_parametrization(layer, "weight", FakeQuantizer(layer.weight))
+    return [each.scale for each in model.modules() if isinstance(each, FakeQuantizer)]
 
 
 class Training:
@@ -61,15 +85,17 @@ class Training:
         given: bool = False,
         **options: object,
     ) -> None:
-        self.model = (network() if model is None else model).to(dtype)
+        self.model = network() if model is None else model
+        options |= {"step_sizes": step_sizes(self.model)} if name in QUANTIZED else {}
+        self.model = self.model.to(dtype)
         self.forward: Callable[[torch.Tensor], torch.Tensor] = self.model
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(B, 4, generator=generator).to(dtype)
         self.y = torch.randint(C, (B,), generator=generator)
-        self.own_passes = EVERY[name].per_sample_closure
+        self.own_passes = TRAINED[name].per_sample_closure
         self.scaler, self.autocast, self.parts = scaler, autocast, parts
         options |= {"model": self.model} if given else {}
-        self.optimizer = EVERY[name](base(self.model), rho=0.3, scaler=scaler, **VISIBLE.get(name, {}), **options)
+        self.optimizer = TRAINED[name](base(self.model), rho=0.3, scaler=scaler, **VISIBLE.get(name, {}), **options)
         self.passes = 0  # that were begun
         self.factor: dict[int, float] = {}  # pass -> what its loss is multiplied with
         self.raises = 0  # the pass, from 1, at whose end the closure raises
@@ -145,9 +171,9 @@ def passes_of(name: str, steps: int) -> int:
     return training.passes - before
 
 
-def each_pass(steps: tuple[int, ...] = (2, 3)) -> list[tuple[str, int, int]]:
+def each_pass(steps: tuple[int, ...] = (2, 3), names: Iterable[str] = EVERY) -> list[tuple[str, int, int]]:
     """Each optimizer, after some steps, and each pass of its next one, from 1."""
-    return [(name, step, number) for name in EVERY for step in steps for number in range(1, passes_of(name, step) + 1)]
+    return [(name, step, number) for name in names for step in steps for number in range(1, passes_of(name, step) + 1)]
 
 
 def assert_same(left: object, right: object) -> None:

@@ -8,7 +8,7 @@ import torch
 from flatmin.errors import FlatminWarning
 from flatmin.optim import Elementwise
 from flatmin.optim._foreach import global_norm, length, scaled_norm
-from tests.contracts._optimizers import EVERY, Training
+from tests.contracts._optimizers import TRAINED, Training
 
 LARGE = {torch.float32: 1e22, torch.bfloat16: 1e22, torch.float64: 1e170}
 
@@ -26,7 +26,7 @@ def test_a_norm_is_finite_wherever_the_elements_are(dtype, bad):
         assert not abs(length(tensors)) < float("inf")
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("options", [{}, {"max_norm": 1e-3}, {"scaling": Elementwise()}])
 @pytest.mark.parametrize("large", [1e20, 1e25])
 def test_a_finite_gradient_is_stepped_with_however_long(name, options, large):
@@ -54,7 +54,7 @@ def warned(training: Training, steps: int) -> list[str]:
     return [str(warning.message) for warning in said if issubclass(warning.category, FlatminWarning)]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("rho", [1e-3, 3.0])
 def test_weights_that_round_the_perturbation_away_are_warned_of_once(name, dtype, rho):

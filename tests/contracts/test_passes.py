@@ -12,15 +12,15 @@ from torch.optim.lr_scheduler import StepLR
 import flatmin
 from flatmin.errors import InvalidArgumentError
 from flatmin.optim import Every
-from tests.contracts._optimizers import CLOSURES, EVERY, Training, assert_same, differ, passes_of
+from tests.contracts._optimizers import CLOSED, CLOSURES, TRAINED, Training, assert_same, differ, passes_of
 
-closures = pytest.mark.parametrize("name", CLOSURES)
+closures = pytest.mark.parametrize("name", CLOSED)
 
 
 def two_steps(training: Training, count: int) -> None:
     """The loop that is written for optimizers with two steps."""
     for _ in range(count):
-        if EVERY[type(training.optimizer).__name__].max_passes == 2:
+        if TRAINED[type(training.optimizer).__name__].max_passes == 2:
             training.closure()
         if training.optimizer.first_step():
             training.closure()
@@ -101,11 +101,11 @@ def test_that_loop_drops_a_step_whose_first_pass_is_not_finite():
     assert_same(training.state(), twin.state())
 
 
-@closures
+@pytest.mark.parametrize("name", CLOSURES)
 @pytest.mark.parametrize("runs", [True, False])
 @pytest.mark.parametrize("zero_grad", [True, False])
 def test_zero_grad_clears_after_either_step_and_nothing_is_cleared_without_it(name, runs, zero_grad):
-    two = EVERY[name].max_passes == 2
+    two = TRAINED[name].max_passes == 2
     training = Training(name, **({"when": lambda step: runs} if two else {}))
     training.closure()
     wanted = training.optimizer.first_step(zero_grad=zero_grad)
@@ -118,7 +118,7 @@ def test_zero_grad_clears_after_either_step_and_nothing_is_cleared_without_it(na
     assert cleared == [zero_grad] * len(cleared)
 
 
-@closures
+@pytest.mark.parametrize("name", CLOSURES)
 @pytest.mark.parametrize("how", ["break", "raise", "close"])
 def test_a_step_given_up_leaves_no_trace(name, how):
     training = Training(name)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from flatmin.optim import Every
-from tests.contracts._optimizers import CLOSURES, EVERY, Training, network, passes_of
+from tests.contracts._optimizers import CLOSED, TRAINED, Training, network, passes_of
 
-TWO = [name for name in EVERY if EVERY[name].max_passes == 2]
+TWO = [name for name in TRAINED if TRAINED[name].max_passes == 2]
 
 
 def dropping(name: str, **options) -> tuple[Training, list[torch.Tensor]]:
@@ -37,7 +37,7 @@ def test_by_choice_they_differ(name):
     assert not torch.equal(masks[0], masks[1])
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_step_draws_what_one_pass_draws(name):
     training, _ = dropping(name)
     torch.manual_seed(5)
@@ -74,7 +74,7 @@ def test_steps_that_do_not_pay_and_loops_without_a_closure_draw_alike():
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
-@pytest.mark.parametrize("name", CLOSURES)
+@pytest.mark.parametrize("name", CLOSED)
 def test_a_step_given_up_in_its_last_pass_has_drawn_one(name):
     training, _ = dropping(name)
     torch.manual_seed(5)
@@ -111,7 +111,7 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("same", [True, False])
 def test_generators_of_python_and_numpy_too(name, draw, same):

@@ -7,10 +7,10 @@ from torch.amp import GradScaler
 import flatmin
 from flatmin.errors import InvalidArgumentError
 from flatmin.optim import Adaptive
-from tests.contracts._optimizers import CLOSURES, EVERY, Training, assert_same, differ, each_pass
+from tests.contracts._optimizers import CLOSED, TRAINED, Training, assert_same, differ, each_pass
 
-every = pytest.mark.parametrize("name", EVERY)
-closures = pytest.mark.parametrize("name", CLOSURES)
+every = pytest.mark.parametrize("name", TRAINED)
+closures = pytest.mark.parametrize("name", CLOSED)
 
 
 def scaler(scale: float = 2.0**12, **options) -> GradScaler:
@@ -24,7 +24,7 @@ def test_all_that_a_method_sees_and_keeps_is_unscaled(name, how):
 
     def train(scaler):
         options = {"max_norm": 0.1} if how == "clipped" else {}
-        if how == "adaptive" and EVERY[name].max_passes == 2:
+        if how == "adaptive" and TRAINED[name].max_passes == 2:
             options["when"] = Adaptive(8, start=0.3, end=-0.3)
         training = Training(name, scaler=scaler, **options)
         return training.step(6), training.state()
@@ -80,7 +80,7 @@ def test_bfloat16_needs_no_scaler(name):
     assert {tensor.dtype for tensor in (*half.model.parameters(), *kept)} == {torch.float32}
 
 
-@pytest.mark.parametrize(("name", "steps", "number"), each_pass())
+@pytest.mark.parametrize(("name", "steps", "number"), each_pass(names=TRAINED))
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_step_that_overflows_in_any_pass_is_dropped_whole_and_the_scale_goes_down(name, steps, number, value):
     """And it is not said, as this is how a scaler finds its scale: warnings are errors here."""

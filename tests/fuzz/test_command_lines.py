@@ -58,8 +58,8 @@ def tiny(monkeypatch):
         )
 
     monkeypatch.setattr("flatmin.lab.runs.train.train_run", train_run)
-    monkeypatch.setattr("flatmin.lab.runs.measure.write_sharpness", written)
-    monkeypatch.setattr("flatmin.lab.runs.measure.write_landscape", written)
+    monkeypatch.setattr("flatmin.lab.runs.sharpness.write_sharpness", written)
+    monkeypatch.setattr("flatmin.lab.runs.landscape.write_landscape", written)
     monkeypatch.setattr("flatmin.lab.report._write.draw", lambda chart, mark: {})
     monkeypatch.setattr(Comparison, "_measure", Comparison._try)
     monkeypatch.setattr(Comparison, "_train_all", train_all)

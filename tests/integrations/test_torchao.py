@@ -21,6 +21,7 @@ with warnings.catch_warnings():  # it says that kernels for other processors can
     logging.disable(logging.NOTSET)
 
 from flatmin.integrations import torchao as ours
+from flatmin.lab.runs.after import rounded
 
 B, TOKENS, C = 16, 20, 3
 DTYPES = {4: torch.int4, 3: torch.int3, 2: torch.int2}
@@ -157,3 +158,14 @@ def test_activations_alone_are_no_quantised_weights():
     torchao.quantize_(model, qat.QATConfig(activation_config=activations, step="prepare"))
     with pytest.raises(InvalidArgumentError, match="quantises no weights"):
         ours.quantizers(model)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_the_laboratory_rounds_as_torchao_does(bits):
+    """What ``flatmin compare --after`` measures is what a network becomes that torchao converts."""
+    torch.manual_seed(0)
+    layer = nn.Linear(33, 17)
+    found = rounded(layer.weight, bits)
+    config = torchao.IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=torchao.PerAxis(0))
+    torchao.quantize_(layer, config)
+    torch.testing.assert_close(found, layer.weight.dequantize())

@@ -247,7 +247,6 @@ class TestCompare:
         assert "diverged" in str(found)
 
     def test_looking_writes_sharpness_and_landscape_of_the_first_seed(self, experiment, tmp_path):
-        pytest.importorskip("flatmin.lab.runs.measure")
         found = lab.compare(
             recipe(experiment), methods=["base"], seeds=2, jobs=1, look=3, minutes=0.01, out=tmp_path / "run"
         )

@@ -186,15 +186,6 @@ def test_step_sizes_stay_above_0():
         assert all((size > 0).all() for size in training.sizes)
 
 
-def test_half_precision_with_a_scaler():
-    ours = Training(torch.float32, scaler=torch.amp.GradScaler("cpu", init_scale=64.0))
-    theirs = Training(torch.float32)
-    ours.step(6)
-    theirs.step(6)
-    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_step_that_is_not_finite_is_dropped(number):
     """The third pass is that of a step that learns step sizes."""

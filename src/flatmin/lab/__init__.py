@@ -27,8 +27,8 @@ from . import report as report
 from . import results as results
 from .comparison.compare import compare as compare
 from .recipe import Recipe as Recipe
-from .runs.measure import measure_landscape as measure_landscape
-from .runs.measure import measure_sharpness as measure_sharpness
+from .runs.landscape import measure_landscape as measure_landscape
+from .runs.sharpness import measure_sharpness as measure_sharpness
 from .runs.train import resume as resume
 from .runs.train import train as train
 

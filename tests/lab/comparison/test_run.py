@@ -14,10 +14,13 @@ from flatmin.lab.comparison import run as run_module
 from flatmin.lab.comparison.outcome import Outcome
 from flatmin.lab.comparison.rows import make_rows
 from flatmin.lab.comparison.run import Comparison
+from flatmin.lab.comparison.stats import holm
 from flatmin.lab.comparison.timing import Cost
 from flatmin.lab.comparison.workers import Stopped
 from flatmin.lab.recipe import Recipe
-from flatmin.lab.results import Row
+from flatmin.lab.results import ComparisonResult, Row
+from flatmin.lab.results.after import AFTER
+from flatmin.lab.results.tables import after_table, main_table
 from flatmin.lab.training.trainer import Trainer
 
 NOISE = [0.3, -0.2, 0.1, -0.4, 0.2]
@@ -60,6 +63,94 @@ def test_runs_share_the_cores_and_keep_to_the_limit_of_threads_that_the_process_
     monkeypatch.setattr(torch, "get_num_threads", lambda: limit)
     rows = make_rows(["base"], {}, epochs=1)
     assert Comparison(Recipe(device="cpu"), rows, tmp_path, jobs=jobs).threads == threads
+
+
+class TestAfter:
+    """What was measured after training is compared as accuracy is, corrected for all rows and all measures."""
+
+    def found(self, seeds=5, without=()):
+        made = outcome(**{label: [97.0 + noise for noise in NOISE[:seeds]] for label in ("base", "sam", "saf")})
+        for place, label in enumerate(made.rows):
+            for seed, metrics in made.metrics[label.label].items():
+                if label.label not in without:
+                    metrics["rounded_2"] = 0.8 + 0.02 * place + 0.001 * place * NOISE[seed]
+                    metrics["noise_0.2"] = 0.9 + 0.001 * NOISE[seed] * (1 + place)
+        return made.result()
+
+    def test_means_paired_differences_and_one_correction_for_all(self):
+        base, sam, saf = self.found().rows
+        assert list(sam.after) == ["rounded_2", "noise_0.2"]
+        assert (sam.after["rounded_2"].difference.mean, base.after["rounded_2"].mean.mean) == pytest.approx((2, 80))
+        assert base.after["rounded_2"].p_value_holm is None
+        every = [each for row in (sam, saf) for each in row.after.values()]
+        assert sorted(each.p_value_holm for each in every) == sorted(holm([each.p_value for each in every]))
+        assert sam.after["rounded_2"].p_value_holm > 2 * sam.after["rounded_2"].p_value > 0
+        assert sam.difference.mean == 0
+        assert sam.p_value_holm == 1.0
+
+    def test_it_comes_back_from_disk_and_stands_below_the_table(self):
+        result = self.found()
+        written = json.loads(json.dumps(result.to_json()))
+        again = ComparisonResult.from_json(written, "file")
+        assert [row.after for row in again.rows] == [row.after for row in result.rows]
+        *_, heading, base, sam, saf, caption, _ = str(again).splitlines()
+        assert heading.split() == ["after", "training", "2", "bits", "noise", "0.2"]
+        assert base.split() == ["base", "80.00", "90.00"]
+        assert sam.split()[:3] == ["sam", "82.00", "(+2.00)*"]
+        assert "(+0.00)*" not in saf
+        assert caption.endswith("* beyond noise at 5 %, Holm-corrected for 4 comparisons.")
+
+    def test_few_seeds_claim_nothing(self):
+        text = str(self.found(seeds=2))
+        assert ")*" not in text
+        assert "difference to base; too few seeds for a claim, which takes 5." in text
+
+    def test_without_the_bases_there_is_no_difference_and_without_its_own_no_cell(self):
+        base, sam, _ = self.found(without=("base",)).rows
+        assert (base.after, sam.after["rounded_2"].difference) == ({}, None)
+        rows = self.found(without=("saf",)).rows
+        assert after_table(rows, 5)[3] == ["saf", "-", "-"]
+
+    def test_a_seed_that_diverged_leaves_nothing(self):
+        made = self.found()
+        metrics = {label: dict(by_seed) for label, by_seed in made.metrics.items()}
+        metrics["sam"][0] = {"test_accuracy": 0.1, "test_loss": math.nan}
+        lost = Outcome(Recipe(), [Row(label, label, {}) for label in metrics], metrics).result()
+        assert [bool(row.after) for row in lost.rows] == [True, False, True]
+        metrics["base"] = metrics["sam"]
+        lost = Outcome(Recipe(), [Row(label, label, {}) for label in metrics], metrics).result()
+        assert (lost.rows[2].after["rounded_2"].difference, lost.rows[2].difference) == (None, None)
+
+    def test_every_run_is_measured_and_written(self, run_comparison):
+        found, results, folder = run_comparison(("base", "ema"), seeds=2, after=True)
+        for row in results["rows"]:
+            assert list(row["after"]) == list(AFTER)
+            for seed in range(2):
+                file = folder / "runs" / f"{row['label']}-seed{seed}" / "after.json"
+                measured = json.loads(file.read_text())["test_accuracy"]
+                assert measured == {name: found.metrics[row["label"]][seed][name] for name in AFTER}
+                assert [100 * each for each in measured.values()] == [
+                    row["after"][name]["values"][seed] for name in AFTER
+                ]
+
+    def test_inputs_without_a_sign_are_refused_before_anything_is_trained(self, run_comparison, experiment):
+        with open(experiment, "a") as file:
+            file.write("\n_set0 = _set\ndef _set(seed):\n    d = _set0(seed)\n")
+            file.write("    return TensorDataset((9 * d.tensors[0]).long(), d.tensors[1])\n")
+            file.write("class Floats(nn.Module):\n    def forward(self, x):\n        return x.float()\n")
+            file.write("_model = model\ndef model():\n    return nn.Sequential(Floats(), _model())\n")
+        with pytest.raises(InvalidArgumentError, match=r"define shift\(x\) in the experiment file"):
+            run_comparison(seeds=1, after=True)
+
+
+def test_the_most_that_a_seed_spent_of_privacy_stands_in_the_table():
+    made = outcome(base=[97.0, 98.0], dpsat=[97.0, 98.0])
+    for spent, metrics in zip((1.9, 2.0), made.metrics["base"].values(), strict=True):
+        metrics["epsilon"] = spent
+    result = made.result()
+    again = ComparisonResult.from_json(json.loads(json.dumps(result.to_json())), "file")
+    assert [line[-1] for line in main_table(again.rows)] == ["epsilon spent", "2.000", "-"]
+    assert [line[-1] for line in main_table(outcome(base=[97.0]).result().rows)] == ["extra memory", "-"]
 
 
 def verdict_of(found):
@@ -434,11 +525,13 @@ class TestComparison:
 
         with pytest.raises(Stopped):
             run_module._train_one(
-                make_run("base", experiment=experiment, epochs=50), tmp_path / "run", stop.append, check
+                make_run("base", experiment=experiment, epochs=50), tmp_path / "run", False, stop.append, check
             )
         assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
         with pytest.raises(Stopped):
-            run_module._train_one(make_run("base", experiment=experiment), tmp_path / "other", stop.append, check)
+            run_module._train_one(
+                make_run("base", experiment=experiment), tmp_path / "other", False, stop.append, check
+            )
         assert not (tmp_path / "other").exists()
 
 

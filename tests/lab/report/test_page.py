@@ -39,6 +39,7 @@ def test_the_verdict_comes_first_and_all_chapters_follow(comparison):
     words = (
         "Better than base",
         "Gain and cost",
+        "After training",
         "Training, epoch by epoch",
         "Loss landscapes",
         "Sharpness",
@@ -50,7 +51,9 @@ def test_the_verdict_comes_first_and_all_chapters_follow(comparison):
     assert re.search(r"One file of \d\.\d MB", text)
 
 
-@pytest.mark.parametrize("key", ["cost", "differences", "memory", "sharpness", "landscape-random", "spectrum"])
+@pytest.mark.parametrize(
+    "key", ["cost", "differences", "memory", "rounded", "sharpness", "landscape-random", "spectrum"]
+)
 def test_plotly_knows_every_property_of_the_figures(comparison, key):
     def plain(value):  # a colour in place of the page's own
         if isinstance(value, dict):
@@ -94,6 +97,36 @@ def test_bands_span_the_seeds_and_epochs_without_a_value_are_skipped(comparison)
     assert list(found["sharpness"].lines[0].x) == [2, 4]
     assert list(found["test_loss"].lines[0].x) == [1, 3, 4]
     assert found["lr_times_top_eigenvalue"].level == 2
+
+
+def test_what_comes_after_training_stands_beside_what_was_before(comparison):
+    text = re.sub(r"\s+", " ", text_of(page(comparison())))
+    cells = r"sam</th><td>77.40 ± 0.30</td><td>-20.00</td><td>\+0.20 ± 0.30</td><td>0.010</td>"
+    assert re.search(rf"weights rounded to 2 bits</th></tr> .*?{cells}", text)
+    assert re.search(r"base</th><td>77.20 ± 0.30</td><td>-20.00</td><td></td><td></td>", text)
+    assert "noise of 0.8" not in text
+    assert text.count("<td>2.000</td>") == 3
+    found = charts(comparison(seeds=2, name="two"))
+    line = found["rounded"].lines[1]
+    assert (list(line.x), list(line.y)) == ([2.0, 4.0], pytest.approx([77.25, 96.25]))
+    assert list(found["noise"].lines[0].x) == [0.0, 0.2]
+
+
+def test_a_comparison_of_which_nothing_more_was_measured_has_no_chapter_of_it(comparison):
+    text = text_of(page(comparison(sharp=False)))
+    assert "After training" not in text
+    assert "epsilon" not in text
+
+
+@pytest.mark.parametrize(
+    "value", [[], {"rounded_2": None}, {"other": {"values": [1, None, "x"], "mean": {"mean": "x"}}}]
+)
+def test_what_is_damaged_of_it_is_left_out(comparison, value):
+    folder = comparison(seeds=1)
+    written = json.loads((folder / "results.json").read_text())
+    written["rows"][1]["after"] = value
+    (folder / "results.json").write_text(json.dumps(written))
+    assert "weights rounded to 2 bits" in text_of(page(folder))
 
 
 def test_landscapes_share_one_scale(comparison):

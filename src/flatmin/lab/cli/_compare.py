@@ -54,6 +54,15 @@ def compare(
             "points along each of two directions; 0: do not.",
         ),
     ] = 0,
+    after: Annotated[
+        bool,
+        typer.Option(
+            "--after",
+            help="Also measure each network after training: its accuracy with weights rounded to 8, 4, 3 and 2 bits, "
+            "with noise on them, and after a short fine-tune on inputs whose sign is changed, or by EXPERIMENT's "
+            "shift(x).",
+        ),
+    ] = False,
     minutes: Annotated[float, bounded(BOUNDS["minutes"], help="Time for everything, if --seeds is not given.")] = 3.0,
     jobs: Annotated[
         int | None, bounded(BOUNDS["jobs"], help="Runs at a time.  [default: one a core; one on an accelerator]")
@@ -77,6 +86,7 @@ def compare(
             seeds=seeds,
             select=select,
             look=look,
+            after=after,
             minutes=minutes,
             jobs=jobs,
             out=out,

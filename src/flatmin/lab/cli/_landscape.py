@@ -9,7 +9,8 @@ import typer
 from ...errors import InvalidArgumentError
 from ..results import LANDSCAPE
 from ..results.files import check_path
-from ..runs.measure import BOUNDS, PARTIAL, measure_landscape
+from ..runs.landscape import PARTIAL, measure_landscape
+from ..runs.measured import BOUNDS
 from ..runs.saved import Saved, open_saved
 from ._options import Debug, bounded, running_user_code
 from ._shared import TrustExperiment, app, interruptible, state_of

@@ -8,8 +8,9 @@ from rich.table import Table
 
 from ..results import SHARPNESS
 from ..results.files import check_path
-from ..runs.measure import BOUNDS, NOTE, Measure, measure_sharpness
+from ..runs.measured import BOUNDS
 from ..runs.resume import find_run
+from ..runs.sharpness import NOTE, Measure, measure_sharpness
 from ._options import Debug, bounded, running_user_code
 from ._shared import TrustExperiment, app, interruptible, state_of
 from ._terminal import Display, out_console

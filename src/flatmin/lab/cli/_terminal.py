@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ...errors import FlatminWarning
 from ..results import RESULTS, ComparisonResult
-from ..results.rows import HEADINGS
+from ..results.tables import after_caption, after_table, main_table
 
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -87,20 +87,27 @@ def print_result(result: ComparisonResult) -> None:
     """Prints the table of a comparison, where its report and its numbers are, and the verdict as the last line."""
     if result.seeds:
         out_console.print(result.heading(), markup=False)
-        table = Table()
-        for number, heading in enumerate(HEADINGS):
-            table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-        for row in result.rows:
-            table.add_row(*map(escape, row.cells()))
-        # As wide as it needs to be: a file or a pipe has no width, and a label cut short would name no row.
-        natural = Measurement.get(out_console, out_console.options.update_width(1000), table).maximum
-        out_console.width = max(out_console.width, natural)
-        out_console.print(table, soft_wrap=False)
+        _print_table(main_table(result.rows))
+        if after := after_table(result.rows, len(result.seeds)):
+            _print_table(after)
+            out_console.print(after_caption(result.rows, len(result.seeds)), markup=False)
         if result.page is not None:
             out_console.print(f"The report, for any browser: {result.page}", markup=False)
         if result.folder is not None:
             out_console.print(f"Every seed's numbers: {result.folder / RESULTS}", markup=False)
     out_console.print(result.verdict, markup=False)
+
+
+def _print_table(cells: list[list[str]]) -> None:
+    table = Table()
+    for number, heading in enumerate(cells[0]):
+        table.add_column(escape(heading), justify="right" if number else "left", no_wrap=True)
+    for line in cells[1:]:
+        table.add_row(*map(escape, line))
+    # As wide as it needs to be: a file or a pipe has no width, and a label cut short would name no row.
+    natural = Measurement.get(out_console, out_console.options.update_width(1000), table).maximum
+    out_console.width = max(out_console.width, natural)
+    out_console.print(table, soft_wrap=False)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

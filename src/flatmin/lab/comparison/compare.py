@@ -20,8 +20,9 @@ from ..results import RESULTS, SELECTION, ComparisonResult
 from ..results.files import check_path
 from ..results.values import is_diverged
 from ..runs.folder import holds_work, run_folder
-from ..runs.measure import write_landscape, write_sharpness
+from ..runs.landscape import write_landscape
 from ..runs.saved import open_saved
+from ..runs.sharpness import write_sharpness
 from ..runs.train import RunInterrupted, warn_if_idle
 from ..training import torchrun
 from ..training.logged_sharpness import fixed_batches
@@ -54,6 +55,7 @@ def compare(
     seeds: int | None = None,
     select: int | None = None,
     look: int = 0,
+    after: bool = False,
     minutes: float = 3.0,
     jobs: int | None = None,
     out: "str | PathLike[str] | None" = None,
@@ -80,6 +82,9 @@ def compare(
             training set that is held out. None: compare all rows.
         look: Also measure the sharpness of the first seed's networks, and the loss around them at so many points along
             each of two directions. 0: do not.
+        after: Also measure what is left of each network after training: its accuracy with weights rounded to 8, 4, 3
+            and 2 bits, with noise on them, and after a short fine-tune on inputs whose sign is changed, or by an
+            experiment file's ``shift(x)``, on the original and on the shifted test set.
         minutes: Time for everything, where ``seeds`` is None.
         jobs: Runs at a time; None: one a core, or one on an accelerator.
         out: Folder of the comparison, new or empty; None for a new one under ``runs/``.
@@ -139,6 +144,7 @@ def compare(
             rows,
             folder,
             seeds=seeds,
+            after=after,
             selection=selection,
             minutes=(1 - LOOKING) * minutes if look else minutes,
             jobs=jobs,

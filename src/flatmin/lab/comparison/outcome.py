@@ -8,9 +8,18 @@ from typing import Any
 
 from ..methods import get_method
 from ..recipe import Recipe
-from ..results import ComparisonResult, Row, verdict
+from ..results import Compared, ComparisonResult, Row, verdict
+from ..results.after import AFTER
 from ..results.values import is_diverged
 from .stats import holm, interval, paired_p_value
+
+
+def compared(values: Sequence[float], base: Sequence[float] | None) -> Compared:
+    """The mean of some values, and their difference to the base's, paired by seed; without a base there is none."""
+    if base is None:
+        return Compared(values, interval(values))
+    differences = [ours - theirs for ours, theirs in zip(values, base, strict=True)]
+    return Compared(values, interval(values), interval(differences), paired_p_value(differences))
 
 
 @dataclass
@@ -20,7 +29,7 @@ class Outcome:
     Attributes:
         recipe: What the methods share.
         rows: The methods; the first is the base that the others are compared with.
-        metrics: For each row's label, the last epoch's metrics by seed.
+        metrics: For each row's label, the last epoch's metrics by seed, and what was measured after training.
         step_ratio: For each label, the median ratio of its step time to the base's; where only some steps have a second
             pass, of one that has.
         plain_ratio: For each label of which only some steps have a second pass, the ratio of the others.
@@ -48,7 +57,10 @@ class Outcome:
 
     def accuracies(self, label: str) -> list[float]:
         """Test accuracy after the last epoch, in percent, for each of `seeds`."""
-        return [100 * self.metrics[label][seed]["test_accuracy"] for seed in self.seeds]
+        return self._percent(label, "test_accuracy")
+
+    def _percent(self, label: str, name: str) -> list[float]:
+        return [100 * self.metrics[label][seed][name] for seed in self.seeds]
 
     def mean_step_ratio(self, row: Row) -> float | None:
         """The mean ratio over a row's steps, with and without a second pass; None where it was not measured."""
@@ -70,7 +82,24 @@ class Outcome:
         compared = [row for row in filled[1:] if row.p_value is not None]
         adjusted = holm([row.p_value for row in compared if row.p_value is not None])
         corrected = {row.label: p for row, p in zip(compared, adjusted, strict=True)}
-        return [replace(row, p_value_holm=corrected.get(row.label)) for row in filled]
+        return self._after_corrected([replace(row, p_value_holm=corrected.get(row.label)) for row in filled])
+
+    def _after_corrected(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with p-values of what was measured after training corrected for all rows and all measures."""
+        keys = [(row.label, name) for row in rows[1:] for name, each in row.after.items() if each.p_value is not None]
+        by_label = {row.label: row for row in rows}
+        raw = [by_label[label].after[name].p_value for label, name in keys]
+        corrected = dict(zip(keys, holm([p for p in raw if p is not None]), strict=True))
+        return [
+            replace(
+                row,
+                after={
+                    name: replace(each, p_value_holm=corrected.get((row.label, name)))
+                    for name, each in row.after.items()
+                },
+            )
+            for row in rows
+        ]
 
     def diverged(self, label: str) -> int:
         """How many of `seeds` ended with a test loss that is infinite or not a number."""
@@ -84,20 +113,38 @@ class Outcome:
             step_ratio=self.mean_step_ratio(row),
             step_seconds=self.step_seconds.get(row.label),
             extra_bytes=self.extra_bytes.get(row.label),
+            epsilon=self._epsilon(row.label),
         )
         if not accuracies:
             return row
         if diverged := self.diverged(row.label):
             return row.with_diverged(diverged)
-        if self.diverged(self.rows[0].label):
-            return replace(row, accuracy=interval(accuracies))
-        differences = [ours - theirs for ours, theirs in zip(accuracies, base, strict=True)]
+        found = compared(accuracies, None if self.diverged(self.rows[0].label) else base)
         return replace(
             row,
-            accuracy=interval(accuracies),
-            difference=interval(differences),
-            p_value=paired_p_value(differences),
+            accuracy=found.mean,
+            difference=found.difference,
+            p_value=found.p_value,
+            after=self._after(row.label),
         )
+
+    def _after(self, label: str) -> dict[str, Compared]:
+        """What was measured after training, where every seed has it."""
+        base = self.rows[0].label
+
+        def has(label: str, name: str) -> bool:
+            return all(name in self.metrics[label][seed] for seed in self.seeds)
+
+        return {
+            name: compared(self._percent(label, name), self._percent(base, name) if has(base, name) else None)
+            for name in AFTER
+            if has(label, name)
+        }
+
+    def _epsilon(self, label: str) -> float | None:
+        """The most that one of `seeds` has spent."""
+        every = [self.metrics[label][seed].get("epsilon") for seed in self.seeds]
+        return max((each for each in every if each is not None), default=None)
 
     def result(self, folder: Path | None = None) -> ComparisonResult:
         """What there is so far; runs of seeds that not every row has finished come as ``partial``."""

@@ -14,12 +14,16 @@ from ..._files import append_line, write_json
 from ..._interrupts import held
 from ...errors import DivergedError, FlatminError, FlatminWarning, InvalidArgumentError, OutputError
 from ..methods import METHODS
+from ..problems.checked import shifted
 from ..problems.load import load_problem
 from ..recipe import Recipe, Run
 from ..results import LEAST_SEEDS, METRICS, RESULTS, RUNS, Row, run_name
+from ..results.values import is_diverged
+from ..runs.after import write_after
 from ..runs.present import identity
 from ..runs.record import command_line, environment
 from ..runs.run import read_experiment, train_run, write_config
+from ..runs.saved import open_saved
 from ..training.device import resolve_device
 from ..training.trainer import Trainer
 from .outcome import Outcome
@@ -37,6 +41,7 @@ class Comparison:
         seeds: How many seeds; None for as many as fit in ``minutes``, at least 5.
         first_seed: The first of them.
         timed: Whether to measure the steps.
+        after: Whether to measure what is left of each network after training, see `write_after`.
         selection: How the rows were chosen among candidates, if they were (see `select`); written to the results.
         minutes: Time for all, where ``seeds`` is None.
         jobs: Number of processes; None: one a core on the CPU, one on an accelerator.
@@ -55,6 +60,7 @@ class Comparison:
         seeds: int | None = None,
         first_seed: int = 0,
         timed: bool = True,
+        after: bool = False,
         selection: dict[str, Any] | None = None,
         minutes: float = 3.0,
         jobs: int | None = None,
@@ -65,6 +71,7 @@ class Comparison:
         self.seeds = seeds
         self.first_seed = first_seed
         self.timed = timed
+        self.after = after
         self.minutes = minutes
         cores = _cores()
         self.jobs = jobs or (cores if resolve_device(recipe.device).type == "cpu" else 1)
@@ -88,6 +95,7 @@ class Comparison:
             "seeds": self.seeds,
             "minutes": self.minutes,
             "jobs": self.jobs,
+            **({"after": True} if self.after else {}),
         }
         write_config(self.folder, config, read_experiment(outcome.recipe))
         made = identity(self.folder)
@@ -133,6 +141,8 @@ class Comparison:
         try:
             base = Trainer(Run(recipe, rows[0].method, rows[0].settings), problem)
             device = base.device
+            if self.after:
+                shifted(problem, base.first_batch()[1])  # says now if there is no shifted set
             costs, trainers = measure_rows(
                 rows,
                 lambda row: Trainer(Run(recipe, row.method, row.settings), problem),
@@ -193,7 +203,7 @@ class Comparison:
         for row in self.outcome.rows:
             seed = self.first_seed + number
             run = Run(self.outcome.recipe, row.method, row.settings, seed)
-            workers.submit((row.label, seed), run, self.run_folder(row, seed))
+            workers.submit((row.label, seed), run, self.run_folder(row, seed), self.after)
 
     def _collect(self, workers: Workers) -> None:
         for (label, seed), metrics in workers.results.items():
@@ -205,8 +215,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _train_one(run: Run, folder: Path, tick: Tick, check: Check) -> dict[str, float]:
-    """Trains a run in a process of its own."""
+def _train_one(run: Run, folder: Path, after: bool, tick: Tick, check: Check) -> dict[str, float]:
+    """Trains a run in a process of its own, and measures what is left of its network after training if wanted."""
     check()
     try:
         folder.parent.mkdir(exist_ok=True)
@@ -215,7 +225,10 @@ def _train_one(run: Run, folder: Path, tick: Tick, check: Check) -> dict[str, fl
         raise OutputError(f"{folder}: cannot be written ({error.strerror})") from error
     # Not durable: many short epochs would spend their time waiting for the disk.
     try:
-        return train_run(run, folder, on_epoch=lambda metrics: tick(1), on_step=check, durable=False)
+        metrics = train_run(run, folder, on_epoch=lambda metrics: tick(1), on_step=check, durable=False)
+        if not after or is_diverged(metrics):
+            return metrics
+        return metrics | write_after(open_saved(folder, trust_experiment=True), on_step=check)  # its own
     except DivergedError as error:  # a result like that of a run that diverges later: the others go on
         append_line(folder / METRICS, error.metrics)
         tick(run.recipe.epochs)

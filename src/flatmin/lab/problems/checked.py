@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import InvalidArgumentError
 from .problem import Problem, class_numbers
-from .source import CRITERION, NETWORK
+from .source import CRITERION, NETWORK, SHIFT
 
 
 def pair(problem: Problem, part: str, batch: Any) -> tuple[Tensor, Tensor]:
@@ -55,3 +56,24 @@ def loss_of(problem: Problem, criterion: Callable[[Tensor, Tensor], Tensor], log
             f"{CRITERION} must return the mean loss of the batch, a tensor of shape () made from the logits, got {got}"
         )
     return loss
+
+
+def shifted(problem: Problem, x: Tensor) -> Tensor:
+    """A batch of inputs as the shifted set has them: by the experiment file's ``shift(x)``, or with its sign changed.
+
+    Raises:
+        FlatminError: If they have no sign, or the function returns something else.
+    """
+    if problem.shift is None:
+        if not (x.is_floating_point() or x.is_complex()):
+            raise InvalidArgumentError(
+                f"after fine-tunes on inputs whose sign is changed, and these are {x.dtype}: define shift(x) in the "
+                "experiment file, which makes a batch of a shifted set of it, or leave out after"
+            )
+        return -x
+    with problem.source.calling(SHIFT):
+        made: Any = problem.shift(x)
+    if not isinstance(made, Tensor) or made.shape != x.shape:
+        got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        problem.source.refuse(f"{SHIFT} must return a batch of the same shape, {tuple(x.shape)}, got {got}")
+    return made

@@ -37,7 +37,7 @@ def from_experiment(path: Path, recipe: Recipe, seed: int) -> Problem:
         if not callable(getattr(module, name, None)):
             source.refuse(
                 f"there is no function {name}(); an experiment file defines model(), train_set() and "
-                "test_set(), and if it likes criterion() and optimizer(parameters)"
+                "test_set(), and if it likes criterion(), optimizer(parameters) and shift(x)"
             )
     train, test = (source.call(f"{name}()", getattr(module, name)) for name in ("train_set", "test_set"))
     lengths = [_length(source, part, dataset) for part, dataset in ((TRAIN, train), (TEST, test))]
@@ -69,7 +69,8 @@ def from_experiment(path: Path, recipe: Recipe, seed: int) -> Problem:
         dataset if type(dataset) is TensorDataset else _through(dataset, source, part, length)
         for dataset, part, length in zip((noisy, test), (TRAIN, TEST), lengths, strict=True)
     )
-    return Problem(train, test, num_classes, make_model, criterion, make_optimizer, source)
+    shift = getattr(module, "shift", None)
+    return Problem(train, test, num_classes, make_model, criterion, make_optimizer, source, shift)
 
 
 def import_experiment(recipe: Recipe) -> Any:

@@ -34,6 +34,8 @@ class Problem:
         criterion: Maps ``(logits, y)`` to the mean loss of a batch; None for the cross entropy.
         make_optimizer: Maps the parameters to the plain optimizer.
         source: Where they come from, through which all of them are called.
+        shift: Makes of a batch of inputs those of a shifted set, on which a finished network is fine-tuned; None: their
+            sign is changed.
     """
 
     train: "Dataset[Any]"
@@ -43,6 +45,7 @@ class Problem:
     criterion: Callable[[Tensor, Tensor], Tensor] | None
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
     source: Source = field(default_factory=Source)
+    shift: Callable[[Tensor], Tensor] | None = None
 
     def sizes(self) -> dict[str, int]:
         """The sizes by which a changed data set is noticed."""

@@ -18,6 +18,7 @@ T = TypeVar("T")
 TRAIN, TEST = "the data set of train_set()", "the data set of test_set()"
 NETWORK = "the network of model()"
 CRITERION = "the function of criterion()"
+SHIFT = "shift(x)"
 OPTIMIZER = "the optimizer of optimizer(parameters)"
 STEP = "a training step"
 MEASURE = "a measurement"
@@ -28,6 +29,7 @@ WANTED = {
     "test_set()": "must return a map-style data set of pairs (x, y)",
     "criterion()": "must return a function of (logits, y)",
     "optimizer(parameters)": "must return a torch optimizer of these parameters",
+    SHIFT: "must return a batch of inputs of the same shape",
     TRAIN: "must have samples (x, y) of one shape, as many as its length says",
     TEST: "must have samples (x, y) of one shape, as many as its length says",
 }

@@ -16,6 +16,7 @@ from ...errors import require
 from ..results import judge, pareto
 from ..results.values import say_bytes
 from . import _words
+from ._after import HOW, after_charts, after_tables
 from ._charts import Chart, Cost, Curves, Landscapes, Table
 from ._curves import curve_charts
 from ._landscapes import landscape_charts
@@ -36,6 +37,8 @@ class Section:
 
     study: Study
     results: Sequence[Chart]
+    after: Sequence[Chart]
+    after_measures: Sequence[tuple[str, Table]]
     curves: Sequence[Chart]
     landscapes: Sequence[Chart]
     spectra: Sequence[Chart]
@@ -44,7 +47,7 @@ class Section:
     @property
     def charts(self) -> list[Chart]:
         """All of them, in the order of the page."""
-        return [*self.results, *self.curves, *self.landscapes, *self.spectra]
+        return [*self.results, *self.after, *self.curves, *self.landscapes, *self.spectra]
 
 
 def make_section(study: Study) -> Section:
@@ -52,6 +55,8 @@ def make_section(study: Study) -> Section:
     return Section(
         study,
         result_charts(study),
+        after_charts(study),
+        after_tables(study),
         curve_charts(study),
         landscape_charts(study),
         spectrum_charts(study),
@@ -98,6 +103,7 @@ def make_page(sections: Sequence[Section], version: str) -> str:
         "version": version,
         "mark": MARK,
         "caution": CAUTION,
+        "how_after": HOW,
         "plotly": markup(plotly),
         "script": markup(own),
         "css": markup((_FOLDER / "page.css").read_text(encoding="utf-8")),

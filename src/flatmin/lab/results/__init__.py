@@ -3,12 +3,13 @@
 `flatmin.lab.runs` and `flatmin.lab.comparison` write it, `flatmin.lab.report` reads it. Its files import no torch.
 
 A run is a folder with ``config.json``, ``metrics.jsonl`` (one line an epoch), ``checkpoints/`` and, where they were
-measured, ``sharpness.json`` and ``landscape.json``. A comparison is a folder with ``config.json``, ``results.json``,
-``report.html``, and a run in ``runs/LABEL-seedN`` for each row and seed.
+measured, ``sharpness.json``, ``landscape.json`` and ``after.json``. A comparison is a folder with ``config.json``,
+``results.json``, ``report.html``, and a run in ``runs/LABEL-seedN`` for each row and seed.
 """
 
 from .comparison import ComparisonResult as ComparisonResult
 from .comparison import read_comparison as read_comparison
+from .files import AFTER_FILE as AFTER_FILE
 from .files import BEST as BEST
 from .files import CONFIG as CONFIG
 from .files import EXPERIMENT as EXPERIMENT
@@ -23,17 +24,20 @@ from .files import SELECTION as SELECTION
 from .files import SHARPNESS as SHARPNESS
 from .files import parse_run_name as parse_run_name
 from .files import run_name as run_name
+from .interval import Compared as Compared
+from .interval import Interval as Interval
 from .judgement import LEAST_SEEDS as LEAST_SEEDS
 from .judgement import LEVEL as LEVEL
 from .judgement import judge as judge
 from .judgement import pareto as pareto
 from .judgement import verdict as verdict
-from .rows import Interval as Interval
 from .rows import Row as Row
 
 __all__ = [
+    "AFTER_FILE",
     "BEST",
     "CONFIG",
+    "Compared",
     "ComparisonResult",
     "EXPERIMENT",
     "Interval",

@@ -9,7 +9,8 @@ from ..._files import read_json
 from ...errors import DataError
 from .files import RESULTS
 from .judgement import verdict
-from .rows import HEADINGS, Json, Row
+from .rows import Json, Row
+from .tables import after_caption, after_table, as_text, main_table
 from .values import count_of, is_diverged, number, numbers
 
 ByLabel = Mapping[str, Mapping[int, Mapping[str, float]]]
@@ -107,13 +108,10 @@ class ComparisonResult:
     def __str__(self) -> str:
         if not self.seeds:
             return self.verdict
-        table = [list(HEADINGS), *(row.cells() for row in self.rows)]
-        widths = [max(len(line[column]) for line in table) for column in range(len(HEADINGS))]
-        lines = []
-        for line in table:
-            cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-            lines.append("  ".join([line[0].ljust(widths[0]), *cells[1:]]).rstrip())
-        return "\n".join([self.heading(), *lines, self.verdict])
+        lines = [self.heading(), as_text(main_table(self.rows))]
+        if after := after_table(self.rows, len(self.seeds)):
+            lines += [as_text(after), after_caption(self.rows, len(self.seeds))]
+        return "\n".join([*lines, self.verdict])
 
     def heading(self) -> str:
         """One line on what the table is of."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import InvalidArgumentError
 
 CONFIG, METRICS, EXPERIMENT = "config.json", "metrics.jsonl", "experiment.py"
-SHARPNESS, LANDSCAPE = "sharpness.json", "landscape.json"
+SHARPNESS, LANDSCAPE, AFTER_FILE = "sharpness.json", "landscape.json", "after.json"
 LAST, PREVIOUS, BEST = "checkpoints/last", "checkpoints/previous", "checkpoints/best"
 RESULTS, REPORT, RUNS, SELECTION = "results.json", "report.html", "runs", "selection"
 

@@ -4,30 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .values import count_of, number, numbers, say_bytes
+from .interval import Compared, Interval
+from .values import count_of, number, numbers
 
 Json = Mapping[str, Any]
-_NUMBERS = ("p_value", "p_value_holm", "step_ratio", "step_seconds", "extra_bytes")
-HEADINGS = ("method", "test accuracy %", "paired difference", "time/step", "extra memory")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and the half width of its 95 % confidence interval, None where there is none."""
-
-    mean: float
-    half: float | None = None
-
-    @classmethod
-    def from_json(cls, values: Any) -> "Interval | None":
-        """Takes ``{"mean": ..., "half": ...}``; None if it has no finite mean."""
-        mean = number(values.get("mean")) if isinstance(values, Mapping) else None
-        return None if mean is None else cls(mean, number(values.get("half")))
-
-    def say(self, *, signed: bool = False) -> str:
-        """Mean ± half width, in percent or points."""
-        mean = f"{self.mean:+.2f}" if signed else f"{self.mean:.2f}"
-        return mean if self.half is None else f"{mean} ± {self.half:.2f}"
+_NUMBERS = ("p_value", "p_value_holm", "step_ratio", "step_seconds", "extra_bytes", "epsilon")
 
 
 @dataclass(frozen=True)
@@ -48,6 +29,8 @@ class Row:
         extra_bytes: Memory that the method needs beyond the base optimizer, in bytes.
         diverged: How many of these seeds ended with a test loss that is infinite or not a number. A row with any has no
             accuracy and no difference: a mean over the seeds that are left would be of the lucky ones.
+        epsilon: Privacy that was spent, the most over these seeds; None without.
+        after: What was measured after training, by the names of `flatmin.lab.results.after.AFTER`, if it was.
     """
 
     label: str
@@ -62,11 +45,13 @@ class Row:
     step_seconds: float | None = None
     extra_bytes: float | None = None
     diverged: int = 0
+    epsilon: float | None = None
+    after: Mapping[str, Compared] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: Json) -> "Row":
         """Takes what `to_json` returned; what is missing or no number becomes None."""
-        found = {name: number(values.get(name)) for name in _NUMBERS}
+        found, after = {name: number(values.get(name)) for name in _NUMBERS}, values.get("after")
         return cls(
             values["label"],
             str(values.get("method", "")),
@@ -80,16 +65,20 @@ class Row:
             found["step_seconds"],
             found["extra_bytes"],
             int(number(values.get("diverged")) or 0),
+            found["epsilon"],
+            {name: Compared.from_json(each) for name, each in after.items()} if isinstance(after, dict) else {},
         )
 
     def with_diverged(self, seeds: int) -> "Row":
         """Returns this row with so many of its seeds diverged, and if that is any without what they make void."""
         row = replace(self, diverged=seeds)
-        return row.without_difference(accuracy=None) if seeds else row
+        return row.without_difference(accuracy=None, after={}) if seeds else row
 
     def without_difference(self, **changes: Any) -> "Row":
         """Returns this row with nothing said on its difference to the base, and other changes."""
-        return replace(self, difference=None, p_value=None, p_value_holm=None, **changes)
+        nothing: dict[str, Any] = {"difference": None, "p_value": None, "p_value_holm": None}
+        after = {name: replace(each, **nothing) for name, each in self.after.items()}
+        return replace(self, **{**nothing, "after": after, **changes})
 
     def setting_json(self) -> dict[str, Any]:
         """What is trained, without what was found."""
@@ -106,22 +95,11 @@ class Row:
         }
         for name, interval in (("accuracy", self.accuracy), ("difference", self.difference)):
             values |= {} if interval is None else {name: asdict(interval)}
-        for name, p in (("p_value", self.p_value), ("p_value_holm", self.p_value_holm)):
-            values |= {} if p is None else {name: p}
-        return values
+        for name, each in (("p_value", self.p_value), ("p_value_holm", self.p_value_holm), ("epsilon", self.epsilon)):
+            values |= {} if each is None else {name: each}
+        return values | ({"after": {name: each.to_json() for name, each in self.after.items()}} if self.after else {})
 
     def say_diverged(self) -> str:
         """How many of the seeds diverged, such as ``"diverged"`` for all, or ``"diverged (2 of 5 seeds)"``."""
         seeds = len(self.test_accuracy)
         return "diverged" if self.diverged >= seeds else f"diverged ({self.diverged} of {count_of(seeds, 'seed')})"
-
-    def cells(self) -> list[str]:
-        """The row as text, a cell for each of `HEADINGS`."""
-        is_base = self.p_value_holm is None
-        return [
-            self.label,
-            self.say_diverged() if self.diverged else "" if self.accuracy is None else self.accuracy.say(),
-            "" if self.difference is None or is_base else self.difference.say(signed=True),
-            "-" if self.step_ratio is None else f"{self.step_ratio:.2f}x",
-            "-" if self.extra_bytes is None else say_bytes(self.extra_bytes),
-        ]

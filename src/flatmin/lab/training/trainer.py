@@ -21,22 +21,20 @@ from ...errors import DataError, InvalidArgumentError
 from ...indices import with_indices
 from ...optim import SharpnessAware
 from ..methods import Assembled, Ingredients, get_method
-from ..problems.batches import drawn_batches, make_loader, rank_batches, size_of
+from ..problems.batches import make_loader, rank_batches, size_of
 from ..problems.checked import logits_of, loss_of, pair
 from ..problems.problem import Problem, augmented, make_criterion
-from ..problems.source import NETWORK, OPTIMIZER, STEP, TEST, TRAIN
+from ..problems.source import NETWORK, OPTIMIZER, STEP, TRAIN
 from ..recipe import Run
 from . import torchrun
 from .device import resolve_device
+from .evaluation import autocast, evaluate, statistics_inputs
 from .first_losses import FirstLosses
 from .logged_sharpness import epoch_sharpness
 from .private import Private, poisson_loader
 from .progress import Progress, StepResult
 from .randomness import Randomness
 from .state_check import check_fit, check_optimizer, check_values
-
-# Training samples, and how many of them at a time, that the batch-norm statistics of an average are made from.
-REFRESHED, AT_A_TIME = 2048, 256
 
 
 class Trainer:
@@ -265,35 +263,17 @@ class Trainer:
         """
         if self._refresh is None:
             return
-        drawn = drawn_batches(self.problem.train, REFRESHED, 0, AT_A_TIME)
         with preserved(self.device), self._autocast(), self._calling(NETWORK):
-            self._refresh(x for x, _ in drawn if len(x) > 1)  # a single sample has no variance
+            self._refresh(statistics_inputs(self.problem))
 
     @property
     def evaluated(self) -> nn.Module:
         """The network that is evaluated: the one that is trained, or its average."""
         return self.model if self.average is None else self.average.module
 
-    @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Returns the plain cross entropy and the accuracy, a share of 1, on the test set.
-
-        Where a sample's logits are not numbers, or the largest is not finite, nothing is predicted, so it is not right.
-        """
-        model = self.evaluated.eval()
-        totals = torch.zeros(2, device=self.device)
-        recipe = self.run.recipe
-        loader = make_loader(self.problem.test, max(recipe.batch_size, 512), workers=recipe.workers)
-        for batch in self.problem.source.reading(TEST, loader):
-            x, y = pair(self.problem, TEST, batch)
-            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            with self._autocast():
-                logits = logits_of(self.problem, model, x)
-            loss = F.cross_entropy(logits.float(), y, reduction="sum")
-            right = (logits.argmax(dim=1) == y) & logits.amax(dim=1).isfinite()  # argmax gives NaN a class too
-            totals += torch.stack([loss, right.sum()])
-        loss_mean, accuracy = (_distributed.total(totals) / size_of(self.problem.test)).tolist()
-        return loss_mean, accuracy
+        """Returns the plain cross entropy and the accuracy, a share of 1, on the test set, see `evaluate`."""
+        return evaluate(self.evaluated, self.problem, self.run.recipe, self.device)
 
     def place(self) -> dict[str, str | int]:
         """What must be the same for a continued run to be bit-identical to one that was never ended."""
@@ -371,6 +351,4 @@ class Trainer:
         return {**parts[0], "totals": every if _distributed.rank() == 0 else torch.zeros_like(every)}
 
     def _autocast(self) -> torch.autocast:
-        precision = self.run.recipe.precision
-        dtype = torch.float16 if precision == "float16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=precision != "float32")
+        return autocast(self.run.recipe, self.device)

@@ -1,0 +1,11 @@
+"""What is measured of a finished network after training: with rounded weights, with noise on them, and fine-tuned."""
+
+BITS = (8, 4, 3, 2)
+NOISE = (0.2, 0.4, 0.8)
+# Name in files, and what it is called in tables.
+AFTER = {
+    **{f"rounded_{bits}": f"{bits} bits" for bits in BITS},
+    **{f"noise_{level}": f"noise {level}" for level in NOISE},
+    "tuned_original": "tuned, original",
+    "tuned_shifted": "tuned, shifted",
+}

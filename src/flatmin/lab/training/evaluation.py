@@ -1,0 +1,64 @@
+"""How good a network is on the test set, and the batch-norm statistics with which it is evaluated."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ... import _distributed
+from ..problems.batches import drawn_batches, make_loader, size_of
+from ..problems.checked import logits_of, pair
+from ..problems.problem import Problem
+from ..problems.source import TEST
+from ..recipe import Recipe
+
+# Training samples, and how many of them at a time, that batch-norm statistics are made anew from.
+REFRESHED, AT_A_TIME = 2048, 256
+
+
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """The precision that a recipe names."""
+    dtype = torch.float16 if recipe.precision == "float16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=recipe.precision != "float32")
+
+
+def statistics_inputs(problem: Problem) -> Iterator[Tensor]:
+    """Yields what batch-norm statistics are made anew from: training samples as they are, not cropped or flipped."""
+    for x, _ in drawn_batches(problem.train, REFRESHED, 0, AT_A_TIME):
+        if len(x) > 1:  # a single sample has no variance
+            yield x
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    problem: Problem,
+    recipe: Recipe,
+    device: torch.device,
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[float, float]:
+    """Returns the plain cross entropy and the accuracy, a share of 1, on the test set.
+
+    Where a sample's logits are not numbers, or the largest is not finite, nothing is predicted, so it is not right.
+
+    Args:
+        network: The network; it is in evaluation mode afterwards.
+        problem: Has the test set.
+        recipe: Says how large batches are, in which precision, and with how many workers.
+        device: Where the network is.
+        change: Makes of a batch of inputs those that the network gets. None: it gets them as they are.
+    """
+    network.eval()
+    totals = torch.zeros(2, device=device)
+    loader = make_loader(problem.test, max(recipe.batch_size, 512), workers=recipe.workers)
+    for batch in problem.source.reading(TEST, loader):
+        x, y = pair(problem, TEST, batch)
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        with autocast(recipe, device):
+            logits = logits_of(problem, network, x if change is None else change(x))
+        loss = F.cross_entropy(logits.float(), y, reduction="sum")
+        right = (logits.argmax(dim=1) == y) & logits.amax(dim=1).isfinite()  # argmax gives NaN a class too
+        totals += torch.stack([loss, right.sum()])
+    loss_mean, accuracy = (_distributed.total(totals) / size_of(problem.test)).tolist()
+    return loss_mean, accuracy
