@@ -11,10 +11,13 @@ class Walk:
     Args:
         network: The network, which is kept alive.
         walk: Yields its modules.
+
+    Attributes:
+        network: The network.
     """
 
     def __init__(self, network: nn.Module, walk: Callable[[nn.Module], Iterable[nn.Module]]) -> None:
-        self._network = network
+        self.network = network
         self._walk = walk
         self._modules: list[nn.Module] = []
         self._children: list[list[nn.Module | None]] = []
@@ -22,7 +25,7 @@ class Walk:
     def modules(self) -> list[nn.Module]:
         """The modules as they are now; the very same list if they are as before."""
         if not self._modules or self._children != _children(self._modules):
-            self._modules = list(self._walk(self._network))
+            self._modules = list(self._walk(self.network))
             self._children = _children(self._modules)
         return self._modules
 

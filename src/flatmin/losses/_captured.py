@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .._walk import Walk
@@ -104,7 +104,7 @@ class Captured:
         self._graphs: list[_Graph] = []
         self._seen: list[tuple[Any, ...]] = []
         self._recordings = 0
-        self._network: tuple[nn.Module, Walk] | None = None
+        self._walk: Walk | None = None
         self._known: list[int] = []  # of the average, when the graphs were recorded
         self._ahead: _Ahead | None = None
         self._warned = False
@@ -128,7 +128,8 @@ class Captured:
     def start(self, target: Target, number: tuple[int, int], given: Given) -> Started | None:
         """Launches a pass, or takes the one that was started; None if it is to be run as ever."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.number[0] == number[0] and ahead.started.used.last():
+        unchanged = ahead is not None and ahead.started.used.last() and self._look(target)[1] == self._known
+        if ahead is not None and unchanged and ahead.number[0] == number[0]:
             alike = (target.fraction == 1 or ahead.number == number) and ahead.precision == target.precision()
             if alike and ahead.given.are(tree_flatten(given)[0]):
                 return ahead.started
@@ -138,17 +139,6 @@ class Captured:
     def _launch(self, target: Target, number: tuple[int, int], given: Given) -> Started | None:
         if self._why and not self._graphs:
             return None
-        network = target.networks[0]
-        if self._network is None or self._network[0] is not network:
-            self._network = network, Walk(network, layers)
-        found = self._network[1].modules()
-        used = [
-            tensor
-            for layer in found
-            for kind in (layer._parameters, layer._buffers)
-            for tensor in kind.values()
-            if tensor is not None
-        ]
         if self._side is None:
             self._side = SIDES[target.device.type](target.device)
         if self._side.busy():
@@ -156,7 +146,8 @@ class Captured:
         with torch.no_grad():
             if (share := target.share(number)) is not None:
                 given = take(given, share, number[1])
-            self._follow(self._side, [target.average, *found], used)
+            used, now = self._look(target)
+            self._follow(self._side, now)
             try:
                 return self._replayed(self._side, target, given, used)
             except CannotRecordError as error:
@@ -203,10 +194,19 @@ class Captured:
         self._graphs.append(_Graph(signature, inputs, replay, tree_flatten(outputs)))
         return self._graphs[-1]
 
-    def _follow(self, side: Side, found: list[nn.Module], used: list[Tensor]) -> None:
-        """Forgets all graphs if the average's layers, hooks or tensors are others than before."""
-        hooks = sum(len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in found)
-        now = [hooks, *map(id, used), *(each.data_ptr() for each in used if type(each) in PLAIN)]
+    def _look(self, target: Target) -> tuple[list[Tensor], list[int]]:
+        """The average's tensors; and what is as before if they, its hooks and where they are in memory are."""
+        network = target.networks[0]
+        if self._walk is None or self._walk.network is not network:
+            self._walk = Walk(network, layers)
+        found = self._walk.modules()
+        kinds = (kind for layer in found for kind in (layer._parameters, layer._buffers))
+        used = [tensor for kind in kinds for tensor in kind.values() if tensor is not None]
+        hooks = sum(len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in (target.average, *found))
+        return used, [hooks, *map(id, used), *(each.data_ptr() for each in used if type(each) in PLAIN)]
+
+    def _follow(self, side: Side, now: list[int]) -> None:
+        """Forgets all graphs if what they were recorded of is other than before."""
         if now != self._known:
             if self._graphs:  # whose memory is free when what runs in it is over
                 side.join(side.launch(lambda: None, []), [])

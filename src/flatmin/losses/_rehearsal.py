@@ -1,6 +1,7 @@
 """Records a network's pass as a graph, after a pass that shows whether the graph would repeat it."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def recorded(
 
     def run() -> Any:
         # What autocast has cast before is not in the graph, so it must not take that.
-        lower = torch.autocast(target.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+        lower = nullcontext() if dtype is None else torch.autocast(target.device.type, dtype, cache_enabled=False)
         args, kwargs = tree_unflatten(inputs, spec)
         with torch.no_grad(), lower:
             return target.inside(call, args, kwargs)
@@ -94,11 +95,11 @@ def recorded(
     return inputs, replay, outputs
 
 
-class _Rehearsal(TorchDispatchMode):
+class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, what a graph would not repeat raises."""
 
     def __init__(self, side: Side, target: Target) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._side = side
         self._layers = [target.average, *layers(target.networks[0])]
         self._looked = False

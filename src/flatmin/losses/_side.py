@@ -34,7 +34,7 @@ class Side(Protocol):
         """
 
     def join(self, mark: Any, made: list[Tensor]) -> None:
-        """Lets the current stream, not the host, wait for the mark; ``made`` are the side's tensors that it then uses."""
+        """Lets the current stream wait for the mark, and not the host; it then uses ``made``, the side's tensors."""
 
     def refusing_waits(self) -> AbstractContextManager[None]:
         """Inside, what makes the host wait raises, as far as torch notices it."""
@@ -48,7 +48,7 @@ class Cuda:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()  # one for all graphs: they run one after the other
 
     def takes(self, tensor: Tensor) -> bool:

@@ -53,9 +53,9 @@ class Target:
     def precision(self) -> torch.dtype | None:
         """The dtype of autocast that it runs under; None: without."""
         kind = self.device.type
-        if self.autocast is not None or not torch.is_autocast_enabled(kind):
-            return self.autocast
-        return torch.get_autocast_dtype(kind)
+        if self.autocast is None and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.autocast
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> Any:
         """What it makes of a batch on this type of device."""
