@@ -151,6 +151,7 @@ def _() -> Made:
 def _() -> Made:
     own = {"model": network(), "decay": 0.9, "average": None, "autocast": None, "output": None, "class_dim": None}
     numbers = {"coefficient": 1.0, "temperature": 2.0, "start_epoch": 0, "fraction": 1.0, "interval": 1}
+    own["capture"] = None
     return flatmin.MESA, {**own, **numbers, "statistics": "averaged", "link": "softmax", "distance": None}
 
 

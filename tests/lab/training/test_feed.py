@@ -147,10 +147,9 @@ def test_the_loop_starts_the_average_before_the_network(trainer_of, monkeypatch)
     assert same_weights(*trainers)
 
 
-@pytest.mark.parametrize("method", ["base", "sam", "mesa"])
-def test_a_compiled_network_trains_as_a_plain_one(method, trainer_of, monkeypatch):
+def test_a_compiled_network_trains_as_a_plain_one(trainer_of, monkeypatch):
     monkeypatch.setattr(compiled, "BACKEND", "eager")
-    trainer, plain = trainer_of(method, compile=True), trainer_of(method)
+    trainer, plain = trainer_of("sam", compile=True), trainer_of("sam")
     assert trained(trainer, 1) == trained(plain, 1)
     assert same_weights(trainer, plain)
     assert hasattr(trainer._network, "_orig_mod")

@@ -6,7 +6,7 @@ from torch.utils.data import TensorDataset
 
 from ..problems.problem import Problem
 from ..recipe import Recipe
-from .feed import HELD
+from . import feed
 
 
 def layout_of(problem: Problem, recipe: Recipe, device: torch.device) -> torch.memory_format | None:
@@ -14,7 +14,7 @@ def layout_of(problem: Problem, recipe: Recipe, device: torch.device) -> torch.m
 
     The network of an experiment file may take ``view`` of what it computes, which holds in one order alone.
     """
-    if recipe.experiment is not None or device.type not in HELD:
+    if recipe.experiment is not None or device.type not in feed.HELD:
         return None
     images = isinstance(problem.train, TensorDataset) and problem.train.tensors[0].ndim == 4
     return torch.channels_last if images or recipe.data.startswith("folder:") else None
