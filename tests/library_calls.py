@@ -169,6 +169,12 @@ def _() -> Made:
     return forward, {"logits": logits(), "where": torch.tensor([True, False, True, True])}
 
 
+@call("MESA.prepare")
+def _() -> Made:
+    prepare = flatmin.MESA(network(), start_epoch=0, decay=0.9).prepare
+    return lambda: prepare(batch()[0]), {}  # all it takes is what the network takes
+
+
 for kind, make in {
     "SAF": lambda model: flatmin.SAF(**SAF),
     "MESA": lambda model: flatmin.MESA(model, decay=0.9),
