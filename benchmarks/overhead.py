@@ -3,7 +3,7 @@
 The steps of all methods are interleaved in one process. On the CPU it measures ResNet-18 on 32x32 images and the small
 networks of the comparisons; on a CUDA device also ResNet-50 at 224x224 (Table 1 of the paper), ViT-S and a network of
 many small tensors, in blocks of steps with one wait at the end, with images/s, peak memory and how often the host waits
-in a step.
+in a step, and MESA once more without its recorded graph.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead-cpu.json
     python benchmarks/overhead.py --device cuda --out benchmarks/results/overhead-cuda.json
@@ -16,7 +16,7 @@ What a hyperparameter costs is measured as ``flatmin compare`` compares it, a ro
 import argparse
 import copy
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from flatmin.lab.recipe import Recipe, Run
 from flatmin.lab.runs.record import command_line, environment, write_json
 from flatmin.lab.training.trainer import Trainer
 
+PLAIN = " capture=False"  # of rows in which MESA's average runs as it does on a CPU
 SMALL_TENSORS = "mlp of 40 layers"  # many small tensors, where the host's fixed costs show
 BATCHES_IN_DATASET = 4  # the batch stands among samples that are not in it, as it does in training
 
@@ -107,7 +108,10 @@ def build(case: Case, device: str, row: Row) -> Trainer:
     problem = Problem(
         dataset, dataset, case.classes, make_model, None, lambda parameters: base_optimizer(recipe, parameters)
     )
-    return Trainer(Run(recipe, row.method, row.settings), problem)
+    trainer = Trainer(Run(recipe, row.method, row.settings), problem)
+    if row.label.endswith(PLAIN):
+        trainer.trajectory.capture = False  # type: ignore[union-attr]  # it is MESA
+    return trainer
 
 
 def measure(case: Case, device: str, rows: list[Row], seconds: float) -> dict[str, Any]:
@@ -197,6 +201,8 @@ def main() -> None:
     if arguments.models:
         cases = [case for case in cases if case.model in arguments.models.split(",")]
     rows = make_rows(arguments.methods.split(","), parse_settings(arguments.set), epochs=Recipe.epochs)
+    if arguments.device.startswith("cuda"):
+        rows += [replace(row, label=row.label + PLAIN) for row in rows if row.method == "mesa"]
     results = []
     for case in cases:
         results.append(measure(case, arguments.device, rows, arguments.seconds))

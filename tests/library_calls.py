@@ -151,6 +151,7 @@ def _() -> Made:
 def _() -> Made:
     own = {"model": network(), "decay": 0.9, "average": None, "autocast": None, "output": None, "class_dim": None}
     numbers = {"coefficient": 1.0, "temperature": 2.0, "start_epoch": 0, "fraction": 1.0, "interval": 1}
+    own["capture"] = None
     return flatmin.MESA, {**own, **numbers, "statistics": "averaged", "link": "softmax", "distance": None}
 
 
@@ -166,6 +167,12 @@ def _() -> Made:
         return flatmin.MESA(network(), start_epoch=0, decay=0.9)(logits, batch()[0], where=where)
 
     return forward, {"logits": logits(), "where": torch.tensor([True, False, True, True])}
+
+
+@call("MESA.prepare")
+def _() -> Made:
+    prepare = flatmin.MESA(network(), start_epoch=0, decay=0.9).prepare
+    return lambda: prepare(batch()[0]), {}  # all it takes is what the network takes
 
 
 for kind, make in {

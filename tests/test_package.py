@@ -36,6 +36,7 @@ SHARED = {
     "_passes",
     "_privacy",
     "_rng",
+    "_walk",
     "_warn",
 }
 LIBRARY = {"averages", "history", "indices", "losses", "optim", "sharpness"}
@@ -59,6 +60,7 @@ ALLOWED = {
     "_passes": set(),
     "_privacy": {"errors"},
     "_rng": {"errors", "_checks"},
+    "_walk": set(),
     "_warn": set(),
     "history": SHARED,
     "optim": SHARED,

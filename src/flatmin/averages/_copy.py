@@ -70,9 +70,9 @@ def without_hooks_of(network: nn.Module, model: nn.Module) -> Iterator[None]:
     if shared:
         for layer in layers(network):
             for hooks in (getattr(layer, name) for name in HOOKS):
-                if any(id(hook) in shared and not _of_torch(hook) for hook in hooks.values()):
+                if any(id(hook) in shared and not of_torch(hook) for hook in hooks.values()):
                     before.append((hooks, list(hooks.items())))
-                    kept = [(key, hook) for key, hook in hooks.items() if id(hook) not in shared or _of_torch(hook)]
+                    kept = [(key, hook) for key, hook in hooks.items() if id(hook) not in shared or of_torch(hook)]
                     hooks.clear()
                     hooks.update(kept)
     try:
@@ -106,7 +106,7 @@ def _copy_hooks(network: nn.Module, made: nn.Module, memo: dict[int, Any]) -> li
         for name in HOOKS:
             kept = OrderedDict()
             for key, hook in getattr(layer, name).items():
-                if _of_torch(hook) or id(_owner(hook)) in memo:
+                if of_torch(hook) or id(_owner(hook)) in memo:
                     kept[key] = copy.deepcopy(hook, memo)
                 elif not _of(hook, "flatmin"):  # an optimizer's, which watches the network alone
                     dropped[path or type(layer).__name__] = None
@@ -122,7 +122,7 @@ def _owner(hook: Callable[..., Any]) -> Any:
     return getattr(hook, "__self__", hook)
 
 
-def _of_torch(hook: Callable[..., Any]) -> bool:
+def of_torch(hook: Callable[..., Any]) -> bool:
     return _of(hook, "torch") and not isinstance(_owner(hook), nn.Module)
 
 

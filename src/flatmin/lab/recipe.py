@@ -54,6 +54,7 @@ class Recipe:
             noise; batches are drawn by Poisson sampling. None: without.
         delta: Delta of that privacy.
         clip: Norm to which each sample's gradient is clipped for it.
+        compile: Compile the network by ``torch.compile``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"`` and so on.
         workers: Processes that load data, for ``folder:`` and experiment files.
 
@@ -124,6 +125,9 @@ class Recipe:
     )
     delta: float = _option(1e-5, "With --private: delta.", Bounds(above=0, below=1))
     clip: float = _option(1.0, "With --private: norm to which each sample's gradient is clipped.", Bounds(above=0))
+    compile: bool = _option(
+        False, "Compile the network by torch.compile: minutes at the start of a run, and shorter steps on a GPU."
+    )
     device: str = _option("auto", "auto | cpu | cuda | cuda:1 | mps.")
     workers: int = _option(
         0, "Processes that load data, for folder: and experiment files.", Bounds(integer=True, least=0, most=1024)
@@ -136,7 +140,7 @@ class Recipe:
             _check_kind("experiment", self.experiment, str, "the path of a file")
         for name in ("data", "model", "optimizer", "precision", "device"):
             _check_kind(name, getattr(self, name), str, "a text")
-        for name in ("crop", "flip"):
+        for name in ("crop", "flip", "compile"):
             _check_kind(name, getattr(self, name), bool, "True or False")
         for name in ("data", "model"):
             if self.experiment is not None and getattr(self, name) != getattr(Recipe, name):
@@ -151,6 +155,8 @@ class Recipe:
         check_choice("precision", self.precision, PRECISIONS)
         if self.private is not None and self.precision == "float16":
             raise InvalidArgumentError("private and precision float16 exclude each other: take bfloat16 or float32")
+        if self.private is not None and self.compile:
+            raise InvalidArgumentError("private and compile exclude each other: Opacus looks into each layer's pass")
 
 
 def _check_kind(name: str, value: Any, kind: type, said: str) -> None:

@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from .._walk import Walk
 from ._foreach import put_back_
 from ._scale import has_scaled, has_unscaled
 
@@ -138,6 +139,7 @@ class Surroundings:
 
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
+        self._walk: Walk | None = None
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._others: list[weakref.ref[Optimizer]] | None = None  # None: not looked for yet
         self._rest: list[tuple[weakref.ref[Optimizer], list[weakref.ref[Tensor]]]] = []
@@ -153,7 +155,9 @@ class Surroundings:
         ``parameters``, and those that were `seen`.
         """
         if self.model is not None:
-            return list(self.model.modules())
+            if self._walk is None or self._walk.network is not self.model:
+                self._walk = Walk(self.model, nn.Module.modules)
+            return self._walk.modules()
         self._look(parameters)
         return [layer for layer in self._layers if layer.training]
 

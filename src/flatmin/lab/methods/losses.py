@@ -33,6 +33,7 @@ def _mesa(given: Ingredients, settings: Settings) -> Assembled:
         lambda logits, y, index, inputs: mesa(logits, inputs),
         size(mesa.average),
         refresh=mesa.refresh if settings["statistics"] == "fresh" else None,
+        prepare=mesa.prepare,
     )
 
 

@@ -62,6 +62,8 @@ class Assembled:
             another around the base one that shares its ``param_groups`` and ``state``.
         trajectory: The module with ``set_epoch`` and state, or None.
         penalty: Called as ``penalty(logits, y, index, inputs)`` in the closure, or None.
+        prepare: Called with the inputs before the network's pass in the closure: starts what can run beside it. None:
+            nothing.
         average: What is evaluated in place of the network, or None. Attached to the optimizer already, if it follows
             its steps.
         at_epoch_end: Called after each epoch, before the evaluation.
@@ -81,3 +83,4 @@ class Assembled:
     attach: Callable[[Any, Any], Any] | None = None
     at_epoch_end: Callable[[], None] = lambda: None
     refresh: Callable[[Iterable[Any]], None] | None = None
+    prepare: Callable[[Any], None] | None = None

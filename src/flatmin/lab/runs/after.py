@@ -11,10 +11,11 @@ from ..._rng import preserved, seed_all
 from ...averages._statistics import refresh
 from ..problems.batches import make_loader
 from ..problems.checked import logits_of, loss_of, pair, shifted
-from ..problems.source import NETWORK, OPTIMIZER, TRAIN
+from ..problems.source import NETWORK, OPTIMIZER, TEST, TRAIN
 from ..results import AFTER_FILE
 from ..results.after import BITS, NOISE
 from ..training.evaluation import autocast, evaluate, statistics_inputs
+from ..training.feed import Feed
 from .record import command_line, environment
 from .saved import Saved
 
@@ -111,6 +112,7 @@ class _Bench:
     def __init__(self, saved: Saved, on_step: Callable[[], None]) -> None:
         self._saved, self._on_step = saved, on_step
         self._problem, self._recipe, self._device = saved.problem, saved.run.recipe, saved.device
+        self._test = Feed(self._problem, TEST, self._problem.test, self._device)
         # Made anew, for hooks of the training would be copied too; the first one says which layers are frozen.
         self._model, self._network = (self._problem.make_model().to(self._device) for _ in range(2))
         self._model.train()
@@ -144,7 +146,7 @@ class _Bench:
         self._network.eval()
 
     def _accuracy(self, change: Callable[[Tensor], Tensor] | None = None) -> float:
-        return evaluate(self._network, self._problem, self._recipe, self._device, change)[1]
+        return evaluate(self._network, self._test, self._recipe, change=change)[1]
 
     def _shifted(self, x: Tensor) -> Tensor:
         return shifted(self._problem, x)

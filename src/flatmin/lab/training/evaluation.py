@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from ... import _distributed
 from ..problems.batches import drawn_batches, make_loader, size_of
-from ..problems.checked import logits_of, pair
+from ..problems.checked import logits_of
 from ..problems.problem import Problem
-from ..problems.source import TEST
 from ..recipe import Recipe
+from .feed import Feed
+from .layout import in_layout
 
 # Training samples, and how many of them at a time, that batch-norm statistics are made anew from.
 REFRESHED, AT_A_TIME = 2048, 256
@@ -33,9 +34,10 @@ def statistics_inputs(problem: Problem) -> Iterator[Tensor]:
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
-    problem: Problem,
+    test: Feed,
     recipe: Recipe,
-    device: torch.device,
+    *,
+    layout: torch.memory_format | None = None,
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, float]:
     """Returns the plain cross entropy and the accuracy, a share of 1, on the test set.
@@ -43,20 +45,19 @@ def evaluate(
     Where a sample's logits are not numbers, or the largest is not finite, nothing is predicted, so it is not right.
 
     Args:
-        network: The network; it is in evaluation mode afterwards.
-        problem: Has the test set.
+        network: The network, on the device of ``test``; it is in evaluation mode afterwards.
+        test: Gives the test set.
         recipe: Says how large batches are, in which precision, and with how many workers.
-        device: Where the network is.
+        layout: In which order the network takes images.
         change: Makes of a batch of inputs those that the network gets. None: it gets them as they are.
     """
     network.eval()
-    totals = torch.zeros(2, device=device)
-    loader = make_loader(problem.test, max(recipe.batch_size, 512), workers=recipe.workers)
-    for batch in problem.source.reading(TEST, loader):
-        x, y = pair(problem, TEST, batch)
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        with autocast(recipe, device):
-            logits = logits_of(problem, network, x if change is None else change(x))
+    problem, totals = test.problem, torch.zeros(2, device=test.device)
+    size = test.evaluated_at_a_time(recipe.batch_size)
+    for x, y in test.without_index(make_loader(test.dataset, size, workers=recipe.workers)):
+        x = in_layout(x if change is None else change(x), layout)
+        with autocast(recipe, test.device):
+            logits = logits_of(problem, network, x)
         loss = F.cross_entropy(logits.float(), y, reduction="sum")
         right = (logits.argmax(dim=1) == y) & logits.amax(dim=1).isfinite()  # argmax gives NaN a class too
         totals += torch.stack([loss, right.sum()])

@@ -18,18 +18,20 @@ from ..._attached import apart
 from ..._checks import check_integer
 from ..._rng import preserved
 from ...errors import DataError, InvalidArgumentError
-from ...indices import with_indices
 from ...optim import SharpnessAware
 from ..methods import Assembled, Ingredients, get_method
 from ..problems.batches import make_loader, rank_batches, size_of
-from ..problems.checked import logits_of, loss_of, pair
+from ..problems.checked import logits_of, loss_of
 from ..problems.problem import Problem, augmented, make_criterion
-from ..problems.source import NETWORK, OPTIMIZER, STEP, TRAIN
+from ..problems.source import NETWORK, OPTIMIZER, STEP, TEST, TRAIN
 from ..recipe import Run
 from . import torchrun
+from .compiled import compiled, said
 from .device import resolve_device
 from .evaluation import autocast, evaluate, statistics_inputs
+from .feed import Feed
 from .first_losses import FirstLosses
+from .layout import in_layout, layout_of, to_layout
 from .logged_sharpness import epoch_sharpness
 from .private import Private, poisson_loader
 from .progress import Progress, StepResult
@@ -63,15 +65,23 @@ class Trainer:
         self.problem = problem
         self.device = resolve_device(recipe.device)
         self._randomness = Randomness(run.seed, self.device)  # before the initial weights are drawn
+        self._train = Feed(problem, TRAIN, problem.train, self.device, held=recipe.private is None)
+        self._test = Feed(problem, TEST, problem.test, self.device)
         self.model = problem.make_model().to(self.device)
+        self._layout = layout_of(problem, recipe, self.device)
+        to_layout(self.model, self._layout)
         self._network = torchrun.parallel(self.model)
+        if recipe.compile:
+            self._network = compiled(self._network)
         self._calling = problem.source.calling
         base = problem.make_optimizer(self.model.parameters())
         with self._calling(OPTIMIZER):
             # The scheduler holds the base optimizer; a wrapper shares its param_groups.
             self.scheduler = CosineAnnealingLR(base, T_max=recipe.epochs)
         make = make_loader if recipe.private is None else poisson_loader
-        self.loader = make(problem.train, recipe.batch_size, workers=recipe.workers, generator=self._randomness.order)
+        self.loader = make(
+            self._train.dataset, recipe.batch_size, workers=recipe.workers, generator=self._randomness.order
+        )
         if len(self.loader) == 0:
             raise InvalidArgumentError(
                 f"batch_size={recipe.batch_size} and {problem.sizes()['training samples']} samples, shared by "
@@ -97,6 +107,7 @@ class Trainer:
             )
         self.optimizer, self.trajectory, self.average = method.optimizer, method.trajectory, method.average
         self._penalty, self._chooses, self._at_epoch_end = method.penalty, method.chooses, method.at_epoch_end
+        self._prepare = method.prepare
         self._refresh = method.refresh or (None if self.average is None else self.average.refresh)
         # A registered method's own optimizer may call the closure as often as it likes; under a scaler, which steps
         # without one, only those that know the scaler.
@@ -143,10 +154,9 @@ class Trainer:
         batches = self._begin_epoch()
         lr = self.optimizer.param_groups[0]["lr"]
         start = time.perf_counter() - progress.seconds
-        for index, (x, y) in batches:
+        for index, x, y in batches:
             with self._calling(TRAIN):
-                x = augmented(x, self.run.recipe, self._randomness.augmentation)
-            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+                x = in_layout(augmented(x, self.run.recipe, self._randomness.augmentation), self._layout)
             step = self.step(index, x, y, weight=self._batches.weight(progress.steps))
             progress.add(step, len(y), self._batches.lengths[progress.steps], time.perf_counter() - start)
             if self._first_losses.add(step.loss):
@@ -179,12 +189,12 @@ class Trainer:
             **measured,
         }
 
-    def _begin_epoch(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    def _begin_epoch(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Seeds everything and returns the epoch's batches, without those that `progress` counts as done."""
         self._randomness.begin_epoch(self.epoch)
         self._first_losses.begin_epoch(self.epoch, self.progress.steps)
         self.model.train()
-        batches = self._indexed_batches()
+        batches = self._train.batches(self.loader)
         if self.progress.steps == 0:
             self.set_epoch(self.epoch)
             if self.epoch == 0 and self.trajectory is not None:
@@ -195,14 +205,10 @@ class Trainer:
             self._randomness.go_on()
         return batches
 
-    def _indexed_batches(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
-        for index, batch in self.problem.source.reading(TRAIN, with_indices(self.loader)):
-            yield index, pair(self.problem, TRAIN, batch)
-
     def first_batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """A batch of the training set as `step` takes it, for measuring; of a new order, which an epoch draws anew."""
-        index, (x, y) = next(self._indexed_batches())
-        return index, x.to(self.device), y.to(self.device)
+        index, x, y = next(self._train.batches(self.loader))
+        return index, in_layout(x, self._layout), y
 
     def _judge(self, lr: float) -> None:
         """Ends a run without a finite loss from its first step on."""
@@ -227,6 +233,8 @@ class Trainer:
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             with self._autocast():
+                if self._prepare is not None:
+                    self._prepare(x)
                 logits = logits_of(self.problem, self._network, x)
                 vanilla = loss_of(self.problem, self.criterion, logits, y) if len(y) else logits.sum()
                 loss = vanilla if self._penalty is None else vanilla + self._penalty(logits, y, index, x)
@@ -245,7 +253,7 @@ class Trainer:
             losses.append((mean, mean))
             return each if weight == 1 else each * weight
 
-        with self._calling(STEP):
+        with said(self.run.recipe), self._calling(STEP):
             if self._takes_closure:
                 optimizer: Any = self.optimizer  # one that chooses samples takes another closure than torch's
                 optimizer.step(choosing if self._chooses else closure)
@@ -273,7 +281,7 @@ class Trainer:
 
     def evaluate(self) -> tuple[float, float]:
         """Returns the plain cross entropy and the accuracy, a share of 1, on the test set, see `evaluate`."""
-        return evaluate(self.evaluated, self.problem, self.run.recipe, self.device)
+        return evaluate(self.evaluated, self._test, self.run.recipe, layout=self._layout)
 
     def place(self) -> dict[str, str | int]:
         """What must be the same for a continued run to be bit-identical to one that was never ended."""

@@ -36,7 +36,7 @@ def random_crop(images: Tensor, padding: int, *, generator: torch.Generator) -> 
     check_integer("padding", padding, least=0)
     batch, channels, height, width = images.shape
     places = torch.randint(2 * padding + 1, (2, batch, 1), generator=generator, device=generator.device)
-    top, left = places.to(images.device)
+    top, left = to_device(places, images.device)
     rows = top + torch.arange(height, device=images.device)
     columns = left + torch.arange(width, device=images.device)
     which = torch.arange(batch, device=images.device)[:, None, None, None]
@@ -65,7 +65,14 @@ def random_flip(images: Tensor, *, generator: torch.Generator) -> Tensor:
     """
     _check_images(images)
     flipped = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device) < 0.5
-    return torch.where(flipped.to(images.device), images.flip(-1), images)
+    return torch.where(to_device(flipped, images.device), images.flip(-1), images)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a small tensor to a device; the host does not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _check_images(images: Tensor) -> None:

@@ -1,0 +1,70 @@
+"""How MESA runs the average of a network: on which samples, in which modes, in which precision."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..averages._average import evaluating
+from ..averages._copy import without_hooks_of
+from ..averages._statistics import own_statistics
+from ._share import random_share
+
+
+@dataclass(frozen=True)
+class Target:
+    """Runs an average, without gradient and in evaluation mode.
+
+    Attributes:
+        average: What is called.
+        networks: The averaged network itself, and the one that is trained.
+        owned: Whether the average was made by flatmin, without the network's hooks.
+        statistics: As of `MESA`; so are the next two.
+        fraction: Share of each batch.
+        autocast: None: the caller's.
+        outputs: Takes the logits from what the average returns.
+    """
+
+    average: nn.Module
+    networks: tuple[nn.Module, nn.Module]
+    owned: bool
+    statistics: str
+    fraction: float
+    autocast: torch.dtype | None
+    outputs: Callable[[Any], Any]
+
+    def share(self, number: tuple[int, int]) -> Tensor | None:
+        """The samples of a call that it is run on, see `random_share`; None: all.
+
+        ``number`` is the call's own, and the size of its batch.
+        """
+        seed, batch = number
+        least = 2 if self.statistics == "batch" else 1  # a single sample has no statistics
+        return random_share(batch, self.fraction, seed, least) if self.fraction < 1 else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the average is."""
+        return next(self.networks[0].parameters()).device
+
+    def precision(self) -> torch.dtype | None:
+        """The dtype of autocast that it runs under; None: without."""
+        kind = self.device.type
+        if self.autocast is None and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.autocast
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> Any:
+        """What it makes of a batch on this type of device."""
+        with nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
+            return self.inside(self.average, args, kwargs)
+
+    def inside(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``call``, which calls the average, makes of a batch, under whatever autocast is on."""
+        own = own_statistics(*self.networks) if self.statistics == "batch" else nullcontext()
+        hooks = nullcontext() if self.owned else without_hooks_of(*self.networks)
+        with evaluating(self.average), own, hooks:
+            return self.outputs(call(*args, **kwargs))
