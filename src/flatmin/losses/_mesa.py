@@ -233,7 +233,8 @@ class MESA(Loaded):
             theirs = started.result()
         else:
             if share is not None:
-                args, kwargs = take((args, kwargs), share, len(first))
+                with torch.no_grad():
+                    args, kwargs = take((args, kwargs), share, len(first))
             theirs = target.run(args, kwargs, first.device.type)
         return watched(self.coefficient * compare.loss(logits, theirs, where, self.temperature), "MESA")
 

@@ -14,6 +14,7 @@ from flatmin.lab.problems.batches import drawn_batches
 from flatmin.lab.runs import measure_sharpness, open_saved
 from flatmin.lab.runs.checkpoint import load_checkpoint, save_checkpoint
 from flatmin.lab.runs.run import train_run
+from flatmin.lab.training import evaluation
 from flatmin.lab.training import trainer as trainer_module
 from flatmin.lab.training.trainer import Trainer
 
@@ -148,7 +149,7 @@ def test_a_network_without_batch_norm_reads_no_sample(make_run, make_problem, me
         pytest.fail("was read")
         yield
 
-    monkeypatch.setattr(trainer_module, "drawn_batches", none)
+    monkeypatch.setattr(evaluation, "drawn_batches", none)
     trainer.train_epoch()
 
 
