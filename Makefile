@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
 
-.PHONY: demo test lint types unit browser stress dist format clean
+.PHONY: demo test lint types unit browser stress docs dist format clean
 demo: $(VENV)/cli.done
 	$(BIN)/flatmin compare --log-sharpness 3 --look 21
 
@@ -33,6 +33,10 @@ KILLS ?= 120
 stress: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py --kills $(KILLS) --out benchmarks/results/kills.json
 
+# The site, into site/: a link that leads nowhere is an error. It opens from the disk.
+docs: $(VENV)/dev.done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # What is uploaded: a source archive and a wheel, checked as the index checks them.
 dist: $(VENV)/bin/python
 	$(PIP) build twine
@@ -59,4 +63,4 @@ $(VENV)/dev.done: $(VENV)/cli.done
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

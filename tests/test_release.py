@@ -34,7 +34,7 @@ def test_every_extra_that_a_message_names_exists():
     import tomllib
 
     extras = set(tomllib.loads(PYPROJECT)["project"]["optional-dependencies"])
-    texts = [path.read_text() for path in [*ROOT.glob("src/**/*.py"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]]
+    texts = [path.read_text() for path in [*ROOT.glob("src/**/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md"]]
     named = {name for text in texts for found in re.findall(r"flatmin\[([\w,]+)\]", text) for name in found.split(",")}
     assert "lightning" in named
     assert named - {"NAME"} <= extras

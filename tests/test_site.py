@@ -1,0 +1,81 @@
+"""The site is built without a warning, has every public name, and asks the network for nothing."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.test_package import PUBLIC
+
+ROOT = Path(__file__).parent.parent
+
+pytest.importorskip("material", reason="needs mkdocs-material")
+pytest.importorskip("mkdocstrings")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built as `make docs` does."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page loads, its anchors, and its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.loads, self.anchors, self.text = [], set(), []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.anchors.add(given.get("id"))
+        if tag != "a" and given.get("rel") not in ("canonical", "next", "prev"):
+            self.loads += [
+                given[name] for name in ("src", "href", "srcset", "poster", "data", "action") if given.get(name)
+            ]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {str(path.relative_to(site)): Page(path) for path in site.rglob("*.html")}
+
+
+def test_no_page_asks_the_network_for_anything(site, pages):
+    assert len(pages) > 50
+    assert {load for page in pages.values() for load in page.loads if re.match(r"(\w+:)?//", load)} == set()
+    styles = [*site.rglob("*.css")]
+    assert styles
+    for style in styles:
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+def test_every_public_name_is_in_the_reference(pages):
+    anchors = {anchor for name, page in pages.items() if name.startswith("api/") for anchor in page.anchors}
+    assert missing(anchors) == []
+    assert missing(anchors - {"flatmin.losses.SAF"}) == ["flatmin.losses.SAF"]
+
+
+def missing(anchors):
+    """The public names without an entry; modules have pages of their own, in which stands what `flatmin` has."""
+    found = []
+    for name in PUBLIC[1:]:
+        base = ROOT.joinpath("src", *name.split("."))
+        source = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        (symbols,) = re.findall(r"^__all__ = (\[.*?\])$", source.read_text(), re.MULTILINE | re.DOTALL)
+        modules = {path.stem for path in base.glob("*")}
+        found += [f"{name}.{symbol}" for symbol in ast.literal_eval(symbols) if symbol not in modules]
+    return [symbol for symbol in found if symbol not in anchors]
