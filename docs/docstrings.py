@@ -36,7 +36,7 @@ def comment(attr: griffe.Attribute) -> str:
     if isinstance(path, list) or line is None:
         return ""
     lines = path.read_text(encoding="utf-8").splitlines()
-    above = []
+    above: list[str] = []
     while lines[line - 2 - len(above)].startswith("#"):
         above.append(lines[line - 2 - len(above)].lstrip("# "))
     behind = re.search(r"  # (.+)$", lines[line - 1])

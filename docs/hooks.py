@@ -1,4 +1,4 @@
-"""What mkdocs is told beyond mkdocs.yml: files of the repository that pages link to become part of the site.
+"""What mkdocs is told beyond mkdocs.yml: files of the repository become part of the site, and messages of the source.
 
 Pages link to files as they lie in the repository, so that every link works where the repository is read, too. Here each
 link that leaves docs/ is led to a copy within the site: a page for those of `PAGES`, the file itself for all others.
@@ -6,6 +6,7 @@ link that leaves docs/ is led to a copy within the site: a page for those of `PA
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for docs, which is no package that is installed
+
+from docs import messages  # noqa: E402
+
 # Files outside of docs/ that are pages of the site.
 PAGES = {
     "CHANGELOG.md": "about/changelog.md",
@@ -59,4 +64,6 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
             return found[1]  # mkdocs says that it leads nowhere
         return os.path.relpath(place(path), os.path.dirname(page.file.src_uri) or ".")
 
+    if page.file.src_uri == "troubleshooting/messages.md":
+        markdown += "\n" + messages.page(messages.messages())
     return LINK.sub(led, markdown)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import messages
 from tests.test_package import PUBLIC
 
 ROOT = Path(__file__).parent.parent
@@ -79,3 +80,32 @@ def missing(anchors):
         modules = {path.stem for path in base.glob("*")}
         found += [f"{name}.{symbol}" for symbol in ast.literal_eval(symbols) if symbol not in modules]
     return [symbol for symbol in found if symbol not in anchors]
+
+
+def raised():
+    """Each place of the source that raises an error of flatmin's, or warns: file, line and kind."""
+    own = {*messages.kinds(), "warn"}
+    for path in sorted(messages.SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            name = ast.unparse(call.func).rpartition(".")[2] if isinstance(call, ast.Call) else ""
+            if name in own and (isinstance(node, ast.Raise) or name == "warn"):
+                yield path.relative_to(messages.SOURCE).as_posix(), call.lineno
+
+
+def test_every_message_is_on_the_page_of_messages(pages):
+    """A message is read from the source where it is a text; those that pass on another's words are known by name."""
+    found = {(message.file, message.line): message for message in messages.messages()}
+    places = set(raised())
+    assert len(places) > 400
+    assert places <= set(found)
+    text = " ".join("".join(pages["troubleshooting/messages.html"].text).split())
+    assert [each for each in found.values() if " ".join(each.text.split()) not in text] == []
+    passing_on = {found[place].file for place in places if not found[place].text}
+    assert passing_on == {"lab/problems/source.py", "lab/runs/run.py", "optim/_squat.py"}
+
+
+def test_every_kind_of_error_has_its_way_out():
+    page = (ROOT / "docs" / "troubleshooting" / "README.md").read_text()
+    for kind in messages.kinds():
+        assert re.search(rf"^\| `{kind}`[^|]*\| [^|]+ \| [^|]+ \|$", page, re.MULTILINE), kind
