@@ -24,6 +24,11 @@ class Docstrings(griffe.Extension):
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)
 
+    def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Leaves out what torch asks of a module and nobody calls."""
+        for name in ("extra_repr", "get_extra_state", "set_extra_state"):
+            cls.members.pop(name, None)
+
     def on_attribute(self, *, attr: griffe.Attribute, **_: Any) -> None:
         """Gives a constant of a module the comment above or beside it as its docstring, so that the site shows it."""
         if attr.docstring is None and attr.parent is not None and attr.parent.is_module and attr.name.isupper():

@@ -1,4 +1,4 @@
-"""What mkdocs is told beyond mkdocs.yml: files of the repository become part of the site, and messages of the source.
+"""What mkdocs is told beyond mkdocs.yml: how files of the repository, and the messages in its source, become pages.
 
 Pages link to files as they lie in the repository, so that every link works where the repository is read, too. Here each
 link that leaves docs/ is led to a copy within the site: a page for those of `PAGES`, the file itself for all others.
@@ -17,7 +17,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for docs, which is no package that is installed
 
-from docs import messages  # noqa: E402
+from docs import messages, notebooks  # noqa: E402
 
 # Files outside of docs/ that are pages of the site.
 PAGES = {
@@ -33,6 +33,8 @@ LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 def place(path: Path) -> str:
     """Where a file of the repository lies in the site, as mkdocs names its source."""
     name = path.relative_to(ROOT).as_posix()
+    if path.suffix == ".ipynb":
+        return f"notebooks/{path.stem}.md"
     return PAGES.get(name, name.removeprefix("docs/") if name.startswith("docs/") else f"repository/{name}")
 
 
@@ -46,6 +48,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, uri in PAGES.items():
         if not files.get_file_from_path(uri):
             files.append(File.generated(config, uri, abs_src_path=str(ROOT / name)))
+    for path in sorted(notebooks.FOLDER.glob("*.ipynb")):
+        files.append(File.generated(config, place(path), content=notebooks.page(path)))
     for page in files.documentation_pages():
         for link in LINK.findall(page.content_string):
             path = target(link, Path(page.abs_src_path or ROOT / "docs" / page.src_uri))

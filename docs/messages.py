@@ -125,8 +125,10 @@ def page(found: list[Message]) -> str:
     parts = []
     for part, title in PARTS.items():
         rows = [message for message in found if message.part == part and message.text]
-        kinds = sorted({(row.kind.rpartition(".")[2], " ".join(row.text.split())) for row in rows}, key=lambda row: row[1])
+        kinds = {(" ".join(row.text.split()), row.kind) for row in rows}
         if kinds:
-            lines = [f"<tr><td><code>{kind}</code></td><td>{html.escape(text)}</td></tr>" for kind, text in kinds]
+            lines = [
+                f"<tr><td><code>{kind}</code></td><td>{html.escape(text)}</td></tr>" for text, kind in sorted(kinds)
+            ]
             parts += [f"## {title}", "", "<table>", *lines, "</table>", ""]
     return "\n".join(parts)
