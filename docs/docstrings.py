@@ -12,7 +12,8 @@ TABLE = re.compile(r"^=+(?: +=+)+\n(?:.+\n)+?=+(?: +=+)+$", re.MULTILINE)
 def markdown(text: str) -> str:
     """The text with examples as a section of their own, and tables and blocks after ``::`` as code."""
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
-    text = re.sub(r"(?<=\w)::$", ":", text, flags=re.MULTILINE)
+    text = re.sub(r"(?<=\S)::$", ":", text, flags=re.MULTILINE)
+    text = re.sub(r"^ *::\n", "", text, flags=re.MULTILINE)
     return TABLE.sub(lambda found: f"```text\n{found[0]}\n```", text)
 
 

@@ -44,14 +44,15 @@ def result(root: Path, name: str) -> dict[str, Any]:
 
 
 def machines(root: Path, *names: str) -> str:
-    """A line on where results were measured: processor, cores, torch."""
-    found = []
+    """A line on where results were measured: processor, cores, torch; and which, where there are several machines."""
+    found: dict[str, list[str]] = {}
     for name in names:
         measured = result(root, name)
         hardware, torch = measured["hardware"], measured["versions"]["torch"].partition("+")[0]
         on = hardware["accelerator"] or f"{hardware['processor'].replace('(R)', '')}, {hardware['cores']} cores"
-        found.append(f"{on}, torch {torch}")
-    return f"Measured on: {'; '.join(dict.fromkeys(found))}."
+        found.setdefault(f"{on}, torch {torch}", []).append(name)
+    parts = [f"{on} ({', '.join(of)})" if len(found) > 1 else on for on, of in found.items()]
+    return f"Measured on: {'; '.join(parts)}."
 
 
 def signed(interval: dict[str, float], digits: int = 2) -> str:

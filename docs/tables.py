@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for docs and benchmarks, which are no packages that are installed
 
 import flatmin  # noqa: E402
+from benchmarks import rivals  # noqa: E402
 from docs import result_tables as results  # noqa: E402
 from docs.result_tables import markdown  # noqa: E402
 from flatmin.lab.methods import FORMER_NAMES, METHODS, Card, resolve_settings  # noqa: E402
@@ -187,9 +188,10 @@ def which_from_docs(root: Path) -> str:
     return which_table(root).replace("](docs/", "](")
 
 
-def written_by_rivals(root: Path, name: str) -> str:
-    """The comparisons of all methods, or of averages, as `benchmarks/rivals.py` writes them."""
-    return (root / "benchmarks" / "results" / f"{name}.md").read_text().strip()
+def written_by_rivals(root: Path, name: str, of: Sequence[str]) -> str:
+    """The comparisons of all methods, or of averages, as `benchmarks/rivals.py` writes them, with the machines."""
+    tables = (root / "benchmarks" / "results" / f"{name}.md").read_text().strip()
+    return f"{tables}\n\n{results.machines(root, *of, 'overhead-cpu')}"
 
 
 def _linked(paper: str) -> str:
@@ -224,8 +226,8 @@ TABLES: dict[tuple[str, str], Callable[[Path], str]] = {
     },
     ("docs/methods/mesa.md", "statistics"): results.mesa_statistics,
     ("docs/methods/mesa.md", "cheaper"): results.cheaper_mesa,
-    ("docs/findings/comparison.md", "rivals"): partial(written_by_rivals, name="rivals"),
-    ("docs/findings/comparison.md", "averages"): partial(written_by_rivals, name="rivals-averages"),
+    ("docs/findings/comparison.md", "rivals"): partial(written_by_rivals, name="rivals", of=rivals.COMPARISONS),
+    ("docs/findings/comparison.md", "averages"): partial(written_by_rivals, name="rivals-averages", of=rivals.AVERAGES),
     ("docs/findings/comparison.md", "digits"): results.comparison("digits"),
     ("docs/findings/comparison.md", "fashion-mnist"): results.comparison("fashion-mnist"),
     ("docs/findings/trajectory.md", "targets"): results.targets,

@@ -102,7 +102,7 @@ def test_every_message_is_on_the_page_of_messages(pages):
     text = " ".join("".join(pages["troubleshooting/messages.html"].text).split())
     assert [each for each in found.values() if " ".join(each.text.split()) not in text] == []
     passing_on = {found[place].file for place in places if not found[place].text}
-    assert passing_on == {"lab/problems/source.py", "lab/runs/run.py", "optim/_squat.py"}
+    assert passing_on == {"lab/runs/run.py", "optim/_squat.py"}
 
 
 def test_every_kind_of_error_has_its_way_out():
