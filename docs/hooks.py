@@ -35,7 +35,8 @@ def place(path: Path) -> str:
     name = path.relative_to(ROOT).as_posix()
     if path.suffix == ".ipynb":
         return f"notebooks/{path.stem}.md"
-    return PAGES.get(name, name.removeprefix("docs/") if name.startswith("docs/") else f"repository/{name}")
+    part_of_docs = name.startswith("docs/") and path.suffix != ".py"
+    return PAGES.get(name, name.removeprefix("docs/") if part_of_docs else f"repository/{name}")
 
 
 def target(link: str, page: Path) -> Path:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -35,12 +36,13 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.loads, self.anchors, self.text = [], set(), []
+        self.loads, self.links, self.anchors, self.text = [], [], set(), []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
         self.anchors.add(given.get("id"))
+        self.links += [given["href"]] if tag == "a" and given.get("href") else []
         if tag != "a" and given.get("rel") not in ("canonical", "next", "prev"):
             self.loads += [
                 given[name] for name in ("src", "href", "srcset", "poster", "data", "action") if given.get(name)
@@ -52,7 +54,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages(site):
-    return {str(path.relative_to(site)): Page(path) for path in site.rglob("*.html")}
+    """Each page by its place; that of what is not found is left out, whose links are a server's."""
+    return {str(path.relative_to(site)): Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
 
 
 def test_no_page_asks_the_network_for_anything(site, pages):
@@ -62,6 +65,21 @@ def test_no_page_asks_the_network_for_anything(site, pages):
     assert styles
     for style in styles:
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+def test_every_link_within_the_site_leads_somewhere(site, pages):
+    """Strict mkdocs sees those of pages to pages; not those to files, and not those of mkdocstrings."""
+    wrong, seen = [], 0
+    for name, page in pages.items():
+        for link in {unquote(link) for link in page.links if not re.match(r"\w+:", link)}:
+            path, _, anchor = link.partition("#")
+            target = (site / name).parent.joinpath(path).resolve() if path else site / name
+            known = pages.get(os.path.relpath(target, site))
+            seen += 1
+            if not target.exists() or (anchor and known and anchor not in known.anchors):
+                wrong.append((name, link))
+    assert seen > 1000
+    assert wrong == []
 
 
 def test_every_public_name_is_in_the_reference(pages):
