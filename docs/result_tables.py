@@ -62,11 +62,12 @@ def signed(interval: dict[str, float], digits: int = 2) -> str:
 
 def comparisons(root: Path) -> list[tuple[str, list[rivals.Point]]]:
     """The comparisons of all methods, by the data they are on: averages of the weights are those measured again."""
-    return _comparisons(root, (root / "benchmarks" / "results").stat().st_mtime_ns)
+    files = sorted((root / "benchmarks" / "results").glob("*.json"))
+    return _comparisons(root, tuple(file.stat().st_mtime_ns for file in files))
 
 
 @lru_cache(maxsize=4)
-def _comparisons(root: Path, _: int) -> list[tuple[str, list[rivals.Point]]]:
+def _comparisons(root: Path, _: tuple[int, ...]) -> list[tuple[str, list[rivals.Point]]]:
     results = root / "benchmarks" / "results"
     first = rivals.read_all(
         [results / f"{name}.json" for name in rivals.COMPARISONS], results / "overhead-cpu.json", rivals.JUDGED_AGAIN
