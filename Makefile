@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
 
-.PHONY: demo test lint types unit browser stress dist wheel format clean
+.PHONY: demo test lint types unit browser stress docs dist wheel format clean
 demo: $(VENV)/cli.done
 	$(BIN)/flatmin compare --log-sharpness 3 --look 21
 
@@ -35,6 +35,10 @@ browser:
 KILLS ?= 120
 stress: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py --kills $(KILLS) --out benchmarks/results/kills.json
+
+# The site, into site/: a link that leads nowhere is an error. It opens from the disk.
+docs: $(VENV)/dev.done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # What is uploaded: a source archive and a wheel, checked as the index checks them.
 dist: $(VENV)/bin/python
@@ -66,4 +70,4 @@ $(VENV)/dev.done: $(VENV)/cli.done
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,7 @@
-"""Writes the tables of methods: facts from the cards in `flatmin.lab.methods`, costs from the committed results.
+"""Writes the tables of README and docs: facts from the cards of methods, figures from the committed results.
 
-Each table stands between two markers, such as ``<!-- methods:begin -->`` and ``<!-- methods:end -->``.
+The cards are those in `flatmin.lab.methods`; tables of figures alone are made in docs/result_tables.py. Each table
+stands between two markers, such as ``<!-- methods:begin -->`` and ``<!-- methods:end -->``.
 
     python docs/tables.py            # write them
     python docs/tables.py --check    # say which are not as they would be written, and fail if any is
@@ -11,13 +12,20 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from flatmin.lab.methods import FORMER_NAMES, METHODS, Card, resolve_settings
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for docs and benchmarks, which are no packages that are installed
+
+import flatmin  # noqa: E402
+from benchmarks import rivals  # noqa: E402
+from docs import result_tables as results  # noqa: E402
+from docs.result_tables import markdown  # noqa: E402
+from flatmin.lab.methods import FORMER_NAMES, METHODS, Card, resolve_settings  # noqa: E402
+
 STEPS, EPOCHS = 1000, 60  # of a run, over which the cost of a method with a second pass in some steps is averaged
 
 # What a hyperparameter makes of a method's cost, where it is what we recommend.
@@ -39,7 +47,7 @@ WHICH = (
     ),
     (
         "twice the time is fine",
-        "`SAM`, or [SAM-ON](docs/methods.md#sam)",
+        "`SAM`, or [SAM-ON](docs/methods/sam.md)",
         ("overhead-cpu.json", "sam"),
         "optimizer = flatmin.SAM(optimizer, rho=0.05)",
     ),
@@ -93,27 +101,77 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}x"
 
 
+# Methods whose card stands on another page than docs/methods/NAME.md; the base has none.
+SHARED_PAGES = {
+    **dict.fromkeys(("sam_on", "late_sam", "ae_sam"), "sam"),
+    **dict.fromkeys(("ema", "switch_ema", "lawa"), "averages"),
+    "smoothing": "label-smoothing",
+}
+
+
+def page_of(card: Card) -> str:
+    """The name of the page in docs/methods that describes a method."""
+    return f"{SHARED_PAGES.get(card.name, card.name.replace('_', '-'))}.md"
+
+
 def methods_table(root: Path) -> str:
-    """Every method of flatmin's own."""
-    large, small = (read_rows(root, "overhead-cpu.json", model) for model in ("resnet18", "cnn"))
+    """Every method of flatmin's own, in short."""
     rows = [
         (
-            f"`{card.name}`",
-            f"`{card.use or getattr(card.stands_for, '__name__', '')}`",
+            f"`{card.name}`" if card.name == "base" else f"[`{card.name}`]({page_of(card)})",
             card.summary,
             card.passes,
-            f"{time_per_step(card, large[card.name])} ({time_per_step(card, small[card.name])}){_cheaper(root, card)}",
-            card.memory,
+            _cost(root, card),
             card.choose,
-            _linked(card.paper),
         )
         for card in METHODS.values()
     ]
-    headings = (
-        *("method", "class", "adds", "extra passes", "time per step, ResNet-18 (small CNN)"),
-        *("extra memory", "choose it when", "from"),
-    )
-    return _markdown(headings, rows)
+    headings = ("method", "adds", "extra passes", "time per step, ResNet-18 (small CNN)", "choose it when")
+    return f"{markdown(headings, rows)}\n\n{results.machines(root, 'overhead-cpu')}"
+
+
+def _cost(root: Path, card: Card) -> str:
+    large, small = (read_rows(root, "overhead-cpu.json", model) for model in ("resnet18", "cnn"))
+    if card.name not in large:
+        return "not measured"
+    return f"{time_per_step(card, large[card.name])} ({time_per_step(card, small[card.name])}){_cheaper(root, card)}"
+
+
+def card_table(root: Path, name: str) -> str:
+    """What there is to know of one method: its card, and what it gained."""
+    card = METHODS[name]
+    settings = [
+        f"{each} {_default(known.default)}" for each, known in card.hyperparameters.items() if each != "smoothing"
+    ]
+    rows = [
+        ("in the command", f"`--methods base,{card.name}`"),
+        ("in Python", _use(card)),
+        ("adds", card.summary),
+        ("choose it when", card.choose),
+        ("settings, by default", ", ".join(settings)),
+        ("time per step", _cost(root, card)),
+        ("extra passes", card.passes),
+        ("extra memory", card.memory),
+        ("gained, in points", "<br>".join(results.gained(root, card.name)) or "not compared yet"),
+        ("from", _linked(card.paper)),
+    ]
+    return markdown(("method", f"`{card.name}`"), [row for row in rows if row[1]])
+
+
+def _default(value: object) -> str:
+    return "not set" if value is None else f"`{value}`"
+
+
+def _use(card: Card) -> str:
+    """How it is written, with a link to its entry in the API."""
+    name = getattr(card.stands_for, "__name__", "")
+    use = f"`{card.use or name}`"
+    if not name:
+        return use if card.use else ""
+    *_, room, _private = str(getattr(card.stands_for, "__module__", "")).split(".")
+    if not str(getattr(card.stands_for, "__module__", "")).startswith("flatmin."):
+        return use
+    return f"[{use}](../api/{room}.md#flatmin.{room}.{name})"
 
 
 def which_table(root: Path) -> str:
@@ -122,17 +180,18 @@ def which_table(root: Path) -> str:
         (case, take, _times(read_rows(root, name, "resnet18")[label]["ratio"]), f"`{line}`")
         for case, take, (name, label), line in WHICH
     ]
-    return _markdown(("your case", "take", "time per step", "begin with"), rows)
+    return markdown(("your case", "take", "time per step", "begin with"), rows)
 
 
-def averages_tables(root: Path) -> str:
-    """The averages of the weights, measured again, as `benchmarks/rivals.py` writes them."""
-    return (root / "benchmarks" / "results" / "rivals-averages.md").read_text().strip()
+def which_from_docs(root: Path) -> str:
+    """The same, with links as they are from within docs/."""
+    return which_table(root).replace("](docs/", "](")
 
 
-def rivals_tables(root: Path) -> str:
-    """The comparisons of all methods, as `benchmarks/rivals.py` writes them."""
-    return (root / "benchmarks" / "results" / "rivals.md").read_text().strip()
+def written_by_rivals(root: Path, name: str, of: Sequence[str]) -> str:
+    """The comparisons of all methods, or of averages, as `benchmarks/rivals.py` writes them, with the machines."""
+    tables = (root / "benchmarks" / "results" / f"{name}.md").read_text().strip()
+    return f"{tables}\n\n{results.machines(root, *of, 'overhead-cpu')}"
 
 
 def _linked(paper: str) -> str:
@@ -141,18 +200,39 @@ def _linked(paper: str) -> str:
     return "; ".join(re.sub(r"^(.+), arXiv (\d+\.\d+)$", link, each) for each in paper.split("; "))
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    ruler = f"|{'---|' * len(headings)}"
-    head, *body = (f"| {' | '.join(line)} |" for line in (headings, *rows))
-    return "\n".join([head, ruler, *body])
+def names_table(root: Path) -> str:
+    """What `import flatmin` gives, with a link to each entry of the API."""
+    rows = []
+    for name in flatmin.__all__:
+        value = getattr(flatmin, name)
+        inner = getattr(value, "__name__", "").startswith("flatmin.")
+        room = name if inner else value.__module__.split(".")[1]
+        link = f"{room}.md" if inner else f"{room}.md#flatmin.{room}.{name}"
+        rows.append((f"[`flatmin.{name}`]({link})", str(value.__doc__).partition("\n")[0]))
+    return markdown(("name", "what it is"), rows)
 
 
-# Page and name of the markers -> what stands between them. Only docs/methods.md has to have them.
+# Page and name of the markers -> what stands between them.
 TABLES: dict[tuple[str, str], Callable[[Path], str]] = {
-    ("docs/methods.md", "methods"): methods_table,
     ("README.md", "which"): which_table,
-    ("docs/comparison.md", "rivals"): rivals_tables,
-    ("docs/comparison.md", "averages"): averages_tables,
+    ("docs/choose.md", "which"): which_from_docs,
+    ("docs/choose.md", "decisions"): results.decisions,
+    ("docs/api/README.md", "names"): names_table,
+    ("docs/methods/README.md", "methods"): methods_table,
+    **{
+        (f"docs/methods/{page_of(card)}", f"card-{name}"): partial(card_table, name=name)
+        for name, card in METHODS.items()
+        if name != "base"
+    },
+    ("docs/methods/mesa.md", "statistics"): results.mesa_statistics,
+    ("docs/methods/mesa.md", "cheaper"): results.cheaper_mesa,
+    ("docs/findings/comparison.md", "rivals"): partial(written_by_rivals, name="rivals", of=rivals.COMPARISONS),
+    ("docs/findings/comparison.md", "averages"): partial(written_by_rivals, name="rivals-averages", of=rivals.AVERAGES),
+    ("docs/findings/comparison.md", "digits"): results.comparison("digits"),
+    ("docs/findings/comparison.md", "fashion-mnist"): results.comparison("fashion-mnist"),
+    ("docs/findings/trajectory.md", "targets"): results.targets,
+    ("docs/findings/flatness.md", "flatness-mnist1d"): partial(results.flatness, name="flatness-mnist1d"),
+    ("docs/findings/flatness.md", "flatness-digits"): partial(results.flatness, name="flatness-digits"),
 }
 
 
@@ -170,11 +250,10 @@ def update(root: Path, *, check: bool) -> list[str]:
     wrong = []
     for (page, name), make in TABLES.items():
         path = root / page
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
         new = written(text, name, make(root))
         if new is None:
-            if page == "docs/methods.md":
-                wrong.append(f"{page}: there are no markers <!-- {name}:begin --> and <!-- {name}:end -->")
+            wrong.append(f"{page}: there are no markers <!-- {name}:begin --> and <!-- {name}:end -->")
         elif new != text and check:
             wrong.append(f"{page}: the table {name!r} is not what the cards and the results say")
         elif new != text:

@@ -29,8 +29,8 @@ def tables():
 def tree(tables, tmp_path):
     """A copy of what the script reads and writes, with all markers, and up to date."""
     shutil.copytree(RESULTS, tmp_path / "benchmarks" / "results", ignore=shutil.ignore_patterns("*.svg"))
-    (tmp_path / "docs").mkdir()
     for page in {page for page, _ in tables.TABLES}:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
         blocks = [f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for of, name in tables.TABLES if of == page]
         (tmp_path / page).write_text("\n".join(["Before.\n", *blocks, "After.\n"]))
     assert tables.update(tmp_path, check=False) == []
@@ -43,10 +43,18 @@ def test_the_docs_are_up_to_date():
     assert (found.returncode, found.stderr) == (0, "")
 
 
+METHODS_PAGE = "docs/methods/README.md"
+
+
 def cells(tree, page, first):
-    """The cells of the row that begins so."""
-    (row,) = [line for line in (tree / page).read_text().splitlines() if line.startswith(f"| {first} |")]
-    return row.strip("| ").split(" | ")
+    """The cells of the row whose first cell is this, a link or not."""
+    row = re.compile(rf"\| \[?{re.escape(first)}(\]\(\S+\))? \|")
+    (found,) = [line for line in (tree / page).read_text().splitlines() if row.match(line)]
+    return found.strip("| ").split(" | ")
+
+
+def cost(tree, name):
+    return cells(tree, METHODS_PAGE, f"`{name}`")[3]
 
 
 def test_costs_are_those_of_the_results_under_their_former_names(tree):
@@ -56,23 +64,25 @@ def test_costs_are_those_of_the_results_under_their_former_names(tree):
     ratios = {row["method"]: row["ratio"] for row in case["rows"]}
     for former, name in {**FORMER_NAMES, "sam": "sam"}.items():
         if name not in ("late_sam", "ae_sam", "look_sam"):
-            assert cells(tree, "docs/methods.md", f"`{name}`")[4].startswith(f"{ratios[former]:.2f}x (")
-    late = cells(tree, "docs/methods.md", "`late_sam`")[4]
+            assert cost(tree, name).startswith(f"{ratios[former]:.2f}x (")
+    late = cost(tree, "late_sam")
     assert late.startswith(f"{0.2 * ratios['latesam'] + 0.8 * 1.0133832158075522:.2f}x (")
-    assert cells(tree, "docs/methods.md", "`ae_sam`")[4] == "1.00x to 2.14x (1.02x to 2.03x)"
-    assert cells(tree, "docs/methods.md", "`mesa`")[4] == "1.32x (1.50x); 1.10x with `fraction=0.25`"
+    assert cost(tree, "ae_sam") == "1.00x to 2.14x (1.02x to 2.03x)"
+    assert cost(tree, "mesa") == "1.32x (1.50x); 1.10x with `fraction=0.25`"
     assert cells(tree, "README.md", "wrong labels")[2] == "1.10x"
 
 
 def test_every_method_has_its_row(tree):
-    text = (tree / "docs" / "methods.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(METHODS)
+    text = (tree / METHODS_PAGE).read_text()
+    assert re.findall(r"^\| \[?`(\w+)`", text, re.MULTILINE) == list(METHODS)
     assert text.startswith("Before.\n\n<!-- methods:begin -->\n| method |")
-    assert text.endswith(" |\n<!-- methods:end -->\n\nAfter.\n")
+    assert text.endswith("\n<!-- methods:end -->\n\nAfter.\n")
     assert (tree / "README.md").read_text().count("x | `") == 5
 
 
-@pytest.mark.parametrize("page", ["docs/methods.md", "README.md", "docs/comparison.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/methods/README.md", "README.md", "docs/findings/comparison.md", "docs/methods/sam.md"]
+)
 def test_a_number_that_was_changed_by_hand_is_noticed(tables, tree, page):
     path = tree / page
     path.write_text(re.sub(r"2\.0\dx", "2.99x", path.read_text(), count=1))
@@ -89,16 +99,17 @@ def test_a_result_that_has_changed_is_noticed(tables, tree):
         for row in case["rows"]:
             row["ratio"] *= 1 + 0.1 * (row["method"] == "sam")
     path.write_text(json.dumps(result))
-    assert [line.partition(":")[0] for line in tables.update(tree, check=True)] == ["docs/methods.md", "README.md"]
+    stale = {line.partition(":")[0] for line in tables.update(tree, check=True)}
+    assert stale == {"README.md", "docs/choose.md", METHODS_PAGE, "docs/methods/sam.md"}
 
 
 def test_a_card_that_has_changed_is_noticed(tables, tree, monkeypatch):
     monkeypatch.setattr(tables, "METHODS", {name: METHODS[name] for name in list(METHODS)[1:]})
-    assert [line.partition(":")[0] for line in tables.update(tree, check=True)] == ["docs/methods.md"]
+    assert [line.partition(":")[0] for line in tables.update(tree, check=True)] == [METHODS_PAGE]
 
 
 def test_a_page_whose_markers_are_gone_is_noticed(tables, tree):
-    path = tree / "docs" / "methods.md"
+    path = tree / METHODS_PAGE
     path.write_text(path.read_text().replace("<!-- methods:end -->", ""))
     for check in (True, False):
         assert "there are no markers" in tables.update(tree, check=check)[0]

@@ -1,4 +1,4 @@
-"""What docs/trainers.md says of Accelerate can be run, and so can the example."""
+"""What docs/plug-in/accelerate.md says can be run, and so can the example."""
 
 import importlib.util
 from pathlib import Path
@@ -27,7 +27,7 @@ def _reset(monkeypatch):
 
 
 def test_the_code_trains():
-    section = (ROOT / "docs" / "trainers.md").read_text().partition("\n## Accelerate\n")[2].partition("\n## ")[0]
+    section = (ROOT / "docs" / "plug-in" / "accelerate.md").read_text()
     blocks = [block.partition("```")[0] for block in section.split("```python\n")[1:]]
     assert len(blocks) == 1
     net = network()

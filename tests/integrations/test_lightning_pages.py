@@ -1,4 +1,4 @@
-"""What docs/trainers.md says of Lightning can be run, and so can the example."""
+"""What docs/plug-in/lightning.md says can be run, and so can the example."""
 
 import importlib.util
 from pathlib import Path
@@ -36,7 +36,7 @@ class Summed(Net):
 
 
 def code():
-    section = (ROOT / "docs" / "trainers.md").read_text().partition("\n## Lightning\n")[2].partition("\n## ")[0]
+    section = (ROOT / "docs" / "plug-in" / "lightning.md").read_text()
     return [block.partition("```")[0] for block in section.split("```python\n")[1:]]
 
 

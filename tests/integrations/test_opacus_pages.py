@@ -1,4 +1,4 @@
-"""What docs/private.md says can be run, and so can the example."""
+"""What docs/plug-in/opacus.md says can be run, and so can the example."""
 
 import importlib.util
 import logging
@@ -29,7 +29,8 @@ def _few_orders(monkeypatch):
 
 def test_the_code_trains():
     quiet()
-    blocks = [part.partition("```")[0] for part in (ROOT / "docs" / "private.md").read_text().split("```python\n")[1:]]
+    page = (ROOT / "docs" / "plug-in" / "opacus.md").read_text()
+    blocks = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
     assert len(blocks) == 1
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))

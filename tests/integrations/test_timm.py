@@ -446,9 +446,8 @@ def test_an_unknown_preset_is_named_with_what_there_is():
 
 
 def test_the_code_of_the_page_trains(timm):
-    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
-    section = page.partition("\n## timm\n")[2].partition("\n## ")[0]
-    blocks = [block.partition("```")[0] for block in section.split("```python\n")[1:]]
+    page = (Path(__file__).parents[2] / "docs" / "plug-in" / "timm.md").read_text()
+    blocks = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
     assert len(blocks) == 1
     names = {"model": network(), "criterion": nn.CrossEntropyLoss()}
     exec(blocks[0], names)

@@ -136,6 +136,18 @@ def test_scales_that_are_not_learned_are_no_step_sizes():
     assert len(ours.weights(model)) == len(list(model.parameters()))
 
 
+def test_the_code_of_the_page_makes_steps_and_converts():
+    page = (Path(__file__).parents[2] / "docs" / "plug-in" / "torchao.md").read_text()
+    (block,) = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    names = {"torch": torch, "flatmin": flatmin, "model": model, "criterion": nn.CrossEntropyLoss()}
+    names |= {"x": torch.randn(12, 4), "y": torch.arange(12) % 3}
+    exec(block, names)
+    assert names["optimizer"].state_dict()["flatmin"]["step"] == 1
+    assert not any("FakeQuantized" in type(module).__name__ for module in model.modules())
+
+
 def test_the_example():
     path = Path(__file__).parents[2] / "examples" / "torchao_digits.py"
     spec = importlib.util.spec_from_file_location("torchao_digits", path)

@@ -1,4 +1,4 @@
-"""What docs/trainers.md says of transformers can be run, and so can the example."""
+"""What docs/plug-in/transformers.md says can be run, and so can the example."""
 
 import importlib.util
 import random
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_code_trains(tmp_path):
-    section = (ROOT / "docs" / "trainers.md").read_text().partition("\n## Transformers\n")[2].partition("\n## ")[0]
+    section = (ROOT / "docs" / "plug-in" / "transformers.md").read_text()
     (code,) = [block.partition("```")[0] for block in section.split("```python\n")[1:]]
     model = bert()
     before = copied(model)

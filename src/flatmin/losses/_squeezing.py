@@ -28,7 +28,7 @@ def logit_squeezing(
     of Kannan et al. (2018).
 
     The right strength depends on the noise in the labels: a coefficient of 2 to 5 was best where a fifth of them were
-    wrong, 0.3 to 2 where they were clean (docs/comparison.md).
+    wrong, 0.3 to 2 where they were clean (docs/findings/comparison.md).
 
     Leave out the columns of classes that cannot occur. The uniform target expects a share of every class, so a logit
     of -1e9 or -inf makes the loss huge, though still finite.

@@ -7,7 +7,7 @@ Say once what to measure, an `Objective`; every measure is a function of it::
     print(sam_sharpness(objective.variant(normalise_logits=True), rho=0.05).value)
 
 Each measure takes the weights that the model has when it is called, and leaves the model as it was. Sharpness does not
-measure generalisation: see ``docs/sharpness.md``.
+measure generalisation: see ``docs/check/sharpness.md``.
 
 Example:
     >>> import torch

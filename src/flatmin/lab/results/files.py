@@ -7,10 +7,19 @@ from pathlib import Path
 
 from ...errors import InvalidArgumentError
 
-CONFIG, METRICS, EXPERIMENT = "config.json", "metrics.jsonl", "experiment.py"
-SHARPNESS, LANDSCAPE, AFTER_FILE = "sharpness.json", "landscape.json", "after.json"
-LAST, PREVIOUS, BEST = "checkpoints/last", "checkpoints/previous", "checkpoints/best"
-RESULTS, REPORT, RUNS, SELECTION = "results.json", "report.html", "runs", "selection"
+CONFIG = "config.json"  # of a run or a comparison: its recipe, versions and hardware
+METRICS = "metrics.jsonl"  # of a run: a line an epoch
+EXPERIMENT = "experiment.py"  # the copy of the experiment file that a run was begun with
+SHARPNESS = "sharpness.json"  # measures of a run's network
+LANDSCAPE = "landscape.json"  # the loss around a run's network
+AFTER_FILE = "after.json"  # what is left of a run's network after rounding, noise and a fine-tune
+LAST = "checkpoints/last"  # of a run, as are the next two
+PREVIOUS = "checkpoints/previous"  # the one before the last
+BEST = "checkpoints/best"  # that of the best epoch
+RESULTS = "results.json"  # of a comparison: its rows
+REPORT = "report.html"  # of a comparison: the page for the browser
+RUNS = "runs"  # of a comparison: the folder of its runs
+SELECTION = "selection"  # of a comparison: the folder of the runs that settings were chosen by
 
 
 def check_path(name: str, value: str | os.PathLike[str]) -> Path:
