@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import flatmin
-from flatmin.losses import _mesa
+from flatmin.losses import _target
 from tests.contracts._optimizers import CLOSURES, EVERY
 
 TWO_PASSES = [name for name in CLOSURES if EVERY[name].max_passes == 2]
@@ -37,8 +37,8 @@ def setting(name):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", TWO_PASSES)
 def test_mesa_draws_the_same_share_in_both_passes_and_another_in_the_next_step(name, way, monkeypatch):
-    drawn, draw = [], _mesa.random_share
-    monkeypatch.setattr(_mesa, "random_share", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    drawn, draw = [], _target.random_share
+    monkeypatch.setattr(_target, "random_share", lambda *given: drawn.append(draw(*given)) or drawn[-1])
     model, optimizer = setting(name)
     mesa = flatmin.MESA(model, start_epoch=0, fraction=0.25)
     x, y = torch.randn(32, 8), torch.randint(3, (32,))
