@@ -29,7 +29,10 @@ COMPARISONS = (
 # Averages of the weights were judged there with averaged batch-norm statistics, which are none of their own. They have
 # been measured again, on another processor, so that they stand in tables of their own.
 JUDGED_AGAIN = {"ema", "lawa", "switch_ema"}
-AVERAGES = ("averages-mnist1d-noise", "averages-mnist1d", "averages-digits", "averages-digits-noise")
+AVERAGES = (
+    *("averages-mnist1d-noise", "averages-mnist1d", "averages-digits", "averages-digits-noise"),
+    "averages-fashion",
+)
 DATA = {"mnist1d": "MNIST-1D", "digits": "digits", "fashion_experiment": "Fashion-MNIST"}
 SHAPES = {"mnist1d": [1, 40], "digits": [1, 8, 8]}  # of which overhead.py measures the steps
 
