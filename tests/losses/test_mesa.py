@@ -221,6 +221,18 @@ def test_forgotten_update_is_warned_of_once_where_mesa_was_called(forgotten):
         assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_long_epoch_without_an_update_is_none_for_whoever_tells_of_epochs(told, monkeypatch, recwarn):
+    monkeypatch.setattr(flatmin.losses._mesa, "MANY", 4)
+    model, (x, _) = network(), data()
+    mesa = flatmin.MESA(model, **SOON)
+    if told:
+        mesa.set_epoch(0)
+    for _ in range(7):
+        mesa(model(x), x)
+    assert len(recwarn) == (not told)
+
+
 def test_state_dict_is_bitwise_neutral():
     model = network()
     mesa = flatmin.MESA(model, decay=0.9, start_epoch=1)

@@ -273,7 +273,7 @@ class MESA(Loaded):
             InvalidArgumentError: If the average was given, or the model was sharded and its average was not.
         """
         average = self._updated_here()
-        average._loads.check(average.model, self)  # by the name of what the user made
+        average._loads.check(average.model, average.module, self)
         warn_if_updated_twice(self)
         average.update()
 
@@ -378,7 +378,8 @@ class MESA(Loaded):
             warn_if_left_behind(self._own, self)
         if self._first_epoch is None:
             self._first_epoch = self._epoch
-        later = self._epoch > self._first_epoch or (self._own is not None and self._calls.count > MANY)
+        many = self._own is not None and not self._told and self._calls.count > MANY
+        later = self._epoch > self._first_epoch or many
         if self._checked or not later or not isinstance(self.average, EMA):
             return
         self._checked = True
