@@ -233,6 +233,23 @@ def test_a_long_epoch_without_an_update_is_none_for_whoever_tells_of_epochs(told
     assert len(recwarn) == (not told)
 
 
+def test_a_compiled_step_is_not_compiled_anew_for_each_call():
+    model, (x, _) = nn.Linear(4, C), data()
+    mesa, graphs = flatmin.MESA(model, **SOON), []
+    mesa.set_epoch(0)
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: mesa(model(x), x), backend=backend, fullgraph=True)
+    for _ in range(4):
+        torch.testing.assert_close(compiled(x), mesa(model(x), x))
+        mesa.update()
+    assert len(graphs) <= 2  # the first call notes the epoch
+
+
 def test_state_dict_is_bitwise_neutral():
     model = network()
     mesa = flatmin.MESA(model, decay=0.9, start_epoch=1)

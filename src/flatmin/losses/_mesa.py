@@ -215,7 +215,10 @@ class MESA(Loaded):
         if self._off() or not needs_gradient(logits):
             self._count_untold(logits)
             return self._nothing(logits)
-        if (call := self._calls.next()) % self.interval:
+        # In a compiled step each number would be compiled anew; where all calls are alike none has to be counted.
+        alike = self.interval == 1 and self.fraction == 1
+        call = 0 if alike and torch.compiler.is_compiling() else self._calls.next()
+        if call % self.interval:
             return self._nothing(logits)
         self._check_updates()
         args, kwargs = as_called(self._networks[0], args, kwargs)
