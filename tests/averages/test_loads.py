@@ -102,6 +102,15 @@ def test_weights_that_are_put_back_are_no_others(name):
         run.average(X)
 
 
+@every
+def test_to_go_on_from_the_average_is_silent(name):
+    """By hand, as SwitchEMA's switch does."""
+    run = Run(name, attached=True)
+    for _ in range(3):
+        assert not run.steps()
+        run.model.load_state_dict(getattr(run.average, "average", run.average).module.state_dict())
+
+
 @pytest.mark.parametrize("around", [nn.Sequential, nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
 def test_whoever_loads(around):
     run, other = Run("EMA"), Run("EMA", seed=1)

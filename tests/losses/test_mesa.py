@@ -221,6 +221,35 @@ def test_forgotten_update_is_warned_of_once_where_mesa_was_called(forgotten):
         assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_long_epoch_without_an_update_is_none_for_whoever_tells_of_epochs(told, monkeypatch, recwarn):
+    monkeypatch.setattr(flatmin.losses._mesa, "MANY", 4)
+    model, (x, _) = network(), data()
+    mesa = flatmin.MESA(model, **SOON)
+    if told:
+        mesa.set_epoch(0)
+    for _ in range(7):
+        mesa(model(x), x)
+    assert len(recwarn) == (not told)
+
+
+def test_a_compiled_step_is_not_compiled_anew_for_each_call():
+    model, (x, _) = nn.Linear(4, C), data()
+    mesa, graphs = flatmin.MESA(model, **SOON), []
+    mesa.set_epoch(0)
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: mesa(model(x), x), backend=backend, fullgraph=True)
+    for _ in range(4):
+        torch.testing.assert_close(compiled(x), mesa(model(x), x))
+        mesa.update()
+    assert len(graphs) <= 2  # the first call notes the epoch
+
+
 def test_state_dict_is_bitwise_neutral():
     model = network()
     mesa = flatmin.MESA(model, decay=0.9, start_epoch=1)

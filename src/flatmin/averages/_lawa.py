@@ -72,7 +72,7 @@ class LAWA(WeightAverage):
         Raises:
             InvalidArgumentError: If the network was sharded and the average was not.
         """
-        self._loads.check(self.model, self)
+        self._loads.check(self.model, self.module, self)
         epochs = int(self.n_averaged) - 1  # before this one; the network it was made from is no epoch's end
         self.n_averaged += 1
         with in_modes_of(self.module, self.model):

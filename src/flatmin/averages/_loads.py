@@ -18,7 +18,8 @@ from ._layers import named_parameters
 class Loads:
     """What has been loaded since an average was made or last updated.
 
-    Weights that are put back are no others: a loop may load the average into the network to evaluate it.
+    Weights that are put back are no others, and nor are the average's own: a loop may load them into the network, to
+    evaluate it or to go on from there.
 
     Args:
         network: Whose weights are averaged, in its wrappers or not.
@@ -26,22 +27,28 @@ class Loads:
 
     def __init__(self, network: nn.Module) -> None:
         self._before: list[float] | None = None  # the weights before the first load, each tensor's sum
-        self._stale = False  # whether the network has other weights since, and the average was not loaded
+        self._loaded: list[float] | None = None  # what the network got, if others since, and the average was not loaded
         self._settled = False  # whether it was
         self._warned = False
         self._follow(network)
 
     def settle(self) -> None:
         """The average's own state was loaded, or it is said otherwise that it was not."""
-        self._stale, self._settled = False, True
+        self._loaded, self._settled = None, True
 
-    def check(self, network: nn.Module, average: nn.Module) -> None:
-        """Warns once where ``average`` is about to go on from other weights than those of ``network``."""
-        stale, self._before, self._stale, self._settled = self._stale, None, False, False
+    def check(self, network: nn.Module, average: nn.Module, owner: nn.Module) -> None:
+        """Warns once where an average is about to go on from other weights than those of its network.
+
+        Args:
+            network: Whose weights are averaged.
+            average: The averaged network.
+            owner: What the user made, and is named.
+        """
+        loaded, self._before, self._loaded, self._settled = self._loaded, None, None, False
         self._follow(network)  # which in a copy is another one
-        if stale and not self._warned:
+        if loaded is not None and not self._warned and loaded != _sums(average):
             self._warned = True
-            name = type(average).__name__
+            name = type(owner).__name__
             warnings.warn(
                 f"the network's weights were loaded after this {name} was made or last updated, and {name}'s own state "
                 f"was not, so that its average is that of other weights: attach it to the optimizer before a "
@@ -58,7 +65,8 @@ class Loads:
 
     def after(self, network: nn.Module) -> None:
         """After it."""
-        self._stale = not self._settled and self._before != _sums(network)
+        now = _sums(network)
+        self._loaded = None if self._settled or self._before == now else now
 
     def _follow(self, network: nn.Module) -> None:
         network = unwrapped(network)

@@ -74,7 +74,7 @@ class SwitchEMA(WeightAverage):
         Raises:
             InvalidArgumentError: If the network was sharded and the average was not.
         """
-        self._loads.check(self.model, self)
+        self._loads.check(self.model, self.module, self)
         warn_if_updated_twice(self)
         move(self.module, self.model, self.decay, statistics=self.statistics != "fresh")
         self.n_averaged += 1

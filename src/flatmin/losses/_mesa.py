@@ -215,7 +215,10 @@ class MESA(Loaded):
         if self._off() or not needs_gradient(logits):
             self._count_untold(logits)
             return self._nothing(logits)
-        if (call := self._calls.next()) % self.interval:
+        # In a compiled step each number would be compiled anew; where all calls are alike none has to be counted.
+        alike = self.interval == 1 and self.fraction == 1
+        call = 0 if alike and torch.compiler.is_compiling() else self._calls.next()
+        if call % self.interval:
             return self._nothing(logits)
         self._check_updates()
         args, kwargs = as_called(self._networks[0], args, kwargs)
@@ -273,7 +276,7 @@ class MESA(Loaded):
             InvalidArgumentError: If the average was given, or the model was sharded and its average was not.
         """
         average = self._updated_here()
-        average._loads.check(average.model, self)  # by the name of what the user made
+        average._loads.check(average.model, average.module, self)
         warn_if_updated_twice(self)
         average.update()
 
@@ -378,7 +381,8 @@ class MESA(Loaded):
             warn_if_left_behind(self._own, self)
         if self._first_epoch is None:
             self._first_epoch = self._epoch
-        later = self._epoch > self._first_epoch or (self._own is not None and self._calls.count > MANY)
+        many = self._own is not None and not self._told and self._calls.count > MANY
+        later = self._epoch > self._first_epoch or many
         if self._checked or not later or not isinstance(self.average, EMA):
             return
         self._checked = True

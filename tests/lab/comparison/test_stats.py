@@ -5,7 +5,9 @@ import random
 
 import pytest
 import scipy.stats
+import torch
 
+from flatmin.lab.comparison.outcome import compared
 from flatmin.lab.comparison.stats import holm, interval, paired_p_value
 from flatmin.lab.results import Interval
 
@@ -55,6 +57,17 @@ def test_without_evidence_the_p_value_is_one(differences):
 
 def test_two_equal_differences_are_no_evidence():
     assert paired_p_value([1.12, 1.12]) > 0.05
+
+
+def test_accuracies_in_float32_that_differ_by_the_same_are_no_more_evidence_than_exact_ones():
+    base = [torch.tensor(share).item() for share in (0.355, 0.375, 0.315, 0.905, 0.715)]
+    ours = [torch.tensor(share).item() for share in (0.335, 0.355, 0.295, 0.885, 0.695)]
+    percent = [[100 * share for share in shares] for shares in (ours, base)]
+    found = compared(*percent)
+    assert found.p_value == paired_p_value([-2.0] * 5) == 2.0**-4
+    nothing = compared(percent[1], [value * (1 + 5e-8) for value in percent[1]])
+    assert nothing.p_value == 1
+    assert nothing.difference.say(signed=True).startswith("+0.00")
 
 
 def test_differences_equal_but_for_rounding_give_no_warning():

@@ -24,11 +24,15 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, float(stats.t.ppf(0.975, count - 1)) * error)
 
 
-def paired_p_value(differences: Sequence[float]) -> float:
+def paired_p_value(differences: Sequence[float], *, rounding: float = 0.0) -> float:
     """Two-sided p-value of the paired t-test, for the mean of ``differences`` being 0; 1 for fewer than two.
 
     Accuracies are counts of samples, so all differences can be equal and the statistic infinite. The result is then the
     p-value of the sign test, ``2 ** (1 - n)``.
+
+    Args:
+        differences: One for each pair.
+        rounding: Differences that are no further apart than this are equal, and those no further from 0 are 0.
 
     Example:
         >>> from flatmin.lab.comparison.stats import paired_p_value
@@ -38,8 +42,8 @@ def paired_p_value(differences: Sequence[float]) -> float:
     if len(differences) < 2:
         return 1.0
     largest = max(abs(value) for value in differences)
-    if max(differences) - min(differences) <= 1e-9 * largest:  # equal but for rounding
-        return 1.0 if largest == 0 else 2.0 ** (1 - len(differences))
+    if max(differences) - min(differences) <= max(1e-9 * largest, rounding):  # equal but for rounding
+        return 1.0 if largest <= rounding else 2.0 ** (1 - len(differences))
     stats = require("scipy.stats", install="flatmin[cli]")
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 

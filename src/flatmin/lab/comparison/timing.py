@@ -119,8 +119,8 @@ def measure_steps(
             start, lag = starts[place]
             trainer.model.train()
             steps = block * getattr(trainer.trajectory, "interval", 1)
-            first = (done + warm_up) * block - 1  # of the steps of a warm-up, one that only records
-            epochs = [start + (first + step) * lag for step in range(block)]
+            # The first step of the warm-up is before the loss begins: it only records.
+            epochs = [start + ((done + warm_up) * block + step - 1) * lag for step in range(block)]
             elapsed = _timed(trainer, batch, [epoch for epoch in epochs for _ in range(steps // block)]) / steps
             if done >= 0:
                 times[place].append(elapsed)

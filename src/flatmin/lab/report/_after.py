@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ..results import Compared, Row
 from ..results.after import BITS, NOISE
+from ..results.interval import say_points
 from ..results.tables import after_names
 from ._charts import Curves, Line, Table
 from ._study import Study
@@ -35,7 +36,7 @@ def after_tables(study: Study) -> list[tuple[str, Table]]:
 
 
 def _cells(row: Row, found: Compared) -> list[str]:
-    change = f"{found.mean.mean - row.accuracy.mean:+.2f}" if found.mean and row.accuracy else NONE
+    change = say_points(found.mean.mean - row.accuracy.mean) if found.mean and row.accuracy else NONE
     is_base = found.p_value_holm is None
     difference = "" if is_base else say_interval(found.difference, signed=True)
     return [row.label, say_interval(found.mean), change, difference, "" if is_base else say_p(found.p_value_holm)]

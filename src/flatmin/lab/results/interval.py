@@ -7,6 +7,17 @@ from typing import Any
 from .values import number, numbers
 
 
+def say_points(value: float) -> str:
+    """A difference in points with its sign; none but for rounding is ``+0.00``.
+
+    Example:
+        >>> from flatmin.lab.results.interval import say_points
+        >>> say_points(-0.25), say_points(-1e-6)
+        ('-0.25', '+0.00')
+    """
+    return f"{round(value, 2) + 0.0:+.2f}"
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean and the half width of its 95 % confidence interval, None where there is none."""
@@ -22,7 +33,7 @@ class Interval:
 
     def say(self, *, signed: bool = False) -> str:
         """Mean ± half width, in percent or points."""
-        mean = f"{self.mean:+.2f}" if signed else f"{self.mean:.2f}"
+        mean = say_points(self.mean) if signed else f"{self.mean:.2f}"
         return mean if self.half is None else f"{mean} ± {self.half:.2f}"
 
 
@@ -66,4 +77,4 @@ class Compared:
             return "-"
         if self.difference is None or self.p_value_holm is None:
             return f"{self.mean.mean:.2f}"
-        return f"{self.mean.mean:.2f} ({self.difference.mean:+.2f})"
+        return f"{self.mean.mean:.2f} ({say_points(self.difference.mean)})"
