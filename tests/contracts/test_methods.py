@@ -2,12 +2,14 @@
 
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from flatmin.errors import FlatminWarning
 from flatmin.lab.methods import METHODS, Ingredients, resolve_settings
 
 N, C, B = 24, 3, 8
@@ -144,8 +146,13 @@ def test_resume_without_the_method_state_differs(method: str) -> None:
     for epoch in range(3):
         first.epoch(epoch)
     second.model.load_state_dict(first.model.state_dict())
-    first.epoch(3), second.epoch(3)
+    first.epoch(3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        second.epoch(3)
     assert any(not torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+    said = [each for each in caught if issubclass(each.category, FlatminWarning)]
+    assert len(said) == (method in {"saf", "mesa", "ema", "switch_ema", "lawa"})
 
 
 @every_method
