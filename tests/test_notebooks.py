@@ -22,13 +22,16 @@ def alone(monkeypatch, tmp_path):
     """In a folder of its own, on the CPU, without the warnings of others."""
     lightning = pytest.importorskip("tests.integrations._lightning", reason="needs lightning")
     accelerate = pytest.importorskip("tests.integrations._accelerate", reason="needs accelerate")
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()  # as it is at first: else the Trainer prints what its bar would show
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     accelerate.reset()
     with lightning.without_lightnings_warnings():
         yield
     accelerate.reset()
+    transformers.logging.set_verbosity(verbosity)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

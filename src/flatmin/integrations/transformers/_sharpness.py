@@ -265,6 +265,8 @@ class Sharpness:
             says = f"has SAF's history in {FILE}, and" if there else f"has no {FILE}, and SAF begins anew:"
             rest = "there is no SAF now: it was left out" if there else "it was saved without SAF"
             warnings.warn(f"the checkpoint {says} {rest}", FlatminWarning, stacklevel=2)
+            if wanted:
+                self.penalty._settle_loads()  # or SAF would say the same
 
     def _prepare_penalty(self, optimizer: Any) -> None:
         """Makes the penalty, if it is to be made, and takes care of it from here on."""
