@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rivals
+from flatmin.lab.results.after import AFTER
 
 # What a step may cost in the table of decisions.
 PRICES = (("at most 1.1x", 1.1), ("at any price", float("inf")))
@@ -224,3 +225,19 @@ def mesa_statistics(root: Path) -> str:
     names = ("statistics-horizons-digits", "statistics-horizons-mnist1d-noise")
     table = markdown(("data", "horizon", "`averaged`", "`batch`", "`fresh`"), rows)
     return f"{table}\n\n{machines(root, *names)}"
+
+
+def after_table(root: Path) -> str:
+    """What is left of each network after training: accuracy of the base, and paired differences to it."""
+    found = result(root, "after-digits")
+    headings = ["digits, 5 seeds", "trained", *AFTER.values()]
+    rows = []
+    for row in found["rows"]:
+        own, after = row["label"], row["after"]
+        if row["method"] == "base":
+            cells = [f"{each['mean']['mean']:.2f} %" for each in after.values()]
+            rows.append([own, f"{row['accuracy']['mean']:.2f} %", *cells])
+        else:
+            cells = [signed(each["difference"]) + "*" * (each["p_value_holm"] < 0.05) for each in after.values()]
+            rows.append([own, signed(row["difference"]), *cells])
+    return f"{markdown(headings, rows)}\n\n{machines(root, 'after-digits')}"
