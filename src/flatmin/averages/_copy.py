@@ -123,6 +123,7 @@ def _owner(hook: Callable[..., Any]) -> Any:
 
 
 def of_torch(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is torch's own, and no module's."""
     return _of(hook, "torch") and not isinstance(_owner(hook), nn.Module)
 
 
