@@ -1,12 +1,12 @@
-"""SAF inside `torch.compile`: what it remembers is read and written by one operation that the compiler does not open.
+"""SAF and MESA inside `torch.compile`: what they remember and count, in operations that the compiler does not open.
 
 The epoch, the checks and the counts stay on the host, where the operation finds them each time it runs. So a compiled
-step never goes stale, and is not compiled again when the epoch changes. The loss itself is compiled.
+step never goes stale, and is not compiled again when the epoch or the call changes. The loss itself is compiled.
 """
 
 import itertools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,18 +14,24 @@ from torch import Tensor
 
 
 class Remembers(Protocol):
-    """What a compiled step calls."""
+    """What a compiled step calls of SAF."""
 
     def _remember(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def _like_remembered(self, logits: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-_known: WeakValueDictionary[int, Remembers] = WeakValueDictionary()
+class Draws(Protocol):
+    """What a compiled step calls of MESA."""
+
+    def _draw(self, batch: int) -> Tensor: ...
+
+
+_known: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _handles = itertools.count()
 
 
-def register(owner: Remembers) -> int:
+def register(owner: Remembers | Draws) -> int:
     """Returns the number by which a compiled graph finds ``owner``."""
     handle = next(_handles)
     _known[handle] = owner
@@ -40,9 +46,17 @@ def _like_remembered(logits: Tensor, index: Tensor, handle: int) -> tuple[Tensor
     return _known[handle]._like_remembered(logits)
 
 
+def _draw(logits: Tensor, size: int, handle: int) -> Tensor:
+    return _known[handle]._draw(len(logits))
+
+
 # A CUDA graph would record what it launches once, and replay it with the same epoch and indices.
 _tags = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
 remember: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = torch.library.custom_op(
     "flatmin::remember", _remember, mutates_args=(), tags=_tags
 )
 remember.register_fake(_like_remembered)  # type: ignore[attr-defined]  # of the operation, which is also a function
+draw: Callable[[Tensor, int, int], Tensor] = torch.library.custom_op(
+    "flatmin::draw", _draw, mutates_args=(), tags=_tags
+)
+draw.register_fake(lambda logits, size, handle: torch.empty(size, dtype=torch.int64, device="cpu"))  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from ..averages._base import warn_if_left_behind, warn_if_updated_twice
 from ..averages._copy import refuse_lazy
 from ..averages._statistics import CHOICES
 from ..errors import FlatminWarning, InvalidArgumentError
+from . import _compiled
 from ._calls import Calls
 from ._captured import Captured
 from ._comparison import Comparison
@@ -171,6 +172,7 @@ class MESA(Loaded):
                 "recorded where it can be"
             )
         self._captured = Captured()
+        self._handle = _compiled.register(self)
         self._first_epoch: int | None = None
         self._checked = False
         self._told = False  # whether it knows of epochs
@@ -215,10 +217,9 @@ class MESA(Loaded):
         if self._off() or not needs_gradient(logits):
             self._count_untold(logits)
             return self._nothing(logits)
-        # In a compiled step each number would be compiled anew; where all calls are alike none has to be counted.
-        alike = self.interval == 1 and self.fraction == 1
-        call = 0 if alike and torch.compiler.is_compiling() else self._calls.next()
-        if call % self.interval:
+        compiling = torch.compiler.is_compiling()
+        call = 0 if compiling else self._calls.next()  # each number would be compiled anew
+        if call % self.interval or (compiling and self.interval > 1 and not self._counted_outside()):
             return self._nothing(logits)
         self._check_updates()
         args, kwargs = as_called(self._networks[0], args, kwargs)
@@ -229,7 +230,11 @@ class MESA(Loaded):
         first, target = first_tensor(logits), self._target()
         number = self._calls.seed + call, len(first)
         started = self._captured.start(target, number, (args, kwargs)) if self._records() else None
-        share = target.share(number)
+        if compiling:
+            size = target.size(len(first))
+            share = None if size == len(first) else _compiled.draw(first.detach(), size, self._handle)
+        else:
+            share = target.share(number)
         if share is not None:
             logits, where = take((logits, where), share, len(first))
         if started is not None:
@@ -318,6 +323,10 @@ class MESA(Loaded):
         if rest:
             self._calls.count, self._calls.seed = rest
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._handle = _compiled.register(self)  # a copy draws for itself
+
     def extra_repr(self) -> str:
         """Shows the hyperparameters when printed."""
         names = ("coefficient", "temperature", "decay", "start_epoch", "fraction", "interval", "autocast", "statistics")
@@ -348,6 +357,19 @@ class MESA(Loaded):
     def _records(self) -> bool:
         """Whether the average may run as a graph; a compiled step runs it in its own."""
         return self.capture is not False and not torch.compiler.is_compiling() and self._target().device.type in SIDES
+
+    @torch.compiler.disable
+    def _counted_outside(self) -> bool:
+        """Whether this call, of a compiled step, has its turn. The graph breaks here: what follows runs at times."""
+        return self._calls.next() % self.interval == 0
+
+    def _draw(self, batch: int) -> Tensor:
+        """The samples of a call of a compiled step, which is counted here unless it has been."""
+        if self.interval == 1:
+            self._calls.next()
+        share = self._target().share((self._calls.seed + self._calls.count - 1, batch))
+        assert share is not None  # only asked for what is less than all
+        return share
 
     def _target(self) -> Target:
         return Target(
@@ -381,7 +403,8 @@ class MESA(Loaded):
             warn_if_left_behind(self._own, self)
         if self._first_epoch is None:
             self._first_epoch = self._epoch
-        many = self._own is not None and not self._told and self._calls.count > MANY
+        untold = self._own is not None and not self._told and not torch.compiler.is_compiling()
+        many = untold and self._calls.count > MANY  # in a compiled step each count would be compiled anew
         later = self._epoch > self._first_epoch or many
         if self._checked or not later or not isinstance(self.average, EMA):
             return

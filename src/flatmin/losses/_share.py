@@ -7,26 +7,22 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
-def random_share(batch: int, fraction: float, seed: int, least: int = 1) -> Tensor | None:
-    """Draws ``max(least, round(fraction * batch))`` of a batch's positions, all with equal probability.
+def random_share(batch: int, size: int, seed: int) -> Tensor:
+    """Draws ``size`` of a batch's positions, all with equal probability.
 
     Args:
         batch: Number of samples in the batch.
-        fraction: Share of them, in (0, 1].
+        size: How many are drawn.
         seed: The same seed draws the same positions. torch's global generator is not used.
-        least: Fewest that are drawn.
 
     Returns:
-        The positions, int64, on the CPU; None if they would be all, and then nothing is drawn.
+        The positions, int64, on the CPU.
 
     Example:
         >>> from flatmin.losses._share import random_share
-        >>> len(random_share(8, 0.25, seed=0))
+        >>> len(random_share(8, 2, seed=0))
         2
     """
-    size = max(least, round(fraction * batch))
-    if size >= batch:
-        return None
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randperm(batch, generator=generator, device="cpu")[:size]
 

@@ -37,13 +37,17 @@ class Target:
     outputs: Callable[[Any], Any]
 
     def share(self, number: tuple[int, int]) -> Tensor | None:
-        """The samples of a call that it is run on, see `random_share`; None: all.
+        """The samples of a call that it is run on, see `random_share`; None: all, and then nothing is drawn.
 
         ``number`` is the call's own, and the size of its batch.
         """
         seed, batch = number
+        return None if (size := self.size(batch)) == batch else random_share(batch, size, seed)
+
+    def size(self, batch: int) -> int:
+        """How many samples of a batch it is run on."""
         least = 2 if self.statistics == "batch" else 1  # a single sample has no statistics
-        return random_share(batch, self.fraction, seed, least) if self.fraction < 1 else None
+        return min(batch, max(least, round(self.fraction * batch)))
 
     @property
     def device(self) -> torch.device:
