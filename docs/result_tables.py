@@ -227,6 +227,27 @@ def mesa_statistics(root: Path) -> str:
     return f"{table}\n\n{machines(root, *names)}"
 
 
+def quantization(root: Path) -> str:
+    """A small BERT in few bits: accuracy of what differences are to, and paired differences to it."""
+    found = result(root, "quantization")["summary"]
+    widths = {"float": "float", "4": "4 bits", "3": "3 bits", "2": "2 bits"}
+    rows = []
+    for name, by_width in found["rows"].items():
+        to = {each["to"] for each in by_width.values() if "to" in each}
+        cells = [_converted(by_width.get(width)) for width in widths]
+        rows.append((f"`{name}`", *cells, *([f"`{each}`" for each in to] or [""])))
+    table = markdown((f"small BERT, {found['seeds']} seeds", *widths.values(), "difference to"), rows)
+    return f"{table}\n\n{machines(root, 'quantization')}"
+
+
+def _converted(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    if "difference" not in entry:
+        return f"{entry['accuracy']['mean']:.2f} %"
+    return signed(entry["difference"]) + "*" * (entry["p_value_holm"] < 0.05)
+
+
 def after_table(root: Path) -> str:
     """What is left of each network after training: accuracy of the base, and paired differences to it."""
     found = result(root, "after-digits")

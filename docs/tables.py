@@ -231,6 +231,7 @@ TABLES: dict[tuple[str, str], Callable[[Path], str]] = {
     ("docs/findings/comparison.md", "digits"): results.comparison("digits"),
     ("docs/findings/comparison.md", "fashion-mnist"): results.comparison("fashion-mnist"),
     ("docs/findings/after-training.md", "after"): results.after_table,
+    ("docs/findings/after-training.md", "quantization"): results.quantization,
     ("docs/findings/trajectory.md", "targets"): results.targets,
     ("docs/findings/flatness.md", "flatness-mnist1d"): partial(results.flatness, name="flatness-mnist1d"),
     ("docs/findings/flatness.md", "flatness-digits"): partial(results.flatness, name="flatness-digits"),
