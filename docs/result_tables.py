@@ -31,6 +31,13 @@ MEASURES = {
     "hessian_trace": "trace",
 }
 
+# The comparisons of MESA's statistics at several horizons, and what they are on.
+HORIZONS = {
+    "statistics-horizons-digits": "digits",
+    "statistics-horizons-mnist1d": "MNIST-1D",
+    "statistics-horizons-mnist1d-noise": "MNIST-1D, 20 % wrong labels",
+}
+
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown."""
@@ -210,8 +217,8 @@ def cheaper_mesa(root: Path) -> str:
 def mesa_statistics(root: Path) -> str:
     """MESA's gain by how its average is normalised, and how far the average looks back."""
     rows = []
-    for name, title in (("digits", "digits"), ("mnist1d-noise", "MNIST-1D, 20 % wrong labels")):
-        found = result(root, f"statistics-horizons-{name}")
+    for name, title in HORIZONS.items():
+        found = result(root, name)
         mesa = [row for row in found["rows"] if row["method"] == "mesa"]
         for horizon in dict.fromkeys(row["settings"]["ema_epochs"] for row in mesa):
             by = {
@@ -222,9 +229,8 @@ def mesa_statistics(root: Path) -> str:
             epochs = f"{horizon:g} epoch{'s' if horizon > 1 else ''}"
             kinds = ("averaged", "batch", "fresh")
             rows.append((f"{title}, {len(found['seeds'])} seeds", epochs, *(signed(by[kind]) for kind in kinds)))
-    names = ("statistics-horizons-digits", "statistics-horizons-mnist1d-noise")
     table = markdown(("data", "horizon", "`averaged`", "`batch`", "`fresh`"), rows)
-    return f"{table}\n\n{machines(root, *names)}"
+    return f"{table}\n\n{machines(root, *HORIZONS)}"
 
 
 def quantization(root: Path) -> str:
