@@ -251,7 +251,7 @@ def _converted(entry: dict[str, Any] | None) -> str:
         return ""
     if "difference" not in entry:
         return f"{entry['accuracy']['mean']:.2f} %"
-    return signed(entry["difference"]) + "*" * (entry["p_value_holm"] < 0.05)
+    return signed(entry["difference"]) + ("*" if entry["p_value_holm"] < 0.05 else "")
 
 
 def after_table(root: Path) -> str:

@@ -39,15 +39,18 @@ def register(owner: Remembers | Draws) -> int:
 
 
 def _remember(logits: Tensor, index: Tensor, handle: int) -> tuple[Tensor, Tensor]:
-    return _known[handle]._remember(logits, index)
+    found: tuple[Tensor, Tensor] = _known[handle]._remember(logits, index)
+    return found
 
 
 def _like_remembered(logits: Tensor, index: Tensor, handle: int) -> tuple[Tensor, Tensor]:
-    return _known[handle]._like_remembered(logits)
+    found: tuple[Tensor, Tensor] = _known[handle]._like_remembered(logits)
+    return found
 
 
 def _draw(logits: Tensor, size: int, handle: int) -> Tensor:
-    return _known[handle]._draw(len(logits))
+    share: Tensor = _known[handle]._draw(len(logits))
+    return share
 
 
 # A CUDA graph would record what it launches once, and replay it with the same epoch and indices.

@@ -358,7 +358,7 @@ class MESA(Loaded):
         """Whether the average may run as a graph; a compiled step runs it in its own."""
         return self.capture is not False and not torch.compiler.is_compiling() and self._target().device.type in SIDES
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
     def _counted_outside(self) -> bool:
         """Whether this call, of a compiled step, has its turn. The graph breaks here: what follows runs at times."""
         return self._calls.next() % self.interval == 0

@@ -188,7 +188,7 @@ class TestMetrics:
     @pytest.mark.parametrize("method", [name for name in METHODS if name != "esam"])  # whose criterion gives no mean
     def test_the_vanilla_loss_is_the_mean_of_the_criterion_over_the_samples(self, make_trainer, method):
         trainer, losses = make_trainer(method), []
-        trainer.criterion.register_forward_hook(
+        trainer.stepping.criterion.register_forward_hook(
             lambda module, inputs, output: losses.append((float(output.detach()), len(inputs[0])))
         )
         trainer.train_epoch()
@@ -224,7 +224,7 @@ class TestMetrics:
 
     @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
     def test_label_smoothing(self, make_trainer, smoothing):
-        criterion = make_trainer("smoothing", settings={"smoothing": smoothing}).criterion
+        criterion = make_trainer("smoothing", settings={"smoothing": smoothing}).stepping.criterion
         logits, y = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1])
         target = (1 - smoothing) * F.one_hot(y, 3) + smoothing / 3
         wanted = -(target * logits.log_softmax(1)).sum(1).mean()

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ... import _distributed
@@ -18,15 +17,13 @@ from ..._attached import apart
 from ..._checks import check_integer
 from ..._rng import preserved
 from ...errors import DataError, InvalidArgumentError
-from ...optim import SharpnessAware
 from ..methods import Assembled, Ingredients, get_method
 from ..problems.batches import make_loader, rank_batches, size_of
-from ..problems.checked import logits_of, loss_of
-from ..problems.problem import Problem, augmented, make_criterion
+from ..problems.problem import Problem, augmented
 from ..problems.source import NETWORK, OPTIMIZER, STEP, TEST, TRAIN
 from ..recipe import Run
 from . import torchrun
-from .compiled import compiled, said
+from .compiled import compiled
 from .device import resolve_device
 from .evaluation import autocast, evaluate, statistics_inputs
 from .feed import Feed
@@ -37,6 +34,7 @@ from .private import Private, poisson_loader
 from .progress import Progress, StepResult
 from .randomness import Randomness
 from .state_check import check_fit, check_optimizer, check_values
+from .stepping import Stepping
 
 
 class Trainer:
@@ -49,6 +47,7 @@ class Trainer:
     Attributes:
         model: The network, the same on all ranks.
         optimizer: The method's, which makes the step.
+        stepping: Makes a step of a batch with it.
         trajectory: SAF, MESA, online label smoothing or None.
         average: The average of the weights that is evaluated in place of the network, or None.
         extra_bytes: Memory that the method needs beyond the base optimizer, in bytes.
@@ -106,18 +105,8 @@ class Trainer:
                 f"assemble of the method {run.method} must return flatmin.lab.methods.Assembled, got {method!r:.80}"
             )
         self.optimizer, self.trajectory, self.average = method.optimizer, method.trajectory, method.average
-        self._penalty, self._chooses, self._at_epoch_end = method.penalty, method.chooses, method.at_epoch_end
-        self._prepare = method.prepare
+        self._at_epoch_end = method.at_epoch_end
         self._refresh = method.refresh or (None if self.average is None else self.average.refresh)
-        # A registered method's own optimizer may call the closure as often as it likes; under a scaler, which steps
-        # without one, only those that know the scaler.
-        own = method.optimizer is not base and not self._scaler.is_enabled()
-        self._takes_closure = own or isinstance(method.optimizer, SharpnessAware)
-        if self._chooses and problem.criterion is not None:
-            raise InvalidArgumentError(
-                f"{run.method} needs the loss of each sample, but the experiment file's criterion() returns their "
-                f"mean: leave out {run.method} or the criterion"
-            )
         self._private = None
         if recipe.private is None and method.attach is not None:
             raise InvalidArgumentError(f"{run.method} trains with differential privacy alone: give private")
@@ -129,7 +118,16 @@ class Trainer:
             self._private = Private(self.model, base, self.loader, recipe, seed=run.seed, attach=method.attach)
             self.optimizer = self._private.optimizer
         self.extra_bytes = method.extra_bytes
-        self.criterion = make_criterion(problem, run.settings["smoothing"])
+        self.stepping = Stepping(
+            run,
+            problem,
+            self._network,
+            method,
+            self.optimizer,
+            plain=method.optimizer is base,
+            scaler=self._scaler,
+            device=self.device,
+        )
         self.epoch = 0
         self.progress = Progress(totals=torch.zeros(2, device=self.device))
         self._first_losses = FirstLosses(self.device)
@@ -220,49 +218,8 @@ class Trainer:
             self.trajectory.set_epoch(epoch)
 
     def step(self, index: Tensor, x: Tensor, y: Tensor, *, weight: float = 1.0) -> StepResult:
-        """Makes one step.
-
-        Args:
-            index: Index of each sample in the data set, int64, shape (B,), on the CPU.
-            x: Inputs, on the device.
-            y: Class indices, int64, shape (B,), on the device.
-            weight: Weight of the mean over this rank's samples, see `RankBatches.weight`.
-        """
-        losses: list[tuple[Tensor, Tensor]] = []
-
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            with self._autocast():
-                if self._prepare is not None:
-                    self._prepare(x)
-                logits = logits_of(self.problem, self._network, x)
-                vanilla = loss_of(self.problem, self.criterion, logits, y) if len(y) else logits.sum()
-                loss = vanilla if self._penalty is None else vanilla + self._penalty(logits, y, index, x)
-            scaled = self._scaler.scale(loss if weight == 1 else loss * weight)
-            scaled.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-            losses.append((loss.detach().float(), vanilla.detach().float()))
-            return loss
-
-        def choosing(keep: Any) -> Tensor:
-            with self._autocast():
-                logits = logits_of(self.problem, self._network, x[keep])
-                each = F.cross_entropy(
-                    logits, y[keep], reduction="none", label_smoothing=self.run.settings["smoothing"]
-                )
-            mean = each.detach().float().mean()
-            losses.append((mean, mean))
-            return each if weight == 1 else each * weight
-
-        with said(self.run.recipe), self._calling(STEP):
-            if self._takes_closure:
-                optimizer: Any = self.optimizer  # one that chooses samples takes another closure than torch's
-                optimizer.step(choosing if self._chooses else closure)
-            else:  # which a scaler steps without a closure
-                closure()
-                with self._calling(OPTIMIZER):
-                    self._scaler.step(self.optimizer)
-            self._scaler.update()
-        return StepResult(*losses[0], calls=len(losses))
+        """Makes one step, see `Stepping.step`."""
+        return self.stepping.step(index, x, y, weight=weight)
 
     def make_statistics(self) -> None:
         """Gives the method's average batch-norm statistics of its own; random states and training are not touched.
@@ -271,7 +228,7 @@ class Trainer:
         """
         if self._refresh is None:
             return
-        with preserved(self.device), self._autocast(), self._calling(NETWORK):
+        with preserved(self.device), autocast(self.run.recipe, self.device), self._calling(NETWORK):
             self._refresh(statistics_inputs(self.problem))
 
     @property
@@ -357,6 +314,3 @@ class Trainer:
         # With another number of ranks, the first takes over the sums of all; the epoch draws other random numbers.
         every = torch.stack([part["totals"] for part in parts]).sum(dim=0)
         return {**parts[0], "totals": every if _distributed.rank() == 0 else torch.zeros_like(every)}
-
-    def _autocast(self) -> torch.autocast:
-        return autocast(self.run.recipe, self.device)
