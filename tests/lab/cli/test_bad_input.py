@@ -202,6 +202,8 @@ def bad(part, text, said, **marks):
 LABELS = "def train_set(): return TensorDataset(torch.ones(60, 4), torch.arange(60) % 4)"
 TEXT = "def train_set(): return [(torch.ones(4), 'cat')] * 9"
 SOFT = "def train_set(): return TensorDataset(torch.ones(60, 4), torch.ones(60, 3) / 3)"
+DOUBLE = "def train_set(): return TensorDataset(torch.ones(60, 4, dtype=torch.float64), torch.arange(60) % 3)"
+FLOATS = "def train_set(): return TensorDataset(torch.ones(60, 4), torch.arange(60) % 3 * 1.0)"
 
 
 @pytest.mark.parametrize(
@@ -224,6 +226,8 @@ SOFT = "def train_set(): return TensorDataset(torch.ones(60, 4), torch.ones(60, 
         bad("optimizer", "def optimizer(parameters): raise KeyError('lr')", "KeyError: 'lr'"),
         bad("optimizer", "def optimizer(parameters): return None", "optimizer"),
         bad("criterion", "def criterion(): return 3", "criterion"),
+        bad("train_set", DOUBLE, "the inputs are torch.float64, the weights torch.float32; return x.to(torch.float32)"),
+        bad("train_set", FLOATS, "if they are class indices as floats, return y.long()"),
         bad("train_set", TEXT, "labels must be class indices"),
         bad(
             "train_set", "def train_set(): return [({'a': torch.ones(4)}, 0)] * 9", "must be a pair (x, y) of a tensor"

@@ -184,8 +184,15 @@ def _look_ahead(source: Source, model: nn.Module, train: Any, test: Any, lengths
 
 
 def _logits(source: Source, model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Any = source.call(NETWORK, lambda: model(x))
+    try:
+        with torch.no_grad():
+            logits: Any = source.call(NETWORK, lambda: model(x))
+    except ExperimentError as error:
+        own = next((each.dtype for each in model.parameters() if each.is_floating_point()), x.dtype)
+        if x.dtype == own or "type" not in str(error):  # torch says that two types must be the same, in many words
+            raise
+        said = f"the inputs are {x.dtype}, the weights {own}; return x.to({own})"
+        raise ExperimentError(f"{error}; {said}") from error.__cause__
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or len(logits) != len(x):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         source.refuse(f"the network of model() must return logits of shape (batch, classes), got {got}")

@@ -75,10 +75,12 @@ def class_numbers(labels: Any, num_classes: int, prefix: str = "") -> Tensor:
     """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
         got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
-        raise DataError(
-            f"{prefix}labels must be class indices, int64 of shape (batch,), got {got:.80}; for soft labels (mixup, "
-            "cutmix) write your own loop, with flatmin.MESA: SAF compares with the logits of another mixture"
-        )
+        way = "for soft labels (mixup, cutmix) write your own loop, with flatmin.MESA: SAF compares with another mixture"
+        if isinstance(labels, Tensor) and labels.ndim == 1:
+            way = "if they are class indices as floats, return y.long()"
+        elif isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == 1:
+            way = "return y[:, 0].long()"
+        raise DataError(f"{prefix}labels must be class indices, int64 of shape (batch,), got {got:.80}; {way}")
     low, high = (int(bound) for bound in labels.aminmax()) if len(labels) else (0, 0)
     if low < 0 or high >= num_classes:
         raise DataError(f"{prefix}a label is outside the {num_classes} classes: {low if low < 0 else high}")
