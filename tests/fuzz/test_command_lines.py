@@ -63,7 +63,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr("flatmin.lab.report._write.draw", lambda chart, mark: {})
     monkeypatch.setattr(Comparison, "_measure", Comparison._try)
     monkeypatch.setattr(Comparison, "_train_all", train_all)
-    monkeypatch.setattr("flatmin.lab.comparison.compare._look_at", lambda *_: None)
+    monkeypatch.setattr("flatmin.lab.comparison.compare.look_at", lambda *_: None)
     monkeypatch.setattr("flatmin.lab.comparison.compare.write_page", lambda folder: None)
     return write("tiny", {})
 

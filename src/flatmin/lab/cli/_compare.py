@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from ... import _command
-from ..comparison.compare import BOUNDS
+from ..comparison.asked import BOUNDS
 from ..comparison.compare import compare as run_comparison
 from ..methods import COMPARED, METHODS
 from ..recipe import Recipe

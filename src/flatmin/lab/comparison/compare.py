@@ -2,17 +2,15 @@
 
 import dataclasses
 import importlib.util
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..._checks import Bounds
 from ...errors import FlatminWarning, InvalidArgumentError
-from ..methods import COMPARED, get_method
+from ..methods import get_method
 from ..methods import private as privacy
 from ..problems.load import import_experiment
 from ..recipe import Recipe, as_recipe
@@ -20,31 +18,16 @@ from ..results import RESULTS, SELECTION, ComparisonResult
 from ..results.files import check_path
 from ..results.values import is_diverged
 from ..runs.folder import holds_work, run_folder
-from ..runs.landscape import write_landscape
-from ..runs.saved import open_saved
-from ..runs.sharpness import write_sharpness
 from ..runs.train import RunInterrupted, warn_if_idle
 from ..training import torchrun
-from ..training.logged_sharpness import fixed_batches
+from .asked import check_numbers, default_methods, each_a_list
+from .look import OnProgress, look_at
 from .main_guard import check_main_guard
 from .rows import make_rows
 from .run import Comparison
 from .select import select as select_rows
 
 LOOKING = 0.2  # share of the time that is left for sharpness and landscapes, where they are wanted
-LOOKED_AT = 512  # training samples on which they are measured
-
-BOUNDS = {  # of the arguments, and of the command's options
-    "seeds": Bounds(integer=True, least=1, most=10_000),
-    "select": Bounds(integer=True, least=1, most=10_000),
-    "look": Bounds(integer=True, least=0, most=10_000),
-    "minutes": Bounds(above=0, most=525_600),  # a year
-    "jobs": Bounds(integer=True, least=1, most=1024),
-}
-
-OnProgress = Callable[[int, int, str], None]
-
-_log = logging.getLogger("flatmin")
 
 
 def compare(
@@ -114,12 +97,12 @@ def compare(
     recipe = as_recipe(recipe)
     if out is not None:
         check_path("out", out)
-    _check_numbers(seeds=seeds, select=select, look=look, minutes=minutes, jobs=jobs)
+    check_numbers(seeds=seeds, select=select, look=look, minutes=minutes, jobs=jobs)
     if select is not None and recipe.validation > 0:
         raise InvalidArgumentError("select holds out samples itself: leave out validation or select")
     experiment = import_experiment(recipe)  # which may register methods
-    names = _default_methods(recipe, experiment) if methods is None else methods
-    given = _each_a_list(settings or {})
+    names = default_methods(recipe, experiment) if methods is None else methods
+    given = each_a_list(settings or {})
     if recipe.private is not None and methods is None:
         given = {**privacy.ROWS, **given}
     rows = make_rows(names, given, epochs=recipe.epochs)
@@ -157,7 +140,7 @@ def compare(
         if look and not result.interrupted:
             first = result.seeds[0]
             sound = [row for row in rows if not is_diverged(result.metrics[row.label][first])]
-            _look_at([comparison.run_folder(row, first) for row in sound], look, tell)
+            look_at([comparison.run_folder(row, first) for row in sound], look, tell)
         return dataclasses.replace(result, page=write_page(folder)) if result.seeds else result
 
 
@@ -189,56 +172,6 @@ def _warn_of_diverged(result: ComparisonResult) -> None:
             "method's rho or coefficient",
             FlatminWarning,
             stacklevel=3,
-        )
-
-
-def _check_numbers(*, seeds: int | None, select: int | None, look: int, minutes: float, jobs: int | None) -> None:
-    given = {"seeds": seeds, "select": select, "look": look, "minutes": minutes, "jobs": jobs}
-    for name, value in given.items():
-        if value is not None:
-            BOUNDS[name].check(name, value)
-    if look == 1:
-        raise InvalidArgumentError("look must be at least 2 points along each direction, or 0, got 1")
-
-
-def _default_methods(recipe: Recipe, experiment: Any) -> list[str]:
-    """Those compared by default; without label smoothing where it cannot be, on a criterion of the user's own."""
-    compared = COMPARED if recipe.private is None else privacy.COMPARED
-    if not hasattr(experiment, "criterion"):
-        return list(compared)
-    _log.info("%s has its own criterion(), so smoothing is left out", recipe.experiment)
-    return [name for name in compared if name != "smoothing"]
-
-
-def _each_a_list(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Sequence[Any]]]:
-    for method, given in settings.items():
-        if not isinstance(given, Mapping):
-            raise InvalidArgumentError(
-                f"settings must be a mapping for each method, got {given!r:.60} for {method!r}; write "
-                '{"saf": {"coefficient": [0.3, 0.8]}}'
-            )
-    return {
-        method: {name: value if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
-        for method, given in settings.items()
-    }
-
-
-def _look_at(folders: Sequence[Path], points: int, tell: OnProgress) -> None:
-    """Measures sharpness and landscape of each run's network, for the report."""
-    density = {"probes": 1, "steps": 32}  # rough
-    try:
-        for folder in folders:
-            tell(0, 0, f"sharpness of {folder.name}")
-            saved = open_saved(folder, trust_experiment=True)  # its own
-            batches = fixed_batches(saved.problem, LOOKED_AT, 0, saved.device)
-            write_sharpness(saved, batches, density=density)
-            write_landscape(saved, batches, points=points, on_progress=tell)
-    except KeyboardInterrupt:
-        warnings.warn(
-            "interrupted while measuring sharpness and landscapes; the comparison itself is complete, kept in "
-            f"{folders[0].parent.parent}",
-            FlatminWarning,
-            stacklevel=2,
         )
 
 
