@@ -13,7 +13,7 @@ from flatmin.errors import DataError, InvalidArgumentError
 from flatmin.lab.comparison import run as run_module
 from flatmin.lab.comparison.outcome import Outcome
 from flatmin.lab.comparison.rows import make_rows
-from flatmin.lab.comparison.run import Comparison
+from flatmin.lab.comparison.run import Comparison, Job
 from flatmin.lab.comparison.stats import holm
 from flatmin.lab.comparison.timing import Cost
 from flatmin.lab.comparison.workers import Stopped
@@ -22,6 +22,7 @@ from flatmin.lab.results import ComparisonResult, Row
 from flatmin.lab.results.after import AFTER
 from flatmin.lab.results.tables import after_table, main_table
 from flatmin.lab.training.trainer import Trainer
+from tests.lab.comparison.inline import Inline
 
 NOISE = [0.3, -0.2, 0.1, -0.4, 0.2]
 
@@ -155,34 +156,6 @@ def test_the_most_that_a_seed_spent_of_privacy_stands_in_the_table():
 
 def verdict_of(found):
     return found.result().verdict
-
-
-class Inline:
-    """Runs in this process, and at once, what workers would run in others."""
-
-    def __init__(self, function, jobs, threads):
-        self.function, self.results, self.unfinished = function, {}, 0
-        self.ticks, self.error = 0, None
-
-    def submit(self, name, *arguments):
-        self.unfinished += 1
-        try:
-            self.results[name] = self.function(*arguments, self.tick, lambda: None)
-        except Exception as error:
-            self.error = error
-
-    def tick(self, count):
-        self.ticks += count
-
-    def wait(self, seconds):
-        if self.error is not None:
-            raise self.error
-        self.unfinished = 0
-        ticks, self.ticks = self.ticks, 0
-        return ticks
-
-    def stop(self, hurry):
-        pass
 
 
 @pytest.fixture
@@ -524,14 +497,12 @@ class TestComparison:
                 raise Stopped
 
         with pytest.raises(Stopped):
-            run_module._train_one(
-                make_run("base", experiment=experiment, epochs=50), tmp_path / "run", False, stop.append, check
-            )
+            job = Job(make_run("base", experiment=experiment, epochs=50), tmp_path / "run")
+            run_module._train_one(job, stop.append, check, pytest.fail)
         assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
         with pytest.raises(Stopped):
-            run_module._train_one(
-                make_run("base", experiment=experiment), tmp_path / "other", False, stop.append, check
-            )
+            job = Job(make_run("base", experiment=experiment), tmp_path / "other")
+            run_module._train_one(job, stop.append, check, pytest.fail)
         assert not (tmp_path / "other").exists()
 
 

@@ -1,5 +1,6 @@
 """``flatmin compare``."""
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -67,7 +68,10 @@ def compare(
     jobs: Annotated[
         int | None, bounded(BOUNDS["jobs"], help="Runs at a time.  [default: one a core; one on an accelerator]")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Folder of the comparison.  [default: a new one under runs/]")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="Folder of the comparison; one that was ended goes on.  [default: a new one under runs/]"),
+    ] = None,
 ) -> None:
     """Compare methods on the same splits, initial weights and batches, seed by seed.
 
@@ -94,6 +98,7 @@ def compare(
         )
     print_result(result)
     if result.interrupted:
-        raise Interrupted(f"{count_of(len(result.seeds), 'seed')} finished, kept in {result.folder}")
+        go_on = f"the same command with --out {shlex.quote(str(result.folder))} goes on"
+        raise Interrupted(f"{count_of(len(result.seeds), 'seed')} finished, kept in {result.folder}; {go_on}")
     if _command.interrupted():  # after the comparison itself, of which a warning has told
         raise typer.Exit(2)

@@ -1,4 +1,4 @@
-"""What is asked of a comparison: the bounds of its numbers, and the methods that are compared by default."""
+"""What is asked of a comparison: the bounds of its numbers, and its rows."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,12 @@ from typing import Any
 
 from ..._checks import Bounds
 from ...errors import InvalidArgumentError
-from ..methods import COMPARED
+from ..methods import COMPARED, get_method
 from ..methods import private as privacy
+from ..problems.load import import_experiment
 from ..recipe import Recipe
+from ..results import Row
+from .rows import make_rows
 
 BOUNDS = {  # of the arguments, and of the command's options
     "seeds": Bounds(integer=True, least=1, most=10_000),
@@ -35,7 +38,37 @@ def check_numbers(*, seeds: int | None, select: int | None, look: int, minutes: 
         raise InvalidArgumentError("look must be at least 2 points along each direction, or 0, got 1")
 
 
-def default_methods(recipe: Recipe, experiment: Any) -> list[str]:
+def asked_rows(
+    recipe: Recipe, methods: Sequence[str] | None, settings: Mapping[str, Mapping[str, Any]], *, several: bool
+) -> list[Row]:
+    """The rows of a comparison.
+
+    Args:
+        recipe: What they share; its experiment file is run.
+        methods: As for `compare`.
+        settings: As for `compare`.
+        several: Whether some method must have several rows, to choose from.
+
+    Raises:
+        FlatminError: If there can be none such.
+    """
+    experiment = import_experiment(recipe)  # which may register methods
+    names = _default_methods(recipe, experiment) if methods is None else methods
+    given = _each_a_list(settings)
+    if recipe.private is not None and methods is None:
+        given = {**privacy.ROWS, **given}
+    rows = make_rows(names, given, epochs=recipe.epochs)
+    for row in rows:
+        privacy.check_privacy(row.label, get_method(row.method), row.settings, private=recipe.private is not None)
+    if several and len(rows) == len(names):
+        raise InvalidArgumentError(
+            "select has nothing to choose from: give a hyperparameter several values, such as --set "
+            "saf.coefficient=0.3,0.8"
+        )
+    return rows
+
+
+def _default_methods(recipe: Recipe, experiment: Any) -> list[str]:
     """Those compared by default; without label smoothing where it cannot be, on a criterion of the user's own."""
     compared = COMPARED if recipe.private is None else privacy.COMPARED
     if not hasattr(experiment, "criterion"):
@@ -44,7 +77,7 @@ def default_methods(recipe: Recipe, experiment: Any) -> list[str]:
     return [name for name in compared if name != "smoothing"]
 
 
-def each_a_list(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Sequence[Any]]]:
+def _each_a_list(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Sequence[Any]]]:
     """Settings by method and hyperparameter, each value as a list.
 
     Raises:

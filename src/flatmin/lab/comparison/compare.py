@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FlatminWarning, InvalidArgumentError
-from ..methods import get_method
-from ..methods import private as privacy
-from ..problems.load import import_experiment
 from ..recipe import Recipe, as_recipe
 from ..results import RESULTS, SELECTION, ComparisonResult
 from ..results.files import check_path
 from ..results.values import is_diverged
-from ..runs.folder import holds_work, run_folder
+from ..runs.folder import holds_work
 from ..runs.train import RunInterrupted, warn_if_idle
 from ..training import torchrun
-from .asked import check_numbers, default_methods, each_a_list
+from .asked import asked_rows, check_numbers
+from .begun import comparison_folder, find_begun
 from .look import OnProgress, look_at
 from .main_guard import check_main_guard
-from .rows import make_rows
 from .run import Comparison
 from .select import select as select_rows
 
@@ -70,7 +67,8 @@ def compare(
             experiment file's ``shift(x)``, on the original and on the shifted test set.
         minutes: Time for everything, where ``seeds`` is None.
         jobs: Runs at a time; None: one a core, or one on an accelerator.
-        out: Folder of the comparison, new or empty; None for a new one under ``runs/``.
+        out: Folder of the comparison, new or empty; None for a new one under ``runs/``. The same call with the folder
+            of a comparison that was ended goes on with it: it trains and measures what is missing.
         on_progress: Called from time to time with epochs done, epochs planned and a word on what is going on.
 
     Returns:
@@ -100,26 +98,17 @@ def compare(
     check_numbers(seeds=seeds, select=select, look=look, minutes=minutes, jobs=jobs)
     if select is not None and recipe.validation > 0:
         raise InvalidArgumentError("select holds out samples itself: leave out validation or select")
-    experiment = import_experiment(recipe)  # which may register methods
-    names = default_methods(recipe, experiment) if methods is None else methods
-    given = each_a_list(settings or {})
-    if recipe.private is not None and methods is None:
-        given = {**privacy.ROWS, **given}
-    rows = make_rows(names, given, epochs=recipe.epochs)
-    for row in rows:
-        privacy.check_privacy(row.label, get_method(row.method), row.settings, private=recipe.private is not None)
-    if select is not None and len(rows) == len(names):
-        raise InvalidArgumentError(
-            "select has nothing to choose from: give a hyperparameter several values, such as --set "
-            "saf.coefficient=0.3,0.8"
-        )
+    rows = asked_rows(recipe, methods, settings or {}, several=select is not None)
     tell = on_progress or (lambda done, planned, word: None)
-    with _interruptible() as here, run_folder(out, "compare") as folder:
+    begun = None if out is None else find_begun(Path(out), recipe, rows, seeds=seeds, select=select)
+    with _interruptible() as here, comparison_folder(out, begun) as folder:
         here.append(folder)
         for row in rows:
             warn_if_idle(row.label, row.settings, recipe.epochs)
         selection = None
-        if select is not None:
+        if begun is not None:
+            rows, selection = begun.rows, begun.selection
+        elif select is not None:
             chosen_in = folder / SELECTION
             rows, selection = select_rows(recipe, rows, chosen_in, seeds=select, jobs=jobs, on_progress=tell)
         comparison = Comparison(
@@ -132,6 +121,7 @@ def compare(
             minutes=(1 - LOOKING) * minutes if look else minutes,
             jobs=jobs,
             on_progress=tell,
+            going_on=begun is not None,
         )
         result = comparison.run().result(folder)
         if result.interrupted and not holds_work(folder):
@@ -140,7 +130,7 @@ def compare(
         if look and not result.interrupted:
             first = result.seeds[0]
             sound = [row for row in rows if not is_diverged(result.metrics[row.label][first])]
-            look_at([comparison.run_folder(row, first) for row in sound], look, tell)
+            look_at([comparison.run_folder(row, first) for row in sound], look, tell, trusted=begun is None)
         return dataclasses.replace(result, page=write_page(folder)) if result.seeds else result
 
 

@@ -1,7 +1,7 @@
 """What a comparison has found so far, and what that comes to."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ def compared(values: Sequence[float], base: Sequence[float] | None) -> Compared:
         return Compared(values, interval(values))
     differences = [ours - theirs for ours, theirs in zip(values, base, strict=True)]
     return Compared(values, interval(values), interval(differences), paired_p_value(differences, rounding=ROUNDING))
+
+
+def measured(metrics: Mapping[str, float]) -> bool:
+    """Whether a run has all of `AFTER`, or has diverged, after which nothing is measured."""
+    return is_diverged(metrics) or metrics.keys() >= AFTER.keys()
 
 
 @dataclass
@@ -51,6 +56,20 @@ class Outcome:
     interrupted: bool = False
     selection: dict[str, Any] | None = None
 
+    def take(self, earlier: ComparisonResult) -> None:
+        """Takes in what the same comparison found before it was ended: its runs, and times where every row has them."""
+        for by_label in (earlier.metrics, earlier.partial):
+            for label, by_seed in by_label.items():
+                self.metrics.setdefault(label, {}).update({seed: dict(found) for seed, found in by_seed.items()})
+        ratios = {row.label: earlier.full_step_ratio.get(row.label, row.step_ratio) for row in earlier.rows}
+        missing = earlier.plain_step_ratio.keys() - earlier.full_step_ratio.keys()
+        if missing or None in ratios.values() or None in (row.step_seconds for row in earlier.rows):
+            return
+        self.step_ratio = {label: ratio for label, ratio in ratios.items() if ratio is not None}
+        self.plain_ratio = dict(earlier.plain_step_ratio)
+        self.step_seconds = {row.label: row.step_seconds for row in earlier.rows if row.step_seconds is not None}
+        self.extra_bytes = {row.label: int(row.extra_bytes or 0) for row in earlier.rows}
+
     @property
     def seeds(self) -> list[int]:
         """The seeds that every row has finished."""
@@ -59,10 +78,7 @@ class Outcome:
 
     def accuracies(self, label: str) -> list[float]:
         """Test accuracy after the last epoch, in percent, for each of `seeds`."""
-        return self._percent(label, "test_accuracy")
-
-    def _percent(self, label: str, name: str) -> list[float]:
-        return [100 * self.metrics[label][seed][name] for seed in self.seeds]
+        return [100 * self.metrics[label][seed]["test_accuracy"] for seed in self.seeds]
 
     def mean_step_ratio(self, row: Row) -> float | None:
         """The mean ratio over a row's steps, with and without a second pass; None where it was not measured."""
@@ -131,22 +147,33 @@ class Outcome:
         )
 
     def _after(self, label: str) -> dict[str, Compared]:
-        """What was measured after training, where every seed has it."""
-        base = self.rows[0].label
-
-        def has(label: str, name: str) -> bool:
-            return all(name in self.metrics[label][seed] for seed in self.seeds)
-
-        return {
-            name: compared(self._percent(label, name), self._percent(base, name) if has(base, name) else None)
-            for name in AFTER
-            if has(label, name)
-        }
+        """What was measured after training, of the seeds of which every row that has any of it has it."""
+        base, found = self.rows[0].label, {}
+        for name in AFTER:
+            having = [
+                row.label
+                for row in self.rows
+                if not self.diverged(row.label) and any(name in self.metrics[row.label][seed] for seed in self.seeds)
+            ]
+            seeds = [seed for seed in self.seeds if all(name in self.metrics[label][seed] for label in having)]
+            percent = {each: [100 * self.metrics[each][seed][name] for seed in seeds] for each in having}
+            if seeds and label in percent:
+                found[name] = compared(percent[label], percent.get(base))
+        return found
 
     def _epsilon(self, label: str) -> float | None:
         """The most that one of `seeds` has spent."""
         every = [self.metrics[label][seed].get("epsilon") for seed in self.seeds]
         return max((each for each in every if each is not None), default=None)
+
+    def unmeasured(self) -> list[tuple[Row, int]]:
+        """The runs that were trained and are not `measured`."""
+        return [
+            (row, seed)
+            for row in self.rows
+            for seed, metrics in sorted(self.metrics.get(row.label, {}).items())
+            if not measured(metrics)
+        ]
 
     def result(self, folder: Path | None = None) -> ComparisonResult:
         """What there is so far; runs of seeds that not every row has finished come as ``partial``."""
@@ -165,4 +192,5 @@ class Outcome:
             self.plain_ratio,
             self.selection,
             folder,
+            full_step_ratio={label: self.step_ratio[label] for label in self.plain_ratio if label in self.step_ratio},
         )
