@@ -221,6 +221,17 @@ class TestAnother:
         assert found_in(compare("run", minutes=5, jobs=2)) == found_in(found)
         more = compare("run", after=True)
         assert more.rows[1].after.keys() == AFTER.keys()
+        results = tmp_path / "run/results.json"
+        written = json.loads(results.read_text())
+        written["metrics"]["base"]["0"] = {"test_accuracy": "x"}  # damaged: looked up in the run
+        written["metrics"]["late_sam"]["0"]["rounded_2"] = None
+        results.write_text(json.dumps(written))
+        assert found_in(compare("run", after=True)) == found_in(more)
+        results.unlink()
+        kept = (tmp_path / "run/runs/base-seed0").rename(tmp_path / "outside")
+        (tmp_path / "run/runs/base-seed0").symlink_to(kept)
+        with pytest.raises(OutputError, match=r"base-seed0: cannot be written \(.*symbolic link"):
+            compare("run")
         with locked(tmp_path / "run"), pytest.raises(OutputError, match="another process is writing"):
             compare("run")
         with open(tmp_path / "run/results.json", "w") as file:

@@ -10,8 +10,10 @@ from ..methods import get_method
 from ..recipe import Recipe
 from ..results import Compared, ComparisonResult, Row, verdict
 from ..results.after import AFTER
-from ..results.values import is_diverged
+from ..results.values import is_diverged, number
 from .stats import holm, interval, paired_p_value
+
+_KINDS = (int, float, type(None))  # of what is in a file; None stands for what is no number, as after divergence
 
 ROUNDING = 2e-5  # points: accuracies are shares in float32, and a single sample of two millions is more
 
@@ -27,6 +29,13 @@ def compared(values: Sequence[float], base: Sequence[float] | None) -> Compared:
 def measured(metrics: Mapping[str, float]) -> bool:
     """Whether a run has all of `AFTER`, or has diverged, after which nothing is measured."""
     return is_diverged(metrics) or metrics.keys() >= AFTER.keys()
+
+
+def _sound(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """A run's metrics from a file; empty if they are damaged, without a measure that is."""
+    if number(metrics.get("test_accuracy")) is None or any(not isinstance(each, _KINDS) for each in metrics.values()):
+        return {}
+    return {name: value for name, value in metrics.items() if name not in AFTER or number(value) is not None}
 
 
 @dataclass
@@ -58,17 +67,19 @@ class Outcome:
 
     def take(self, earlier: ComparisonResult) -> None:
         """Takes in what the same comparison found before it was ended: its runs, and times where every row has them."""
+        labels = [row.label for row in self.rows]
         for by_label in (earlier.metrics, earlier.partial):
-            for label, by_seed in by_label.items():
-                self.metrics.setdefault(label, {}).update({seed: dict(found) for seed, found in by_seed.items()})
-        ratios = {row.label: earlier.full_step_ratio.get(row.label, row.step_ratio) for row in earlier.rows}
-        missing = earlier.plain_step_ratio.keys() - earlier.full_step_ratio.keys()
-        if missing or None in ratios.values() or None in (row.step_seconds for row in earlier.rows):
-            return
-        self.step_ratio = {label: ratio for label, ratio in ratios.items() if ratio is not None}
-        self.plain_ratio = dict(earlier.plain_step_ratio)
-        self.step_seconds = {row.label: row.step_seconds for row in earlier.rows if row.step_seconds is not None}
-        self.extra_bytes = {row.label: int(row.extra_bytes or 0) for row in earlier.rows}
+            for label in labels:
+                known = {seed: _sound(found) for seed, found in by_label.get(label, {}).items()}
+                self.metrics.setdefault(label, {}).update({seed: found for seed, found in known.items() if found})
+        rows = {row.label: row for row in earlier.rows}
+        full = {label: earlier.full_step_ratio.get(label, rows[label].step_ratio) for label in labels if label in rows}
+        seconds = {label: rows[label].step_seconds for label in full}
+        ratios = {label: ratio for label, ratio in full.items() if ratio is not None and seconds[label] is not None}
+        if len(ratios) == len(labels) and earlier.plain_step_ratio.keys() == earlier.full_step_ratio.keys():
+            self.step_ratio, self.plain_ratio = ratios, dict(earlier.plain_step_ratio)
+            self.step_seconds = {label: each for label, each in seconds.items() if each is not None}
+            self.extra_bytes = {label: int(rows[label].extra_bytes or 0) for label in labels}
 
     @property
     def seeds(self) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..._files import append_line, write_json
+from ..._files import append_line, check_folder, write_json
 from ..._interrupts import held
 from ...errors import DivergedError, FlatminError, FlatminWarning, InvalidArgumentError, OutputError
 from ..methods import METHODS
@@ -294,8 +294,9 @@ def _train_one(job: Job, tick: Tick, check: Check, keep: Keep) -> dict[str, floa
         tick(1)
 
     try:
-        folder.parent.mkdir(exist_ok=True)
-        folder.mkdir(exist_ok=True)
+        for each in (folder.parent, folder):
+            each.mkdir(exist_ok=True)
+            check_folder(each)  # and no link out of the comparison
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error.strerror})") from error
     train = resume_run if (folder / CONFIG).exists() else train_run

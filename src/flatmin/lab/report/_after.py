@@ -15,7 +15,7 @@ HOW = (
     "weights to the nearest of 2^bits levels, with one step size for each output channel. Noise: Gaussian, on the "
     "weights, its size relative to theirs. Batch-norm statistics are then made anew. Fine-tuned: for a tenth of the "
     "run at a tenth of its learning rate, on inputs whose sign is changed, or by the experiment file's shift(x): what "
-    "the original test set loses, and the shifted one gains. p is corrected for all rows and all measures of this chapter."
+    "the original test set loses, and the shifted one gains. p is corrected for all rows and all measures here."
 )
 _TITLES = {
     "fresh": "batch-norm statistics made anew, weights as they are",
