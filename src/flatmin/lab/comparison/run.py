@@ -118,7 +118,8 @@ class Comparison:
         if self.going_on:
             if (self.folder / RESULTS).exists():
                 outcome.take(read_comparison(self.folder))
-            _log.info("going on in %s: %d of its runs are done", self.folder, sum(map(len, outcome.metrics.values())))
+            trained = sum(map(len, outcome.metrics.values()))
+            _log.info("going on in %s: %d of its runs are trained", self.folder, trained)
         else:
             write_config(self.folder, config, read_experiment(outcome.recipe))
         made = identity(self.folder)

@@ -6,6 +6,7 @@ from ..results import Compared, Row
 from ..results.after import BITS, NOISE
 from ..results.interval import say_points
 from ..results.tables import after_names
+from ..results.values import count_of
 from ._charts import Curves, Line, Table
 from ._study import Study
 from ._words import NONE, say, say_interval, say_p
@@ -31,8 +32,11 @@ def after_tables(study: Study) -> list[tuple[str, Table]]:
     head = ["method", "accuracy %", "from before", "difference", "p (corrected)"]
     tables = []
     for name in after_names(study.rows):
-        cells = [_cells(row, row.after[name]) for row in study.rows if name in row.after]
-        tables.append((_TITLES.get(name, name), Table(head, cells)))
+        having = [row for row in study.rows if name in row.after]
+        measured, seeds = len(having[0].after[name].values), len(having[0].test_accuracy)
+        some = f" ({measured} of {count_of(seeds, 'seed')})" if measured < seeds else ""
+        cells = [_cells(row, row.after[name]) for row in having]
+        tables.append((f"{_TITLES.get(name, name)}{some}", Table(head, cells)))
     return tables
 
 
