@@ -8,6 +8,7 @@ import pytest
 from flatmin import lab
 from flatmin._files import locked
 from flatmin.errors import DataError, FlatminWarning, OutputError
+from flatmin.lab.comparison import job as job_module
 from flatmin.lab.comparison import look as look_module
 from flatmin.lab.comparison import run as run_module
 from flatmin.lab.comparison.outcome import Outcome
@@ -68,7 +69,7 @@ def untrained(monkeypatch):
     """From now on nothing may be trained."""
 
     def forbid():
-        monkeypatch.setattr(run_module, "train_run", pytest.fail)
+        monkeypatch.setattr(job_module, "train_run", pytest.fail)
 
     return forbid
 
@@ -76,7 +77,7 @@ def untrained(monkeypatch):
 @pytest.fixture
 def measured(monkeypatch):
     """The words on what is measured after training; after so many of ``late_sam`` the measuring is ended."""
-    plain, words = run_module.write_after, []
+    plain, words = job_module.write_after, []
 
     def write(saved, **options):
         def on_word(word):
@@ -90,7 +91,7 @@ def measured(monkeypatch):
         limit = 1000
 
     words = Words()
-    monkeypatch.setattr(run_module, "write_after", write)
+    monkeypatch.setattr(job_module, "write_after", write)
     return words
 
 
@@ -134,7 +135,7 @@ def test_the_row_stays_wherever_its_measuring_ends_and_then_only_that_is_measure
 
 def test_a_run_that_was_ended_is_resumed(compare, tmp_path, monkeypatch):
     whole = compare("whole")
-    plain, begun = run_module.train_run, []
+    plain, begun = job_module.train_run, []
 
     def train(run, folder, *, on_epoch, **options):
         def ending(metrics):
@@ -145,7 +146,7 @@ def test_a_run_that_was_ended_is_resumed(compare, tmp_path, monkeypatch):
         begun.append(run.method)
         return plain(run, folder, on_epoch=ending, **options)
 
-    monkeypatch.setattr(run_module, "train_run", train)
+    monkeypatch.setattr(job_module, "train_run", train)
     found = compare("run")
     assert (found.interrupted, found.seeds, list(found.partial)) == (True, [], ["base"])
     assert len((tmp_path / "run/runs/late_sam-seed0/metrics.jsonl").read_text().splitlines()) == 1

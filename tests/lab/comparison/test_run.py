@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from flatmin.errors import DataError, InvalidArgumentError
+from flatmin.lab.comparison import job as job_module
 from flatmin.lab.comparison import run as run_module
+from flatmin.lab.comparison.job import Job, train_one
 from flatmin.lab.comparison.outcome import Outcome
 from flatmin.lab.comparison.rows import make_rows
-from flatmin.lab.comparison.run import Comparison, Job
+from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.stats import holm
 from flatmin.lab.comparison.timing import Cost
 from flatmin.lab.comparison.workers import Stopped
@@ -424,7 +426,7 @@ class TestComparison:
             return {"test_accuracy": 0.5}
 
         monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-        monkeypatch.setattr(run_module, "train_run", train)
+        monkeypatch.setattr(job_module, "train_run", train)
         monkeypatch.setattr(Comparison, "_measure", lambda self: None)
         found, _, _ = run_comparison(minutes=minutes, seeds=3 if minutes == 1e9 else None)
         assert found.seeds == list(range(seeds))
@@ -448,7 +450,7 @@ class TestComparison:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(run_module, "Workers", Late)
-        monkeypatch.setattr(run_module, "train_run", train)
+        monkeypatch.setattr(job_module, "train_run", train)
         found, results, _ = run_comparison(seeds=3)
         assert found.interrupted is results["interrupted"] is True
         assert found.seeds == results["seeds"] == finished
@@ -498,11 +500,11 @@ class TestComparison:
 
         with pytest.raises(Stopped):
             job = Job(make_run("base", experiment=experiment, epochs=50), tmp_path / "run")
-            run_module._train_one(job, stop.append, check, pytest.fail)
+            train_one(job, stop.append, check, pytest.fail)
         assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
         with pytest.raises(Stopped):
             job = Job(make_run("base", experiment=experiment), tmp_path / "other")
-            run_module._train_one(job, stop.append, check, pytest.fail)
+            train_one(job, stop.append, check, pytest.fail)
         assert not (tmp_path / "other").exists()
 
 

@@ -59,8 +59,8 @@ def compare(
         bool,
         typer.Option(
             "--after",
-            help="Also measure each network after training: its accuracy with weights rounded to 8, 4, 3 and 2 bits, "
-            "with noise on them, and after a short fine-tune on inputs whose sign is changed, or by EXPERIMENT's "
+            help="Also measure each network after training: its accuracy with fresh batch-norm statistics, with weights "
+            "rounded to 8, 4, 3 and 2 bits, with noise on them, and after a short fine-tune on inputs whose sign is changed, or by EXPERIMENT's "
             "shift(x).",
         ),
     ] = False,

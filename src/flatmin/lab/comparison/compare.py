@@ -62,9 +62,9 @@ def compare(
             training set that is held out. None: compare all rows.
         look: Also measure the sharpness of the first seed's networks, and the loss around them at so many points along
             each of two directions. 0: do not.
-        after: Also measure what is left of each network after training: its accuracy with weights rounded to 8, 4, 3
-            and 2 bits, with noise on them, and after a short fine-tune on inputs whose sign is changed, or by an
-            experiment file's ``shift(x)``, on the original and on the shifted test set.
+        after: Also measure what is left of each network after training: its accuracy with batch-norm statistics made
+            anew, with weights rounded to 8, 4, 3 and 2 bits, with noise on them, and after a short fine-tune on inputs
+            whose sign is changed, or by an experiment file's ``shift(x)``, on the original and on the shifted test set.
         minutes: Time for everything, where ``seeds`` is None.
         jobs: Runs at a time; None: one a core, or one on an accelerator.
         out: Folder of the comparison, new or empty; None for a new one under ``runs/``. The same call with the folder
