@@ -19,6 +19,7 @@ from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.methods import METHODS
 from flatmin.lab.methods.hyperparameters import HYPERPARAMETERS
 from flatmin.lab.problems.load import load_problem
+from flatmin.lab.results.after import AFTER
 from flatmin.lab.training.trainer import Trainer
 from tests.fuzz.harness import command, left, report
 from tests.fuzz.test_experiment_files import write
@@ -60,10 +61,11 @@ def tiny(monkeypatch):
     monkeypatch.setattr("flatmin.lab.runs.train.train_run", train_run)
     monkeypatch.setattr("flatmin.lab.runs.sharpness.write_sharpness", written)
     monkeypatch.setattr("flatmin.lab.runs.landscape.write_landscape", written)
+    monkeypatch.setattr("flatmin.lab.runs.after.write_after", lambda *_, **__: dict.fromkeys(AFTER, 0.5))
     monkeypatch.setattr("flatmin.lab.report._write.draw", lambda chart, mark: {})
     monkeypatch.setattr(Comparison, "_measure", Comparison._try)
     monkeypatch.setattr(Comparison, "_train_all", train_all)
-    monkeypatch.setattr("flatmin.lab.comparison.compare._look_at", lambda *_: None)
+    monkeypatch.setattr("flatmin.lab.comparison.compare.look_at", lambda *_, **__: None)
     monkeypatch.setattr("flatmin.lab.comparison.compare.write_page", lambda folder: None)
     return write("tiny", {})
 
@@ -71,7 +73,7 @@ def tiny(monkeypatch):
 def start(word, run, option=""):
     """A command line that is in order, to which ``option`` can be added."""
     name = option.removeprefix("--").replace("-", "_")
-    if word in ("sharpness", "landscape", "report"):
+    if word in ("after", "sharpness", "landscape", "report"):
         return [word, run]
     named = name in ("data", "model", "crop", "flip", "image_size", "train_samples", "label_noise", "validation")
     line = [word, *([] if named else ["tiny_experiment.py"]), "--epochs", 1, "--batch-size", 16, "--device", "cpu"]
@@ -91,7 +93,7 @@ def options(word):
 
 
 def test_every_word_is_known_here():
-    assert set(WORDS) == {"train", "compare", "sharpness", "landscape", "report"}
+    assert set(WORDS) == {"train", "compare", "after", "sharpness", "landscape", "report"}
     assert sum(number for word in WORDS for _, number in options(word)) >= 60
 
 

@@ -16,6 +16,7 @@ It needs ``pip install 'flatmin[cli]'``. ``import flatmin`` does not import it.
 `Recipe`               what is trained and how: data, network, epochs, optimizer
 `measure_sharpness`    how sharp the minimum of a saved run is
 `measure_landscape`    the loss around the minimum of a saved run
+`measure_after`        what is left of a saved run after rounding, noise and a fine-tune
 `methods`              the methods by name, and how to register one of your own
 `results`              what is on disk: file names, rows, intervals, the verdict
 `report`               one page for the browser from the folders of comparisons and runs
@@ -27,6 +28,7 @@ from . import report as report
 from . import results as results
 from .comparison.compare import compare as compare
 from .recipe import Recipe as Recipe
+from .runs.after import measure_after as measure_after
 from .runs.landscape import measure_landscape as measure_landscape
 from .runs.sharpness import measure_sharpness as measure_sharpness
 from .runs.train import resume as resume
@@ -35,6 +37,7 @@ from .runs.train import train as train
 __all__ = [
     "Recipe",
     "compare",
+    "measure_after",
     "measure_landscape",
     "measure_sharpness",
     "methods",

@@ -181,7 +181,8 @@ class TestTheRealThing:
         written = results("run")
         assert process.returncode == 2
         finished = len(written["seeds"])
-        said = f"flatmin: interrupted: {finished} seed{'s' if finished > 1 else ''} finished, kept in run"
+        said = f"flatmin: interrupted: {finished} seed{'s' if finished > 1 else ''} finished, kept in run; "
+        said += "the same command with --out run goes on"
         assert err.splitlines()[-1] == said
         assert "Traceback" not in err
         assert none_left(process.pid)

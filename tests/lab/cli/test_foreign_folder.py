@@ -18,6 +18,7 @@ WORDS = {
     "resume": ["train", "--resume", "run"],
     "sharpness": ["sharpness", "run", "--eigenvalues", "0", *FAST],
     "landscape": ["landscape", "run", "--points", "2", "--directions", "1", *FAST],
+    "after": ["after", "run"],
     "report": ["report", "run"],
     "report of a comparison": ["report", "run"],
 }
@@ -30,6 +31,7 @@ READS = {
     "resume": [".lock", "config.json", "experiment.py", "checkpoints", *FOLDERS, *INNER[:2]],
     "sharpness": ["config.json", "experiment.py", "checkpoints", "checkpoints/last", *INNER[:2]],
     "landscape": ["config.json", "experiment.py", "checkpoints", "checkpoints/last", *INNER[:2], "landscape.partial"],
+    "after": [],  # as sharpness
     "report": ["config.json", "metrics.jsonl", "sharpness.json", "landscape.json", "landscape-2.json", "report.html"],
     "report of a comparison": [
         *("config.json", "results.json", "runs", "runs/base-seed0", "report.html"),
@@ -40,6 +42,7 @@ REPLACES = {
     "resume": ["metrics.jsonl", "metrics.jsonl.new", *BESIDE, *INNER[2:]],
     "sharpness": ["sharpness.json", "sharpness.json.new"],
     "landscape": ["landscape.json", "landscape.json.new", "landscape.partial.new"],
+    "after": ["after.json", "after.json.new"],
     "report": ["report.html.new"],
     "report of a comparison": ["report.html.new"],
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flatmin.lab.runs import after as after_module
 from flatmin.lab.runs import measure_landscape, measure_sharpness
 from flatmin.lab.runs.checkpoint import load_checkpoint
 
@@ -81,6 +82,34 @@ def test_landscapes_of_runs_and_the_plane_through_three(flatmin, run):
     assert json.loads(Path("base/landscape.json").read_text())["y"] is None
 
 
+def test_after_measures_each_run_and_writes_it_beside(flatmin, run):
+    found = flatmin("after", run("base"), run("ema"), "--device", "cpu")
+    assert found.code == 0, found.err
+    written = [json.loads(Path(f"{folder}/after.json").read_text())["test_accuracy"] for folder in ("base", "ema")]
+    lines = [line.strip("│ ").split("│") for line in found.out.splitlines() if line.startswith("│")]
+    assert [line[0].strip() for line in lines] == ["base, base", "ema, ema"]
+    assert [[each.strip() for each in line[1:]] for line in lines] == [
+        [f"{100 * share:.2f}" for share in shares.values()] for shares in written
+    ]
+    assert found.out.endswith("written to base/after.json\nwritten to ema/after.json\n")
+    assert "ema: fine-tune" in found.err.splitlines()
+
+
+def test_ctrl_c_while_runs_are_measured_after_training_says_which_are_written(flatmin, run, monkeypatch):
+    runs, plain = [run("base"), run("ema")], after_module.write_after
+
+    def interrupted(saved, **options):
+        if saved.name == "ema":
+            raise KeyboardInterrupt
+        return plain(saved, **options)
+
+    monkeypatch.setattr(after_module, "write_after", interrupted)
+    found = flatmin("after", *runs)
+    said = "flatmin: interrupted: base/after.json is written; nothing was written"
+    assert (found.code, found.err.splitlines()[-1]) == (2, said)
+    assert not Path("ema/after.json").exists()
+
+
 def test_the_command_writes_what_python_writes(flatmin, run):
     folder = Path(run("base"))
 
@@ -113,7 +142,7 @@ def test_the_average_is_what_is_measured(flatmin, run):
 
 def test_what_cannot_be_measured_is_said_in_a_line(flatmin, run, experiment, tmp_path):
     (tmp_path / "empty").mkdir()
-    for command in ("sharpness", "landscape"):
+    for command in ("sharpness", "landscape", "after"):
         found = flatmin(command, "empty")
         assert found.code == 2
         assert "no run there" in found.err

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from flatmin.errors import DataError, InvalidArgumentError
+from flatmin.lab.comparison import job as job_module
 from flatmin.lab.comparison import run as run_module
+from flatmin.lab.comparison.job import Job, train_one
 from flatmin.lab.comparison.outcome import Outcome
 from flatmin.lab.comparison.rows import make_rows
 from flatmin.lab.comparison.run import Comparison
@@ -22,6 +24,7 @@ from flatmin.lab.results import ComparisonResult, Row
 from flatmin.lab.results.after import AFTER
 from flatmin.lab.results.tables import after_table, main_table
 from flatmin.lab.training.trainer import Trainer
+from tests.lab.comparison.inline import Inline
 
 NOISE = [0.3, -0.2, 0.1, -0.4, 0.2]
 
@@ -155,34 +158,6 @@ def test_the_most_that_a_seed_spent_of_privacy_stands_in_the_table():
 
 def verdict_of(found):
     return found.result().verdict
-
-
-class Inline:
-    """Runs in this process, and at once, what workers would run in others."""
-
-    def __init__(self, function, jobs, threads):
-        self.function, self.results, self.unfinished = function, {}, 0
-        self.ticks, self.error = 0, None
-
-    def submit(self, name, *arguments):
-        self.unfinished += 1
-        try:
-            self.results[name] = self.function(*arguments, self.tick, lambda: None)
-        except Exception as error:
-            self.error = error
-
-    def tick(self, count):
-        self.ticks += count
-
-    def wait(self, seconds):
-        if self.error is not None:
-            raise self.error
-        self.unfinished = 0
-        ticks, self.ticks = self.ticks, 0
-        return ticks
-
-    def stop(self, hurry):
-        pass
 
 
 @pytest.fixture
@@ -451,7 +426,7 @@ class TestComparison:
             return {"test_accuracy": 0.5}
 
         monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-        monkeypatch.setattr(run_module, "train_run", train)
+        monkeypatch.setattr(job_module, "train_run", train)
         monkeypatch.setattr(Comparison, "_measure", lambda self: None)
         found, _, _ = run_comparison(minutes=minutes, seeds=3 if minutes == 1e9 else None)
         assert found.seeds == list(range(seeds))
@@ -475,7 +450,7 @@ class TestComparison:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(run_module, "Workers", Late)
-        monkeypatch.setattr(run_module, "train_run", train)
+        monkeypatch.setattr(job_module, "train_run", train)
         found, results, _ = run_comparison(seeds=3)
         assert found.interrupted is results["interrupted"] is True
         assert found.seeds == results["seeds"] == finished
@@ -524,14 +499,12 @@ class TestComparison:
                 raise Stopped
 
         with pytest.raises(Stopped):
-            run_module._train_one(
-                make_run("base", experiment=experiment, epochs=50), tmp_path / "run", False, stop.append, check
-            )
+            job = Job(make_run("base", experiment=experiment, epochs=50), tmp_path / "run")
+            train_one(job, stop.append, check, pytest.fail)
         assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
         with pytest.raises(Stopped):
-            run_module._train_one(
-                make_run("base", experiment=experiment), tmp_path / "other", False, stop.append, check
-            )
+            job = Job(make_run("base", experiment=experiment), tmp_path / "other")
+            train_one(job, stop.append, check, pytest.fail)
         assert not (tmp_path / "other").exists()
 
 

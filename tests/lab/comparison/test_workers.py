@@ -18,7 +18,7 @@ from flatmin.lab.comparison.workers import WorkerDiedError, Workers, _sendable
 SPAWN = workers_module.CONTEXT
 
 
-def job(what, value, tick, check):
+def job(what, value, tick, check, keep):
     """What the processes of these tests do."""
     if what == "facts":
         tick(3)
@@ -26,6 +26,9 @@ def job(what, value, tick, check):
         return blocked and signal.getsignal(signal.SIGINT) is signal.SIG_IGN, torch.get_num_threads(), os.getpid()
     if what == "raise":
         raise value
+    if what.startswith("keep, then "):
+        keep("so far")
+        what = what.removeprefix("keep, then ")
     if what == "die":
         os.kill(os.getpid(), value)
     if what == "steps":  # for ever
@@ -70,7 +73,7 @@ def test_what_they_give_back_and_how_they_are(workers, tmp_path, monkeypatch):
     monkeypatch.setattr(workers_module, "CONTEXT", SPAWN)
     own = workers(jobs=1, threads=1)
     own.submit("first", "facts", None)
-    own.submit("second", "return", [torch.ones(2), "more"])
+    own.submit("second", "keep, then return", [torch.ones(2), "more"])
     own.submit("third", "facts", None)
     assert own.unfinished == 3
     assert finish(own) == 6
@@ -90,7 +93,7 @@ def test_what_they_give_back_and_how_they_are(workers, tmp_path, monkeypatch):
 def test_they_end_at_the_next_step_and_what_hangs_is_killed_when_asked(workers, tmp_path):
     own = workers(jobs=2)
     own.submit("steps", "steps", tmp_path / "steps")
-    own.submit("hang", "hang", tmp_path / "hang")
+    own.submit("hang", "keep, then hang", tmp_path / "hang")
     own.submit("never", "steps", tmp_path / "never")
     until(lambda: own.wait(0.1) == 0 and len(list(tmp_path.iterdir())) == 2)
     stepping, hanging = (worker.process for worker in own._workers)
@@ -104,17 +107,17 @@ def test_they_end_at_the_next_step_and_what_hangs_is_killed_when_asked(workers, 
     assert stepping.exitcode == 0
     assert hanging.exitcode == -signal.SIGKILL
     assert not (tmp_path / "never").exists()
-    assert own.results == {}
+    assert own.results == {"hang": "so far"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_one_that_is_killed_is_noticed_and_the_others_results_are_kept(workers, number):
     own = workers(jobs=1)
     own.submit("good", "return", 1)
-    own.submit("bad", "die", number)
+    own.submit("bad", "keep, then die", number)
     with pytest.raises(WorkerDiedError):
         finish(own)
-    assert own.results == {"good": 1}
+    assert own.results == {"good": 1, "bad": "so far"}
 
 
 class LocalError(Exception):

@@ -1,6 +1,7 @@
 """What is to be learnt: data by name, label noise, loaders, experiment files."""
 
 import dataclasses
+import itertools
 import sys
 
 import pytest
@@ -9,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from flatmin.errors import DataError, ExperimentError, InvalidArgumentError
 from flatmin.lab.problems.batches import make_loader
-from flatmin.lab.problems.load import load_problem
+from flatmin.lab.problems.experiment import HOOKS
+from flatmin.lab.problems.load import import_experiment, load_problem
 from flatmin.lab.problems.problem import base_optimizer, class_numbers
 from flatmin.lab.recipe import Recipe
 
@@ -197,6 +199,31 @@ class TestExperimentFile:
         )
         assert load_problem(recipe, 0).num_classes == 2
         del sys.modules["neighbour_of_it"]
+
+    def test_a_function_that_is_only_imported_is_refused_and_one_that_it_defines_is_not(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / "neighbour_of_it.py").write_text("\n".join(f"def {name}(x): ..." for name in HOOKS))
+        imported = ["from neighbour_of_it import {name}", "from neighbour_of_it import *", "import torch as {name}"]
+        own = [
+            "def {name}(): ...",
+            "{name} = lambda: 1",
+            "class {name}: ...",
+            "from neighbour_of_it import {name}\n{name} = {name}",
+            "import neighbour_of_it\n{name} = neighbour_of_it.{name}",
+            "from neighbour_of_it import {name} as other",
+            "try:\n    from nowhere import {name}\nexcept ImportError:\n    def {name}(): ...",
+        ]
+        recipe = Recipe(experiment=str(tmp_path / "of_hooks.py"))
+        for name, form in itertools.product(HOOKS, imported + own):
+            (tmp_path / "of_hooks.py").write_text(form.format(name=name))
+            if form in own:
+                import_experiment(recipe)
+            else:
+                said = rf"of_hooks.py: {'model' if '*' in form else name} is imported, .* \(import ... as\)"
+                with pytest.raises(ExperimentError, match=said):
+                    import_experiment(recipe)
+        for module in ("neighbour_of_it", "of_hooks"):
+            del sys.modules[module]
 
     def test_label_noise_replaces_the_targets_of_a_data_set_of_its_own(self, experiment_file):
         recipe = experiment_file(

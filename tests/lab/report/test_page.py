@@ -13,6 +13,7 @@ from flatmin.lab.report._page import make_section
 from flatmin.lab.report._plotly import figures
 from flatmin.lab.report._read import read_studies
 from flatmin.lab.report._style import style
+from flatmin.lab.report._words import NONE
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=2>{{7*7}}&\"'"
 
@@ -112,6 +113,21 @@ def test_what_comes_after_training_stands_beside_what_was_before(comparison):
     assert list(found["noise"].lines[0].x) == [0.0, 0.2]
 
 
+def test_what_was_measured_of_some_seeds_is_not_set_against_what_was_before_of_all(comparison):
+    folder = comparison(seeds=2)
+    written = json.loads((folder / "results.json").read_text())
+    for row in written["rows"]:
+        for each in row["after"].values():
+            each["values"].pop()
+        row["after"]["fresh"] = {**row["after"]["noise_0.2"], "values": [91.0]}
+    (folder / "results.json").write_text(json.dumps(written))
+    text = re.sub(r"\s+", " ", text_of(page(folder)))
+    assert "rounded to 2 bits (1 of 2 seeds)</th></tr>" in text
+    assert re.search(rf"base</th><td>77[^<]*</td><td>{NONE}</td>", text)
+    line = charts(folder)["noise"].lines[0]
+    assert (list(line.x), line.y[0]) == ([0.0, 0.2], 91.0)  # with fresh statistics, as with noise
+
+
 def test_a_comparison_of_which_nothing_more_was_measured_has_no_chapter_of_it(comparison):
     text = text_of(page(comparison(sharp=False)))
     assert "After training" not in text
@@ -127,6 +143,15 @@ def test_what_is_damaged_of_it_is_left_out(comparison, value):
     written["rows"][1]["after"] = value
     (folder / "results.json").write_text(json.dumps(written))
     assert "weights rounded to 2 bits" in text_of(page(folder))
+
+
+def test_a_landscape_of_its_corners_alone_has_no_profile(comparison):
+    folder = comparison(seeds=1)
+    for file in folder.glob("runs/*/landscape.json"):
+        file.write_text(json.dumps({"kind": "random", "x": [-1, 1], "y": [-1, 1], "loss": [[1, 2], [3, 4]]}))
+    found = charts(folder)
+    assert "landscape-random" in found
+    assert "landscape-profile" not in found
 
 
 def test_landscapes_share_one_scale(comparison):

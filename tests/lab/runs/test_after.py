@@ -11,8 +11,8 @@ from flatmin.errors import ExperimentError, InvalidArgumentError
 from flatmin.lab.problems.checked import shifted
 from flatmin.lab.problems.load import load_problem
 from flatmin.lab.results.after import AFTER
-from flatmin.lab.runs import after, open_saved
-from flatmin.lab.runs.after import DRAWS, _weights, noisy, rounded, write_after
+from flatmin.lab.runs import after, measure_after, open_saved
+from flatmin.lab.runs.after import DRAWS, _weights, measured_after, noisy, rounded, write_after
 from flatmin.lab.runs.run import train_run
 
 
@@ -69,8 +69,13 @@ def test_every_measure_is_written_and_nothing_else_is_touched(saved, method):
     written = json.loads((run.folder / "after.json").read_text())
     assert written["test_accuracy"] == found
     assert {len(written["draws"][name]) for name in found if "noise" in name} == {DRAWS}
-    assert len(steps) == 4 + 3 * DRAWS + 4  # widths, draws, and the steps of an epoch of the fine-tune
-    assert write_after(open_saved(run.folder)) == found
+    assert len(steps) == 1 + 4 + 3 * DRAWS + 4  # as it is, widths, draws, and the steps of an epoch of the fine-tune
+    words = []
+    again = measure_after(run.folder, on_progress=words.append)
+    assert (again.test_accuracy, again.path, again.method) == (found, run.folder / "after.json", method)
+    assert (words[0], len(words)) == (f"{run.name}: weights rounded to 8 bits", 4 + 3 + 2)
+    assert measured_after(run.folder, 3) == found
+    assert measured_after(run.folder, 2) is None  # another network
     with open(run.folder / "metrics.jsonl") as lines:
         accuracy = json.loads(lines.readlines()[-1])["test_accuracy"]
     assert found["rounded_8"] == pytest.approx(accuracy, abs=0.1)  # the network that was evaluated
@@ -86,8 +91,39 @@ def test_statistics_are_made_anew_and_the_fine_tune_learns_the_shifted_set(saved
             value.fill_(1e6)  # with which nothing would be right but one class
     found = write_after(run)
     assert found["rounded_8"] > 0.5
+    assert found["fresh"] > 0.5
     assert found["tuned_shifted"] > 0.7
     assert found["tuned_original"] < 0.5
+
+
+def test_of_a_network_without_statistics_fresh_ones_change_nothing(saved, experiment):
+    with open(experiment, "a") as file:
+        file.write("\ndef model():\n    return nn.Linear(4, 3)\n")
+    run = saved()
+    with open(run.folder / "metrics.jsonl") as lines:
+        assert write_after(run)["fresh"] == json.loads(lines.readlines()[-1])["test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda written: written["test_accuracy"].pop("fresh"),  # as before it was measured
+        lambda written: written["test_accuracy"].update(noise_0=1, rounded_2=None),
+        lambda written: written["test_accuracy"].update(rounded_2=7),
+        lambda written: written.update(test_accuracy=[]),
+        lambda written: written.update(rule="another"),
+        lambda written: written.update(checkpoint="run/best"),
+        lambda written: written.clear(),
+    ],
+)
+def test_what_was_measured_is_taken_only_as_a_whole_and_by_the_same_rule(tmp_path, damage):
+    written = {"test_accuracy": dict.fromkeys(AFTER, 0.5), "rule": after.RULE}
+    written |= {"checkpoint": tmp_path.name, "checkpoint_epoch": 3}
+    (tmp_path / "after.json").write_text(json.dumps(written))
+    assert measured_after(tmp_path, 3) == written["test_accuracy"]
+    damage(written)
+    (tmp_path / "after.json").write_text(json.dumps(written))
+    assert measured_after(tmp_path, 3) is None
 
 
 class TestShift:

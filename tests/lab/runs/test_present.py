@@ -127,7 +127,7 @@ class TestComparison:
                     name, arguments = self.left.pop(0)
                     if len(self.results) == after:
                         action(folder)
-                    self.results[name] = self.function(*arguments, lambda count: None, lambda: None)
+                    self.results[name] = self.function(*arguments, *(lambda *_: None,) * 3)
                     return 0
 
                 def stop(self, hurry):

@@ -9,7 +9,8 @@ import typer
 from ... import __version__, _command
 from ...errors import FlatminError
 from ..training import torchrun
-from . import _compare as _compare  # each adds its command
+from . import _after as _after  # each adds its command
+from . import _compare as _compare
 from . import _landscape as _landscape
 from . import _report as _report
 from . import _sharpness as _sharpness

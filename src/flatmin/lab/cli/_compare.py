@@ -1,11 +1,12 @@
 """``flatmin compare``."""
 
+import shlex
 from typing import Annotated
 
 import typer
 
 from ... import _command
-from ..comparison.compare import BOUNDS
+from ..comparison.asked import BOUNDS
 from ..comparison.compare import compare as run_comparison
 from ..methods import COMPARED, METHODS
 from ..recipe import Recipe
@@ -58,8 +59,8 @@ def compare(
         bool,
         typer.Option(
             "--after",
-            help="Also measure each network after training: its accuracy with weights rounded to 8, 4, 3 and 2 bits, "
-            "with noise on them, and after a short fine-tune on inputs whose sign is changed, or by EXPERIMENT's "
+            help="Also measure each network after training: its accuracy with fresh batch-norm statistics, with weights "
+            "rounded to 8, 4, 3 and 2 bits, with noise on them, and after a short fine-tune on inputs whose sign is changed, or by EXPERIMENT's "
             "shift(x).",
         ),
     ] = False,
@@ -67,7 +68,10 @@ def compare(
     jobs: Annotated[
         int | None, bounded(BOUNDS["jobs"], help="Runs at a time.  [default: one a core; one on an accelerator]")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Folder of the comparison.  [default: a new one under runs/]")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="Folder of the comparison; one that was ended goes on.  [default: a new one under runs/]"),
+    ] = None,
 ) -> None:
     """Compare methods on the same splits, initial weights and batches, seed by seed.
 
@@ -94,6 +98,7 @@ def compare(
         )
     print_result(result)
     if result.interrupted:
-        raise Interrupted(f"{count_of(len(result.seeds), 'seed')} finished, kept in {result.folder}")
+        go_on = f"the same command with --out {shlex.quote(str(result.folder))} goes on"
+        raise Interrupted(f"{count_of(len(result.seeds), 'seed')} finished, kept in {result.folder}; {go_on}")
     if _command.interrupted():  # after the comparison itself, of which a warning has told
         raise typer.Exit(2)

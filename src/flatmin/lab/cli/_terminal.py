@@ -87,9 +87,9 @@ def print_result(result: ComparisonResult) -> None:
     """Prints the table of a comparison, where its report and its numbers are, and the verdict as the last line."""
     if result.seeds:
         out_console.print(result.heading(), markup=False)
-        _print_table(main_table(result.rows))
+        print_table(main_table(result.rows))
         if after := after_table(result.rows, len(result.seeds)):
-            _print_table(after)
+            print_table(after)
             out_console.print(after_caption(result.rows, len(result.seeds)), markup=False)
         if result.page is not None:
             out_console.print(f"The report, for any browser: {result.page}", markup=False)
@@ -98,7 +98,8 @@ def print_result(result: ComparisonResult) -> None:
     out_console.print(result.verdict, markup=False)
 
 
-def _print_table(cells: list[list[str]]) -> None:
+def print_table(cells: list[list[str]]) -> None:
+    """Prints a table, its headings first."""
     table = Table()
     for number, heading in enumerate(cells[0]):
         table.add_column(escape(heading), justify="right" if number else "left", no_wrap=True)

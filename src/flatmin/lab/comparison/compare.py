@@ -2,49 +2,29 @@
 
 import dataclasses
 import importlib.util
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..._checks import Bounds
 from ...errors import FlatminWarning, InvalidArgumentError
-from ..methods import COMPARED, get_method
-from ..methods import private as privacy
-from ..problems.load import import_experiment
 from ..recipe import Recipe, as_recipe
 from ..results import RESULTS, SELECTION, ComparisonResult
 from ..results.files import check_path
 from ..results.values import is_diverged
-from ..runs.folder import holds_work, run_folder
-from ..runs.landscape import write_landscape
-from ..runs.saved import open_saved
-from ..runs.sharpness import write_sharpness
+from ..runs.folder import holds_work
 from ..runs.train import RunInterrupted, warn_if_idle
 from ..training import torchrun
-from ..training.logged_sharpness import fixed_batches
+from .asked import asked_rows, check_numbers
+from .begun import comparison_folder, find_begun
+from .look import OnProgress, look_at
 from .main_guard import check_main_guard
-from .rows import make_rows
 from .run import Comparison
 from .select import select as select_rows
 
 LOOKING = 0.2  # share of the time that is left for sharpness and landscapes, where they are wanted
-LOOKED_AT = 512  # training samples on which they are measured
-
-BOUNDS = {  # of the arguments, and of the command's options
-    "seeds": Bounds(integer=True, least=1, most=10_000),
-    "select": Bounds(integer=True, least=1, most=10_000),
-    "look": Bounds(integer=True, least=0, most=10_000),
-    "minutes": Bounds(above=0, most=525_600),  # a year
-    "jobs": Bounds(integer=True, least=1, most=1024),
-}
-
-OnProgress = Callable[[int, int, str], None]
-
-_log = logging.getLogger("flatmin")
 
 
 def compare(
@@ -82,12 +62,13 @@ def compare(
             training set that is held out. None: compare all rows.
         look: Also measure the sharpness of the first seed's networks, and the loss around them at so many points along
             each of two directions. 0: do not.
-        after: Also measure what is left of each network after training: its accuracy with weights rounded to 8, 4, 3
-            and 2 bits, with noise on them, and after a short fine-tune on inputs whose sign is changed, or by an
-            experiment file's ``shift(x)``, on the original and on the shifted test set.
+        after: Also measure what is left of each network after training: its accuracy with batch-norm statistics made
+            anew, with weights rounded to 8, 4, 3 and 2 bits, with noise on them, and after a short fine-tune on inputs
+            whose sign is changed, or by an experiment file's ``shift(x)``, on the original and on the shifted test set.
         minutes: Time for everything, where ``seeds`` is None.
         jobs: Runs at a time; None: one a core, or one on an accelerator.
-        out: Folder of the comparison, new or empty; None for a new one under ``runs/``.
+        out: Folder of the comparison, new or empty; None for a new one under ``runs/``. The same call with the folder
+            of a comparison that was ended goes on with it: it trains and measures what is missing.
         on_progress: Called from time to time with epochs done, epochs planned and a word on what is going on.
 
     Returns:
@@ -114,29 +95,20 @@ def compare(
     recipe = as_recipe(recipe)
     if out is not None:
         check_path("out", out)
-    _check_numbers(seeds=seeds, select=select, look=look, minutes=minutes, jobs=jobs)
+    check_numbers(seeds=seeds, select=select, look=look, minutes=minutes, jobs=jobs)
     if select is not None and recipe.validation > 0:
         raise InvalidArgumentError("select holds out samples itself: leave out validation or select")
-    experiment = import_experiment(recipe)  # which may register methods
-    names = _default_methods(recipe, experiment) if methods is None else methods
-    given = _each_a_list(settings or {})
-    if recipe.private is not None and methods is None:
-        given = {**privacy.ROWS, **given}
-    rows = make_rows(names, given, epochs=recipe.epochs)
-    for row in rows:
-        privacy.check_privacy(row.label, get_method(row.method), row.settings, private=recipe.private is not None)
-    if select is not None and len(rows) == len(names):
-        raise InvalidArgumentError(
-            "select has nothing to choose from: give a hyperparameter several values, such as --set "
-            "saf.coefficient=0.3,0.8"
-        )
+    rows = asked_rows(recipe, methods, settings or {}, several=select is not None)
     tell = on_progress or (lambda done, planned, word: None)
-    with _interruptible() as here, run_folder(out, "compare") as folder:
+    begun = None if out is None else find_begun(Path(out), recipe, rows, seeds=seeds, select=select)
+    with _interruptible() as here, comparison_folder(out, begun) as folder:
         here.append(folder)
         for row in rows:
             warn_if_idle(row.label, row.settings, recipe.epochs)
         selection = None
-        if select is not None:
+        if begun is not None:
+            rows, selection = begun.rows, begun.selection
+        elif select is not None:
             chosen_in = folder / SELECTION
             rows, selection = select_rows(recipe, rows, chosen_in, seeds=select, jobs=jobs, on_progress=tell)
         comparison = Comparison(
@@ -149,6 +121,7 @@ def compare(
             minutes=(1 - LOOKING) * minutes if look else minutes,
             jobs=jobs,
             on_progress=tell,
+            going_on=begun is not None,
         )
         result = comparison.run().result(folder)
         if result.interrupted and not holds_work(folder):
@@ -157,7 +130,7 @@ def compare(
         if look and not result.interrupted:
             first = result.seeds[0]
             sound = [row for row in rows if not is_diverged(result.metrics[row.label][first])]
-            _look_at([comparison.run_folder(row, first) for row in sound], look, tell)
+            look_at([comparison.run_folder(row, first) for row in sound], look, tell, trusted=begun is None)
         return dataclasses.replace(result, page=write_page(folder)) if result.seeds else result
 
 
@@ -189,56 +162,6 @@ def _warn_of_diverged(result: ComparisonResult) -> None:
             "method's rho or coefficient",
             FlatminWarning,
             stacklevel=3,
-        )
-
-
-def _check_numbers(*, seeds: int | None, select: int | None, look: int, minutes: float, jobs: int | None) -> None:
-    given = {"seeds": seeds, "select": select, "look": look, "minutes": minutes, "jobs": jobs}
-    for name, value in given.items():
-        if value is not None:
-            BOUNDS[name].check(name, value)
-    if look == 1:
-        raise InvalidArgumentError("look must be at least 2 points along each direction, or 0, got 1")
-
-
-def _default_methods(recipe: Recipe, experiment: Any) -> list[str]:
-    """Those compared by default; without label smoothing where it cannot be, on a criterion of the user's own."""
-    compared = COMPARED if recipe.private is None else privacy.COMPARED
-    if not hasattr(experiment, "criterion"):
-        return list(compared)
-    _log.info("%s has its own criterion(), so smoothing is left out", recipe.experiment)
-    return [name for name in compared if name != "smoothing"]
-
-
-def _each_a_list(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Sequence[Any]]]:
-    for method, given in settings.items():
-        if not isinstance(given, Mapping):
-            raise InvalidArgumentError(
-                f"settings must be a mapping for each method, got {given!r:.60} for {method!r}; write "
-                '{"saf": {"coefficient": [0.3, 0.8]}}'
-            )
-    return {
-        method: {name: value if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
-        for method, given in settings.items()
-    }
-
-
-def _look_at(folders: Sequence[Path], points: int, tell: OnProgress) -> None:
-    """Measures sharpness and landscape of each run's network, for the report."""
-    density = {"probes": 1, "steps": 32}  # rough
-    try:
-        for folder in folders:
-            tell(0, 0, f"sharpness of {folder.name}")
-            saved = open_saved(folder, trust_experiment=True)  # its own
-            batches = fixed_batches(saved.problem, LOOKED_AT, 0, saved.device)
-            write_sharpness(saved, batches, density=density)
-            write_landscape(saved, batches, points=points, on_progress=tell)
-    except KeyboardInterrupt:
-        warnings.warn(
-            "interrupted while measuring sharpness and landscapes; the comparison itself is complete, kept in "
-            f"{folders[0].parent.parent}",
-            FlatminWarning,
-            stacklevel=2,
         )
 
 

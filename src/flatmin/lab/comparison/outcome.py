@@ -1,7 +1,7 @@
 """What a comparison has found so far, and what that comes to."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from ..methods import get_method
 from ..recipe import Recipe
 from ..results import Compared, ComparisonResult, Row, verdict
 from ..results.after import AFTER
-from ..results.values import is_diverged
+from ..results.values import is_diverged, number
 from .stats import holm, interval, paired_p_value
+
+_KINDS = (int, float, type(None))  # of what is in a file; None stands for what is no number, as after divergence
 
 ROUNDING = 2e-5  # points: accuracies are shares in float32, and a single sample of two millions is more
 
@@ -22,6 +24,18 @@ def compared(values: Sequence[float], base: Sequence[float] | None) -> Compared:
         return Compared(values, interval(values))
     differences = [ours - theirs for ours, theirs in zip(values, base, strict=True)]
     return Compared(values, interval(values), interval(differences), paired_p_value(differences, rounding=ROUNDING))
+
+
+def measured(metrics: Mapping[str, float]) -> bool:
+    """Whether a run has all of `AFTER`, or has diverged, after which nothing is measured."""
+    return is_diverged(metrics) or metrics.keys() >= AFTER.keys()
+
+
+def _sound(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """A run's metrics from a file; empty if they are damaged, without a measure that is."""
+    if number(metrics.get("test_accuracy")) is None or any(not isinstance(each, _KINDS) for each in metrics.values()):
+        return {}
+    return {name: value for name, value in metrics.items() if name not in AFTER or number(value) is not None}
 
 
 @dataclass
@@ -51,6 +65,22 @@ class Outcome:
     interrupted: bool = False
     selection: dict[str, Any] | None = None
 
+    def take(self, earlier: ComparisonResult) -> None:
+        """Takes in what the same comparison found before it was ended: its runs, and times where every row has them."""
+        labels = [row.label for row in self.rows]
+        for by_label in (earlier.metrics, earlier.partial):
+            for label in labels:
+                known = {seed: _sound(found) for seed, found in by_label.get(label, {}).items()}
+                self.metrics.setdefault(label, {}).update({seed: found for seed, found in known.items() if found})
+        rows = {row.label: row for row in earlier.rows}
+        full = {label: earlier.full_step_ratio.get(label, rows[label].step_ratio) for label in labels if label in rows}
+        seconds = {label: rows[label].step_seconds for label in full}
+        ratios = {label: ratio for label, ratio in full.items() if ratio is not None and seconds[label] is not None}
+        if len(ratios) == len(labels) and earlier.plain_step_ratio.keys() == earlier.full_step_ratio.keys():
+            self.step_ratio, self.plain_ratio = ratios, dict(earlier.plain_step_ratio)
+            self.step_seconds = {label: each for label, each in seconds.items() if each is not None}
+            self.extra_bytes = {label: int(rows[label].extra_bytes or 0) for label in labels}
+
     @property
     def seeds(self) -> list[int]:
         """The seeds that every row has finished."""
@@ -59,10 +89,7 @@ class Outcome:
 
     def accuracies(self, label: str) -> list[float]:
         """Test accuracy after the last epoch, in percent, for each of `seeds`."""
-        return self._percent(label, "test_accuracy")
-
-    def _percent(self, label: str, name: str) -> list[float]:
-        return [100 * self.metrics[label][seed][name] for seed in self.seeds]
+        return [100 * self.metrics[label][seed]["test_accuracy"] for seed in self.seeds]
 
     def mean_step_ratio(self, row: Row) -> float | None:
         """The mean ratio over a row's steps, with and without a second pass; None where it was not measured."""
@@ -131,22 +158,33 @@ class Outcome:
         )
 
     def _after(self, label: str) -> dict[str, Compared]:
-        """What was measured after training, where every seed has it."""
-        base = self.rows[0].label
-
-        def has(label: str, name: str) -> bool:
-            return all(name in self.metrics[label][seed] for seed in self.seeds)
-
-        return {
-            name: compared(self._percent(label, name), self._percent(base, name) if has(base, name) else None)
-            for name in AFTER
-            if has(label, name)
-        }
+        """What was measured after training, of the seeds of which every row that has any of it has it."""
+        base, found = self.rows[0].label, {}
+        for name in AFTER:
+            having = [
+                row.label
+                for row in self.rows
+                if not self.diverged(row.label) and any(name in self.metrics[row.label][seed] for seed in self.seeds)
+            ]
+            seeds = [seed for seed in self.seeds if all(name in self.metrics[label][seed] for label in having)]
+            percent = {each: [100 * self.metrics[each][seed][name] for seed in seeds] for each in having}
+            if seeds and label in percent:
+                found[name] = compared(percent[label], percent.get(base))
+        return found
 
     def _epsilon(self, label: str) -> float | None:
         """The most that one of `seeds` has spent."""
         every = [self.metrics[label][seed].get("epsilon") for seed in self.seeds]
         return max((each for each in every if each is not None), default=None)
+
+    def unmeasured(self) -> list[tuple[Row, int]]:
+        """The runs that were trained and are not `measured`."""
+        return [
+            (row, seed)
+            for row in self.rows
+            for seed, metrics in sorted(self.metrics.get(row.label, {}).items())
+            if not measured(metrics)
+        ]
 
     def result(self, folder: Path | None = None) -> ComparisonResult:
         """What there is so far; runs of seeds that not every row has finished come as ``partial``."""
@@ -165,4 +203,5 @@ class Outcome:
             self.plain_ratio,
             self.selection,
             folder,
+            full_step_ratio={label: self.step_ratio[label] for label in self.plain_ratio if label in self.step_ratio},
         )

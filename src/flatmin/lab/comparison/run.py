@@ -1,5 +1,6 @@
 """Runs a comparison: times the steps, trains every row with every seed on several processes, writes the results."""
 
+import logging
 import os
 import time
 import warnings
@@ -10,25 +11,32 @@ from typing import Any
 
 import torch
 
-from ..._files import append_line, write_json
+from ..._files import write_json
 from ..._interrupts import held
-from ...errors import DivergedError, FlatminError, FlatminWarning, InvalidArgumentError, OutputError
-from ..methods import METHODS
+from ...errors import FlatminError, FlatminWarning, OutputError
 from ..problems.checked import shifted
 from ..problems.load import load_problem
 from ..recipe import Recipe, Run
-from ..results import LEAST_SEEDS, METRICS, RESULTS, RUNS, Row, run_name
-from ..results.values import is_diverged
-from ..runs.after import write_after
+from ..results import (
+    LEAST_SEEDS,
+    RESULTS,
+    RUNS,
+    Row,
+    parse_run_name,
+    read_comparison,
+    run_name,
+)
 from ..runs.present import identity
 from ..runs.record import command_line, environment
-from ..runs.run import read_experiment, train_run, write_config
-from ..runs.saved import open_saved
+from ..runs.run import read_experiment, write_config
 from ..training.device import resolve_device
 from ..training.trainer import Trainer
-from .outcome import Outcome
+from .job import Job, train_one
+from .outcome import Outcome, measured
 from .timing import measure_rows
-from .workers import Check, Tick, WorkerDiedError, Workers
+from .workers import WorkerDiedError, Workers
+
+_log = logging.getLogger("flatmin")
 
 
 class Comparison:
@@ -46,6 +54,8 @@ class Comparison:
         minutes: Time for all, where ``seeds`` is None.
         jobs: Number of processes; None: one a core on the CPU, one on an accelerator.
         on_progress: Called from time to time with epochs done, epochs planned and a word on what is going on.
+        going_on: Whether it was begun before, in the same folder: what is there is taken, and what is missing done. It
+            then adds no seeds to those that it has begun.
 
     Raises:
         FlatminError: If something in it cannot be used; this is noticed before the first run.
@@ -65,6 +75,7 @@ class Comparison:
         minutes: float = 3.0,
         jobs: int | None = None,
         on_progress: Callable[[int, int, str], None] | None = None,
+        going_on: bool = False,
     ) -> None:
         self.outcome = Outcome(recipe, rows, selection=selection)
         self.folder = folder
@@ -72,6 +83,7 @@ class Comparison:
         self.first_seed = first_seed
         self.timed = timed
         self.after = after
+        self.going_on = going_on
         self.minutes = minutes
         cores = _cores()
         self.jobs = jobs or (cores if resolve_device(recipe.device).type == "cpu" else 1)
@@ -96,11 +108,18 @@ class Comparison:
             "minutes": self.minutes,
             "jobs": self.jobs,
             **({"after": True} if self.after else {}),
+            **({"selection": outcome.selection} if outcome.selection else {}),
         }
-        write_config(self.folder, config, read_experiment(outcome.recipe))
+        if self.going_on:
+            if (self.folder / RESULTS).exists():
+                outcome.take(read_comparison(self.folder))
+            trained = sum(map(len, outcome.metrics.values()))
+            _log.info("going on in %s: %d of its runs are trained", self.folder, trained)
+        else:
+            write_config(self.folder, config, read_experiment(outcome.recipe))
         made = identity(self.folder)
         try:
-            if self.timed:
+            if self.timed and not outcome.step_ratio:
                 self._measure()
             else:
                 self._try()
@@ -118,6 +137,7 @@ class Comparison:
                 {"command": command_line(), **environment(), **outcome.result().to_json()},
             )
         self._warn_of_removed()
+        self._warn_of_unmeasured()
         return outcome
 
     def _warn_of_removed(self) -> None:
@@ -127,6 +147,16 @@ class Comparison:
             warnings.warn(
                 f"removed while the comparison ran: {', '.join(gone)}; their results are kept in "
                 f"{self.folder / RESULTS}, but not their epochs and checkpoints",
+                FlatminWarning,
+                stacklevel=3,
+            )
+
+    def _warn_of_unmeasured(self) -> None:
+        left = [run_name(row.label, seed) for row, seed in self.outcome.unmeasured()] if self.after else []
+        if left:
+            warnings.warn(
+                f"trained, but not measured after training: {', '.join(left)}; the same comparison in {self.folder} "
+                "goes on with them",
                 FlatminWarning,
                 stacklevel=3,
             )
@@ -166,14 +196,17 @@ class Comparison:
         """Builds every row once, so that mistakes show now."""
         problem = load_problem(self.outcome.recipe, seed=self.first_seed)
         for row in self.outcome.rows:
-            Trainer(Run(self.outcome.recipe, row.method, row.settings), problem)
+            trainer = Trainer(Run(self.outcome.recipe, row.method, row.settings), problem)
+        if self.after:
+            shifted(problem, trainer.first_batch()[1])
 
     def _train_all(self, deadline: float) -> None:
         """Trains seed by seed, all rows of one before the next; adds seeds while there is time for another."""
-        planned = self.seeds or LEAST_SEEDS
+        planned = self.seeds or max(LEAST_SEEDS, self._begun())
         rows, epochs = self.outcome.rows, self.outcome.recipe.epochs
-        started, done = time.monotonic(), 0
-        workers = Workers(_train_one, self.jobs, self.threads)
+        started = time.monotonic()
+        before = done = epochs * sum(map(len, self.outcome.metrics.values()))
+        workers = Workers(train_one, self.jobs, self.threads)
         with held() as signals:  # Ctrl-C acts where it is asked for, and leaves no process behind
             try:
                 for number in range(planned):
@@ -184,8 +217,8 @@ class Comparison:
                     complete = len(self.outcome.seeds)
                     self._tell(done, planned * len(rows) * epochs, f"{complete} of {planned} seeds done")
                     signals.check()
-                    runs = done / epochs
-                    if self.seeds is None and workers.unfinished <= self.jobs and runs > 0:
+                    runs = (done - before) / epochs
+                    if self.seeds is None and not self.going_on and workers.unfinished <= self.jobs and runs > 0:
                         now = time.monotonic()
                         if now + (now - started) / runs * (workers.unfinished + len(rows)) < deadline:
                             self._submit(workers, planned)
@@ -202,8 +235,17 @@ class Comparison:
     def _submit(self, workers: Workers, number: int) -> None:
         for row in self.outcome.rows:
             seed = self.first_seed + number
-            run = Run(self.outcome.recipe, row.method, row.settings, seed)
-            workers.submit((row.label, seed), run, self.run_folder(row, seed), self.after)
+            known = self.outcome.metrics.get(row.label, {}).get(seed)
+            if known is None or (self.after and not measured(known)):
+                run = Run(self.outcome.recipe, row.method, row.settings, seed)
+                job = Job(run, self.run_folder(row, seed), after=self.after, trusted=not self.going_on, known=known)
+                workers.submit((row.label, seed), job)
+
+    def _begun(self) -> int:
+        """How many seeds have a run, where it was begun before."""
+        home, labels = self.folder / RUNS, [row.label for row in self.outcome.rows]
+        found = [parse_run_name(each.name, labels) for each in home.iterdir()] if home.is_dir() else []
+        return max((each[1] - self.first_seed + 1 for each in found if each is not None), default=0)
 
     def _collect(self, workers: Workers) -> None:
         for (label, seed), metrics in workers.results.items():
@@ -213,30 +255,3 @@ class Comparison:
 def _cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _train_one(run: Run, folder: Path, after: bool, tick: Tick, check: Check) -> dict[str, float]:
-    """Trains a run in a process of its own, and measures what is left of its network after training if wanted."""
-    check()
-    try:
-        folder.parent.mkdir(exist_ok=True)
-        folder.mkdir()
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror})") from error
-    # Not durable: many short epochs would spend their time waiting for the disk.
-    try:
-        metrics = train_run(run, folder, on_epoch=lambda metrics: tick(1), on_step=check, durable=False)
-        if not after or is_diverged(metrics):
-            return metrics
-        return metrics | write_after(open_saved(folder, trust_experiment=True), on_step=check)  # its own
-    except DivergedError as error:  # a result like that of a run that diverges later: the others go on
-        append_line(folder / METRICS, error.metrics)
-        tick(run.recipe.epochs)
-        return error.metrics
-    except InvalidArgumentError as error:
-        if run.method in METHODS:
-            raise
-        raise InvalidArgumentError(  # the process that compares knows it, and has said so
-            f"method {run.method!r} is not known in the processes that train: register it in the experiment file, "
-            'or at the top level of the script, not under if __name__ == "__main__":'
-        ) from error

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -28,6 +29,7 @@ GRACE = 5.0  # seconds in which a job may come to its next step once nobody is t
 
 Tick = Callable[[int], None]
 Check = Callable[[], None]
+Keep = Callable[[Any], None]
 
 
 class WorkerDiedError(Exception):
@@ -58,13 +60,14 @@ class Workers:
     They are ended by `stop`, which must be called.
 
     Args:
-        function: Called with the arguments of a job, and then two functions: one to call with a number of ticks that
-            are done, and one to call often, which raises `Stopped` when the result is not wanted any more.
+        function: Called with the arguments of a job, and then three functions: one to call with a number of ticks that
+            are done; one to call often, which raises `Stopped` when the result is not wanted any more; and one to call
+            with what is the result if the job does not come to its end.
         jobs: Number of processes.
         threads: Threads of each.
 
     Attributes:
-        results: What the calls have returned, by the name of the job.
+        results: What the calls have returned, or have kept so far, by the name of the job.
     """
 
     def __init__(self, function: Callable[..., Any], jobs: int, threads: int) -> None:
@@ -156,6 +159,9 @@ class Workers:
         if kind == "ticks":
             self._ticks += value
             return
+        if kind == "kept":
+            self.results[worker.job] = value
+            return
         job, worker.job = worker.job, None
         if kind == "result":
             self.results[job] = value
@@ -205,7 +211,8 @@ def _work(pipe: "Connection[Any, Any]", function: Callable[..., Any], threads: i
     with suppress(Stopped):
         while (arguments := jobs.get()) is not None:
             try:
-                result = function(*arguments, lambda count: send("ticks", count), check)
+                tick, keep = partial(send, "ticks"), partial(send, "kept")
+                result = function(*arguments, tick, check, keep)
             except Stopped:
                 raise
             except BaseException as error:

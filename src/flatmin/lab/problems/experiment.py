@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import os
+import symtable
 import sys
 from collections.abc import Iterable
 from importlib.machinery import SOURCE_SUFFIXES, SourceFileLoader
@@ -21,6 +22,8 @@ from ...errors import DataError, ExperimentError
 from ..recipe import Recipe
 from .problem import Problem, base_optimizer, check_size, class_numbers, with_noise
 from .source import FILE, NETWORK, TEST, TRAIN, SampleLists, Samples, Source, aside
+
+HOOKS = ("model", "train_set", "test_set", "criterion", "optimizer", "shift")  # what an experiment file may define
 
 
 def from_experiment(path: Path, recipe: Recipe, seed: int) -> Problem:
@@ -120,7 +123,29 @@ def _import(path: Path) -> Any:
     if str(path.parent.resolve()) not in sys.path:
         sys.path.insert(0, str(path.parent.resolve()))
     Source(path).call(FILE, lambda: loader.exec_module(module))
+    for name in imported_hooks(source, module):
+        Source(path).refuse(
+            f"{name} is imported, and might be meant for something else: to have it as the experiment file's {name}(), "
+            f"define it here (def {name}, or {name} = module.{name}), else import it under another name (import ... as)"
+        )
     return module
+
+
+def imported_hooks(source: bytes, module: Any) -> list[str]:
+    """Those of `HOOKS` that a file only imports, so that nothing says whether it means them.
+
+    Args:
+        source: The file.
+        module: What it has become.
+    """
+    table = symtable.symtable(importlib.util.decode_source(source), module.__name__, "exec")
+    own = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned()}
+    imported = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_imported()}
+
+    def is_foreign(name: str) -> bool:  # what a star import has brought is in no table
+        return name in imported or getattr(vars(module)[name], "__module__", module.__name__) != module.__name__
+
+    return [name for name in HOOKS if name in vars(module) and name not in own and is_foreign(name)]
 
 
 def _length(source: Source, part: str, dataset: Any) -> int:

@@ -23,8 +23,8 @@ def landscape_charts(study: Study) -> list[Chart]:
         grids = [grid for grid in (_grid(label, place, values) for label, place, _, values in found) if grid]
         if grids:
             charts.append(_surfaces(kind, where, found[0][2], grids))
-            if kind != _PLANE:
-                charts.append(_profiles(found[0][2], grids))
+            if kind != _PLANE and (profiles := _profiles(found[0][2], grids)):
+                charts.append(profiles)
         slices = _of_one_seed(study, kind, flat=True)
         lines = [line for line in (_slice(label, place, values) for label, place, _, values in slices) if line]
         if lines:
@@ -102,8 +102,8 @@ def _at_centre(grid: Grid) -> float | None:
     return grid.loss[row][column]
 
 
-def _profiles(seed: int, grids: Sequence[Grid]) -> Curves:
-    """The mean loss in rings about the centre, which turns a surface into one curve."""
+def _profiles(seed: int, grids: Sequence[Grid]) -> Curves | None:
+    """The mean loss in rings about the centre, which turns a surface into one curve; None if all points are corners."""
     lines = []
     for grid in grids:
         reach = min(max(map(abs, grid.x)), max(map(abs, grid.y)))
@@ -114,7 +114,10 @@ def _profiles(seed: int, grids: Sequence[Grid]) -> Curves:
                 if loss is not None and place <= _RINGS:
                     rings[place].append(loss)
         kept = [(reach * place / _RINGS, sum(ring) / len(ring)) for place, ring in enumerate(rings) if ring]
-        lines.append(Line(grid.label, grid.place, [x for x, _ in kept], [y for _, y in kept]))
+        if kept:
+            lines.append(Line(grid.label, grid.place, [x for x, _ in kept], [y for _, y in kept]))
+    if not lines:
+        return None
     return _lines(
         "landscape-profile",
         "How steep: loss by distance from the minimum",

@@ -32,6 +32,7 @@ class ComparisonResult:
         selection: How the rows were chosen among candidates, if they were.
         folder: Where it is kept, if it is.
         page: Its report, if one was written.
+        full_step_ratio: For each label of ``plain_step_ratio``, the time ratio of a step that has a second pass.
     """
 
     rows: Sequence[Row]
@@ -45,6 +46,7 @@ class ComparisonResult:
     selection: Json | None = None
     folder: Path | None = None
     page: Path | None = None
+    full_step_ratio: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -61,6 +63,7 @@ class ComparisonResult:
             "verdict": self.verdict,
             "rows": [row.to_json() for row in self.rows],
             "plain_step_ratio": dict(self.plain_step_ratio),
+            "full_step_ratio": dict(self.full_step_ratio),
             "selection": self.selection,
             **{
                 name: {label: {str(seed): values for seed, values in by.items()} for label, by in given.items()}
@@ -100,9 +103,10 @@ class ComparisonResult:
             bool(values.get("interrupted")),
             metrics,
             _by_label(values.get("partial")),
-            {name: ratio for name, ratio in _mapping(values.get("plain_step_ratio")).items() if number(ratio)},
+            _ratios(values.get("plain_step_ratio")),
             _mapping(values.get("selection")) or None,
             folder,
+            full_step_ratio=_ratios(values.get("full_step_ratio")),
         )
 
     def __str__(self) -> str:
@@ -141,6 +145,10 @@ def _settled(rows: Sequence[Row], metrics: ByLabel) -> list[Row]:
     found = [max(row.diverged, sum(map(is_diverged, metrics.get(row.label, {}).values()))) for row in rows]
     settled = [row.with_diverged(count) for row, count in zip(rows, found, strict=True)]
     return [settled[0], *(row.without_difference() for row in settled[1:])] if found[0] else settled
+
+
+def _ratios(values: Any) -> dict[str, float]:
+    return {label: ratio for label, ratio in _mapping(values).items() if number(ratio)}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

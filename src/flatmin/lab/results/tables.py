@@ -48,8 +48,13 @@ def after_table(rows: Sequence[Row], seeds: int) -> Table:
         return []
     return [
         ["after training", *(AFTER.get(name, name) for name in names)],
-        *([row.label, *(_after(row, name, seeds) for name in names)] for row in rows),
+        *([row.label, *(_after(row, name, min(seeds, measured_seeds(rows))) for name in names)] for row in rows),
     ]
+
+
+def measured_seeds(rows: Sequence[Row]) -> int:
+    """Of how many seeds something was measured after training; not of all where the measuring was interrupted."""
+    return max((len(each.values) for row in rows for each in row.after.values()), default=0)
 
 
 def _after(row: Row, name: str, seeds: int) -> str:
@@ -62,13 +67,15 @@ def _after(row: Row, name: str, seeds: int) -> str:
 
 def after_caption(rows: Sequence[Row], seeds: int) -> str:
     """One line on what the table of `after_table` says."""
+    measured = min(seeds, measured_seeds(rows))
     count = sum(each.p_value_holm is not None for row in rows for each in row.after.values())
     sure = (
         f"* beyond noise at {100 * LEVEL:g} %, Holm-corrected for {count_of(count, 'comparison')}"
-        if seeds >= LEAST_SEEDS
+        if measured >= LEAST_SEEDS
         else f"too few seeds for a claim, which takes {LEAST_SEEDS}"
     )
-    return f"After training: test accuracy %, in brackets the paired difference to {rows[0].label}; {sure}."
+    some = f" of {measured} of {count_of(seeds, 'seed')}" if measured < seeds else ""
+    return f"After training: test accuracy %{some}, in brackets the paired difference to {rows[0].label}; {sure}."
 
 
 def as_text(table: Table) -> str:

@@ -1,21 +1,26 @@
 """What comes after training: a finished network with rounded weights, with noise on them, and fine-tuned elsewhere."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 
-from ..._files import write_json
+from ..._files import read_json, write_json
 from ..._rng import preserved, seed_all
 from ...averages._statistics import refresh
+from ...errors import DataError
 from ..problems.batches import make_loader
 from ..problems.checked import logits_of, loss_of, pair, shifted
 from ..problems.source import NETWORK, OPTIMIZER, TEST, TRAIN
 from ..results import AFTER_FILE
-from ..results.after import BITS, NOISE
+from ..results.after import AFTER, BITS, NOISE
+from ..results.values import number
 from ..training.evaluation import autocast, evaluate, statistics_inputs
 from ..training.feed import Feed
+from .measured import Location, OnWord, opened
 from .record import command_line, environment
 from .saved import Saved
 
@@ -23,13 +28,95 @@ DRAWS = 4  # of the noise, for each level
 TUNED_EPOCHS = 0.1  # of the run's, at least one
 TUNED_LR = 0.1  # of the learning rate at the start of the run
 RULE = (
-    "Weights: all parameters but vectors. Rounded: to the nearest of 2^bits levels, symmetric, with one step size for "
-    "each index of the first dimension (output channel): its largest absolute value / (2^(bits - 1) - 1/2). Noise: "
-    "Gaussian, its expected norm so many times that of each tensor; the mean over draws. Batch-norm statistics are "
-    "made anew afterwards, from training samples. Fine-tuned: on inputs whose sign is changed, or by the "
-    "experiment file's shift(x), with the plain optimizer at a tenth of the learning rate, for a tenth of the epochs; "
-    "tested on the original and on the shifted test set."
+    "Fresh statistics: those of batch norm are made anew, from training samples, as after rounding and noise; nothing "
+    "else is changed. Weights: all parameters but vectors. Rounded: to the nearest of 2^bits levels, symmetric, one "
+    "step size for each index of the first dimension (output channel): its largest absolute value / (2^(bits - 1) - "
+    "1/2). Noise: Gaussian, its expected norm so many times that of each tensor; the mean over draws. Fine-tuned: on "
+    "inputs whose sign is changed, or by the experiment file's shift(x), with the plain optimizer at a tenth of the "
+    "learning rate, for a tenth of the epochs; tested on the original and on the shifted test set."
 )
+
+
+@dataclass(frozen=True)
+class RunAfter:
+    """What `measure_after` returns.
+
+    Attributes:
+        test_accuracy: A share of 1, for each name of ``flatmin.lab.results.after.AFTER``.
+        path: The file that was written.
+        name: Of the run and, if it is not the newest, of the checkpoint.
+        method: That the run was trained with.
+        epoch: Epochs done at the checkpoint.
+    """
+
+    test_accuracy: Mapping[str, float]
+    path: Path
+    name: str
+    method: str
+    epoch: int
+
+
+def measure_after(
+    run: Location,
+    *,
+    device: str | None = None,
+    trust_experiment: bool = False,
+    on_progress: OnWord | None = None,
+) -> RunAfter:
+    """Measures what is left of a saved run after training, and writes ``after.json`` into its folder.
+
+    The same as `compare` with ``after``: the accuracy with batch-norm statistics made anew, with weights rounded to 8,
+    4, 3 and 2 bits, with noise on them, and after a short fine-tune on inputs whose sign is changed, or by the
+    experiment file's ``shift(x)``, on the original and on the shifted test set.
+
+    Args:
+        run: The folder of a run, for its newest checkpoint, or a checkpoint, or what `open_saved` returned.
+        device: Where to measure. None: where the run was.
+        trust_experiment: Whether an experiment file that lies in the run's folder may be run.
+        on_progress: Called with a word on what is going on.
+
+    Returns:
+        The accuracies, and the path of the file.
+
+    Raises:
+        InvalidArgumentError: (a ValueError) if an argument cannot be used, or inputs have no sign and the experiment
+            file no ``shift(x)``.
+        DataError: If there is no run, or its checkpoint is of another.
+        ExperimentError: If the run's experiment file cannot be used, or is not to be trusted.
+        OutputError: If the file cannot be written.
+
+    Example:
+        What rounding costs two runs, where both have fresh statistics::
+
+            for run in ("runs/base", "runs/sam"):
+                found = flatmin.lab.measure_after(run).test_accuracy
+                print(run, found["rounded_2"] - found["fresh"])
+    """
+    saved = opened(run, device, trust_experiment)
+    return RunAfter(
+        write_after(saved, on_word=on_progress),
+        saved.folder / AFTER_FILE,
+        saved.name,
+        saved.run.method,
+        saved.epoch,
+    )
+
+
+def measured_after(folder: Path, epoch: int) -> dict[str, float] | None:
+    """What `write_after` has written of a run's network of this epoch; None if that is not there, or not all of it."""
+    try:
+        written = read_json(folder / AFTER_FILE)
+    except DataError:
+        return None
+    values = written.get("test_accuracy")
+    found = {name: number(values.get(name)) for name in AFTER} if isinstance(values, dict) else {}
+    same = (written.get("rule"), written.get("checkpoint"), written.get("checkpoint_epoch")) == (
+        RULE,
+        folder.name,
+        epoch,
+    )
+    shares = {name: value for name, value in found.items() if value is not None and 0 <= value <= 1}
+    return shares if same and len(shares) == len(AFTER) else None
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
@@ -64,7 +151,9 @@ def noisy(weight: Tensor, level: float, generator: torch.Generator) -> Tensor:
     return (now + level * now.square().mean().sqrt() * noise).to(weight.dtype)
 
 
-def write_after(saved: Saved, *, on_step: Callable[[], None] | None = None) -> dict[str, float]:
+def write_after(
+    saved: Saved, *, on_step: Callable[[], None] | None = None, on_word: OnWord | None = None
+) -> dict[str, float]:
     """Measures what is left of a saved network after training, and writes it into its run's folder.
 
     The network is the one that was evaluated: the average's, where the method has one. Random states and the network
@@ -73,6 +162,7 @@ def write_after(saved: Saved, *, on_step: Callable[[], None] | None = None) -> d
     Args:
         saved: The run.
         on_step: Called before each measure and after each step of the fine-tune; what it raises ends the measuring.
+        on_word: Called with a word on each measure before it.
 
     Returns:
         Test accuracy, a share of 1, for each name of `flatmin.lab.results.after.AFTER`.
@@ -80,15 +170,22 @@ def write_after(saved: Saved, *, on_step: Callable[[], None] | None = None) -> d
     Raises:
         FlatminError: If something of an experiment file cannot be used, or the file cannot be written.
     """
+    tell = on_word or (lambda word: None)
+    draws: dict[str, list[float]] = {}
     with preserved(saved.device):
         seed_all(saved.run.seed)
         bench = _Bench(saved, on_step or (lambda: None))
-        draws = {f"rounded_{bits}": [bench.changed(lambda weight: rounded(weight, bits))] for bits in BITS}  # noqa: B023
+        for bits in BITS:
+            tell(f"{saved.name}: weights rounded to {bits} bits")
+            draws[f"rounded_{bits}"] = [bench.changed(lambda weight: rounded(weight, bits))]  # noqa: B023
         for level in NOISE:
+            tell(f"{saved.name}: noise of {level} times the weights")
             draws[f"noise_{level}"] = [bench.noisy(level, draw) for draw in range(DRAWS)]
-        original, there = bench.tuned()
-    draws |= {"tuned_original": [original], "tuned_shifted": [there]}
-    found = {name: fmean(values) for name, values in draws.items()}
+        tell(f"{saved.name}: fine-tune")
+        draws["tuned_original"], draws["tuned_shifted"] = ([accuracy] for accuracy in bench.tuned())
+        tell(f"{saved.name}: fresh statistics")
+        draws["fresh"] = [bench.changed(lambda weight: weight)]  # last: the draws of the others stay as they were
+    found = {name: fmean(draws[name]) for name in AFTER}
     write_json(
         saved.folder / AFTER_FILE,
         {

@@ -70,6 +70,7 @@ def resume_run(
     on_epoch: OnEpoch | None = None,
     on_step: Callable[[], None] | None = None,
     checkpoint_minutes: float = 10.0,
+    durable: bool = True,
 ) -> dict[str, float]:
     """Continues what `train_run` began in ``folder``, as if it had never been ended.
 
@@ -83,6 +84,7 @@ def resume_run(
         on_epoch: As for `train_run`.
         on_step: As for `train_run`.
         checkpoint_minutes: As for `train_run`.
+        durable: As for `train_run`.
 
     Returns:
         As `train_run`.
@@ -98,7 +100,8 @@ def resume_run(
             if _distributed.rank() == 0:
                 restore_files(folder, start)
             return _conclusion(start.state["metrics"], start.state["extra_bytes"])
-        writer = RunWriter(folder, run, Trainer(run, load_problem(run.recipe, run.seed)), minutes=checkpoint_minutes)
+        trainer = Trainer(run, load_problem(run.recipe, run.seed))
+        writer = RunWriter(folder, run, trainer, minutes=checkpoint_minutes, durable=durable)
         if start is not None:
             writer.restore(start)
         elif _distributed.rank() == 0:
