@@ -200,7 +200,7 @@ class TestExperimentFile:
         assert load_problem(recipe, 0).num_classes == 2
         del sys.modules["neighbour_of_it"]
 
-    def test_a_function_that_is_only_imported_is_refused_and_one_that_it_defines_is_not(self, tmp_path, monkeypatch):
+    def test_a_hook_that_is_only_imported_is_refused_and_one_that_it_defines_is_not(self, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         (tmp_path / "neighbour_of_it.py").write_text("\n".join(f"def {name}(x): ..." for name in HOOKS))
         imported = ["from neighbour_of_it import {name}", "from neighbour_of_it import *", "import torch as {name}"]
@@ -219,11 +219,16 @@ class TestExperimentFile:
             if form in own:
                 import_experiment(recipe)
             else:
-                said = rf"of_hooks.py: {'model' if '*' in form else name} is imported, .* \(import ... as\)"
+                said = rf"of_hooks.py: {'criterion' if '*' in form else name} is imported, .* \(import ... as\)"
                 with pytest.raises(ExperimentError, match=said):
                     import_experiment(recipe)
         for module in ("neighbour_of_it", "of_hooks"):
             del sys.modules[module]
+
+    def test_what_it_must_have_may_be_imported(self, experiment_file, tmp_path):
+        (tmp_path / "my_nets.py").write_text("import torch\ndef model(): return torch.nn.Linear(1, 2)")
+        assert load_problem(experiment_file(model="from my_nets import model"), 0).num_classes == 2
+        del sys.modules["my_nets"]
 
     def test_label_noise_replaces_the_targets_of_a_data_set_of_its_own(self, experiment_file):
         recipe = experiment_file(
@@ -291,9 +296,9 @@ class TestExperimentFile:
     [
         (torch.tensor([0, 3]), "outside the 3 classes: 3"),
         (torch.tensor([-1, 2]), "outside the 3 classes: -1"),
-        (torch.tensor([0.0, 1.0]), "class indices.*float32.*MESA"),
+        (torch.tensor([0.0, 1.0]), r"class indices.*float32.*y\.long\(\)"),
         (torch.eye(3), "class indices.*mixup.*MESA"),
-        (torch.tensor([[0], [1]]), "class indices"),
+        (torch.tensor([[0], [1]]), r"class indices.*y\[:, 0\]\.long\(\)"),
     ],
 )
 def test_labels_that_are_no_class_numbers(labels, message):

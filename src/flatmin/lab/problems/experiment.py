@@ -23,7 +23,8 @@ from ..recipe import Recipe
 from .problem import Problem, base_optimizer, check_size, class_numbers, with_noise
 from .source import FILE, NETWORK, TEST, TRAIN, SampleLists, Samples, Source, aside
 
-HOOKS = ("model", "train_set", "test_set", "criterion", "optimizer", "shift")  # what an experiment file may define
+NEEDED = ("model", "train_set", "test_set")  # what an experiment file defines
+HOOKS = ("criterion", "optimizer", "shift")  # and what it may
 
 
 def from_experiment(path: Path, recipe: Recipe, seed: int) -> Problem:
@@ -36,7 +37,7 @@ def from_experiment(path: Path, recipe: Recipe, seed: int) -> Problem:
     source = Source(path)
     seed_all(seed)  # before anything of the file runs: a split it draws must be that of all methods with this seed
     module = _import(path)
-    for name in ("model", "train_set", "test_set"):
+    for name in NEEDED:
         if not callable(getattr(module, name, None)):
             source.refuse(
                 f"there is no function {name}(); an experiment file defines model(), train_set() and "
@@ -132,7 +133,7 @@ def _import(path: Path) -> Any:
 
 
 def imported_hooks(source: bytes, module: Any) -> list[str]:
-    """Those of `HOOKS` that a file only imports, so that nothing says whether it means them.
+    """Those of `HOOKS` that a file only imports, so that nothing says whether it means them, as it does what is needed.
 
     Args:
         source: The file.
