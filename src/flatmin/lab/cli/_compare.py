@@ -59,9 +59,9 @@ def compare(
         bool,
         typer.Option(
             "--after",
-            help="Also measure each network after training: its accuracy with fresh batch-norm statistics, with weights "
-            "rounded to 8, 4, 3 and 2 bits, with noise on them, and after a short fine-tune on inputs whose sign is changed, or by EXPERIMENT's "
-            "shift(x).",
+            help="Also measure each network after training: its accuracy with fresh batch-norm statistics, with "
+            "weights rounded to 8, 4, 3 and 2 bits, with noise on them, and after a short fine-tune on inputs whose "
+            "sign is changed, or by EXPERIMENT's shift(x).",
         ),
     ] = False,
     minutes: Annotated[float, bounded(BOUNDS["minutes"], help="Time for everything, if --seeds is not given.")] = 3.0,

@@ -113,8 +113,8 @@ class Comparison:
         if self.going_on:
             if (self.folder / RESULTS).exists():
                 outcome.take(read_comparison(self.folder))
-            trained = sum(map(len, outcome.metrics.values()))
-            _log.info("going on in %s: %d of its runs are trained", self.folder, trained)
+            known = sum(map(len, outcome.metrics.values()))
+            _log.info("going on in %s, which has results of %d runs", self.folder, known)
         else:
             write_config(self.folder, config, read_experiment(outcome.recipe))
         made = identity(self.folder)
