@@ -1,7 +1,7 @@
 """Writes the tables of README and docs: facts from the cards of methods, figures from the committed results.
 
-The cards are those in `flatmin.lab.methods`; tables of figures alone are made in docs/result_tables.py. Each table
-stands between two markers, such as ``<!-- methods:begin -->`` and ``<!-- methods:end -->``.
+The cards are those in `flatmin.lab.methods`; tables of figures alone are made in docs/result_tables.py and
+docs/history_tables.py. Each table stands between two markers, such as ``<!-- methods:begin -->`` and ``<!-- methods:end -->``.
 
     python docs/tables.py            # write them
     python docs/tables.py --check    # say which are not as they would be written, and fail if any is
@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))  # for docs and benchmarks, which are no packages 
 
 import flatmin  # noqa: E402
 from benchmarks import rivals  # noqa: E402
+from docs import history_tables  # noqa: E402
 from docs import result_tables as results  # noqa: E402
 from docs.result_tables import markdown  # noqa: E402
 from flatmin.lab.methods import FORMER_NAMES, METHODS, Card, resolve_settings  # noqa: E402
@@ -224,6 +225,12 @@ TABLES: dict[tuple[str, str], Callable[[Path], str]] = {
         for name, card in METHODS.items()
         if name != "base"
     },
+    ("docs/methods/history.md", "forms"): history_tables.forms,
+    ("docs/methods/history.md", "large"): history_tables.large,
+    ("docs/methods/history.md", "means"): history_tables.means,
+    ("docs/methods/history.md", "costs"): history_tables.costs,
+    ("docs/methods/history.md", "sent"): history_tables.sent,
+    ("docs/methods/averages.md", "refreshed"): history_tables.refreshed,
     ("docs/methods/mesa.md", "statistics"): results.mesa_statistics,
     ("docs/methods/mesa.md", "cheaper"): results.cheaper_mesa,
     ("docs/findings/comparison.md", "rivals"): partial(written_by_rivals, name="rivals", of=rivals.COMPARISONS),

@@ -218,6 +218,10 @@ def test_the_code_for_a_history_runs(block: Block, tmp_path: Path) -> None:
     known = surroundings(tmp_path, num_classes=128)  # a low rank is for many classes
     run(block.code, known, named(block))
     assert 0 < known["saf"].history.nbytes < 3 * 12 * (4 * 128 + 4)  # less than dense
+    for epoch in range(9):  # the last is the first that has a past, 3 epochs back from epoch 5 on
+        known["saf"].set_epoch(epoch)
+        loss = known["saf"](torch.randn(12, 128, requires_grad=True), torch.arange(12))
+    assert 0 < loss < 100
 
 
 @pytest.mark.parametrize("block", python_on(SHARPNESS), ids=named)

@@ -129,7 +129,8 @@ def test_several_at_once(run, draw, times):
     for _ in range(30 * times):
         word = draw.choice(list(WORDS))
         line = start(word, run)
-        for name, _ in draw.sample(list(options(word)), 3):
+        every = list(options(word))
+        for name, _ in draw.sample(every, min(3, len(every))):
             if name not in ("--resume", "--out"):
                 line += [name, draw.choice(VALUES)]
         draw.random() < 0.2 and line.insert(draw.randrange(len(line)), draw.choice(VALUES))

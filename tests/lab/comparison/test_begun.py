@@ -159,7 +159,7 @@ def test_a_run_that_was_ended_is_resumed(compare, tmp_path, monkeypatch):
 
 def test_without_a_number_of_seeds_those_that_were_begun_are_done_and_no_more(tmp_path, make_run):
     rows = make_rows(["base", "sam"], {}, epochs=1)
-    for name in ("base-seed0", "sam-seed6", "other-seed9"):
+    for name in ("base-seed0", "sam-seed6", "other-seed9", "sam-seed99999999"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     assert run_module.Comparison(lab.Recipe(), rows, tmp_path, going_on=True)._begun() == 7
 

@@ -12,9 +12,10 @@ from ..problems.load import import_experiment
 from ..recipe import Recipe
 from ..results import Row
 from .rows import make_rows
+from .run import MOST_SEEDS
 
 BOUNDS = {  # of the arguments, and of the command's options
-    "seeds": Bounds(integer=True, least=1, most=10_000),
+    "seeds": Bounds(integer=True, least=1, most=MOST_SEEDS),
     "select": Bounds(integer=True, least=1, most=10_000),
     "look": Bounds(integer=True, least=0, most=10_000),
     "minutes": Bounds(above=0, most=525_600),  # a year

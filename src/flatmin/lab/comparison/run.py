@@ -36,6 +36,8 @@ from .outcome import Outcome, measured
 from .timing import measure_rows
 from .workers import WorkerDiedError, Workers
 
+MOST_SEEDS = 10_000  # of a comparison
+
 _log = logging.getLogger("flatmin")
 
 
@@ -113,8 +115,8 @@ class Comparison:
         if self.going_on:
             if (self.folder / RESULTS).exists():
                 outcome.take(read_comparison(self.folder))
-            trained = sum(map(len, outcome.metrics.values()))
-            _log.info("going on in %s: %d of its runs are trained", self.folder, trained)
+            known = sum(map(len, outcome.metrics.values()))
+            _log.info("going on in %s, which has results of %d runs", self.folder, known)
         else:
             write_config(self.folder, config, read_experiment(outcome.recipe))
         made = identity(self.folder)
@@ -244,8 +246,9 @@ class Comparison:
     def _begun(self) -> int:
         """How many seeds have a run, where it was begun before."""
         home, labels = self.folder / RUNS, [row.label for row in self.outcome.rows]
-        found = [parse_run_name(each.name, labels) for each in home.iterdir()] if home.is_dir() else []
-        return max((each[1] - self.first_seed + 1 for each in found if each is not None), default=0)
+        runs = [parse_run_name(each.name, labels) for each in home.iterdir()] if home.is_dir() else []
+        seeds = [run[1] - self.first_seed for run in runs if run is not None]
+        return max((seed + 1 for seed in seeds if seed < MOST_SEEDS), default=0)
 
     def _collect(self, workers: Workers) -> None:
         for (label, seed), metrics in workers.results.items():

@@ -110,11 +110,7 @@ def measured_after(folder: Path, epoch: int) -> dict[str, float] | None:
         return None
     values = written.get("test_accuracy")
     found = {name: number(values.get(name)) for name in AFTER} if isinstance(values, dict) else {}
-    same = (written.get("rule"), written.get("checkpoint"), written.get("checkpoint_epoch")) == (
-        RULE,
-        folder.name,
-        epoch,
-    )
+    same = [written.get(key) for key in ("rule", "checkpoint", "checkpoint_epoch")] == [RULE, folder.name, epoch]
     shares = {name: value for name, value in found.items() if value is not None and 0 <= value <= 1}
     return shares if same and len(shares) == len(AFTER) else None
 

@@ -76,7 +76,10 @@ def read_run(folder: Path, *, trust_experiment: bool = False) -> Run:
             raise DataError(f"{path} is empty: the run ended before training began; remove {folder} and start anew")
         values = json.loads(content)
         if "rows" in values:
-            raise DataError(f"{folder} is a comparison, which cannot be continued; its runs are in {folder / RUNS}")
+            raise DataError(
+                f"{folder} is a comparison, which goes on by the same flatmin compare with this folder as --out; its "
+                f"runs are in {folder / RUNS}"
+            )
         run = Run.from_json(values)
         recipe = run.recipe
         check_integer("seed", run.seed, least=0)
