@@ -31,6 +31,7 @@ MEASURES = {
     "hessian_trace": "trace",
 }
 
+DPSAT = ("direction", "rho")  # what was chosen for it
 # The comparisons of MESA's statistics at several horizons, and what they are on.
 HORIZONS = {
     "statistics-horizons-digits": "digits",
@@ -231,6 +232,17 @@ def mesa_statistics(root: Path) -> str:
             rows.append((f"{title}, {len(found['seeds'])} seeds", epochs, *(signed(by[kind]) for kind in kinds)))
     table = markdown(("data", "horizon", "`averaged`", "`batch`", "`fresh`"), rows)
     return f"{table}\n\n{machines(root, *HORIZONS)}"
+
+
+def private(root: Path) -> str:
+    """DP-SAT beside DP-SGD, by the epsilon that was spent."""
+    rows = []
+    for epsilon in (1, 2, 3):
+        base, dpsat = result(root, f"private-fashion-{epsilon}")["rows"]
+        settings = ", ".join(f"`{name}={value}`" for name, value in dpsat["settings"].items() if name in DPSAT)
+        rows.append((str(epsilon), f"{base['accuracy']['mean']:.2f} %", signed(dpsat["difference"]), settings))
+    table = markdown(("epsilon", "DP-SGD", "DP-SAT, points", "settings that were chosen"), rows)
+    return f"{table}\n\n{machines(root, 'private-fashion-1')}"
 
 
 def quantization(root: Path) -> str:

@@ -1,7 +1,8 @@
 """Writes the tables of README and docs: facts from the cards of methods, figures from the committed results.
 
 The cards are those in `flatmin.lab.methods`; tables of figures alone are made in docs/result_tables.py and
-docs/history_tables.py. Each table stands between two markers, such as ``<!-- methods:begin -->`` and ``<!-- methods:end -->``.
+docs/history_tables.py. Each table stands between two markers, such as ``<!-- methods:begin -->`` and
+``<!-- methods:end -->``.
 
     python docs/tables.py            # write them
     python docs/tables.py --check    # say which are not as they would be written, and fail if any is
@@ -239,6 +240,7 @@ TABLES: dict[tuple[str, str], Callable[[Path], str]] = {
     ("docs/findings/comparison.md", "fashion-mnist"): results.comparison("fashion-mnist"),
     ("docs/findings/after-training.md", "after"): results.after_table,
     ("docs/findings/after-training.md", "quantization"): results.quantization,
+    ("docs/plug-in/opacus.md", "private"): results.private,
     ("docs/findings/trajectory.md", "targets"): results.targets,
     ("docs/findings/flatness.md", "flatness-mnist1d"): partial(results.flatness, name="flatness-mnist1d"),
     ("docs/findings/flatness.md", "flatness-digits"): partial(results.flatness, name="flatness-digits"),
