@@ -5,9 +5,9 @@ import torch
 from torch.amp import GradScaler
 
 import flatmin
-from flatmin.errors import InvalidArgumentError
+from flatmin.errors import FlatminWarning, InvalidArgumentError
 from flatmin.optim import Adaptive
-from tests.contracts._optimizers import CLOSED, TRAINED, Training, assert_same, differ, each_pass
+from tests.contracts._optimizers import CLOSED, CLOSURES, EVERY, TRAINED, Training, assert_same, differ, each_pass
 
 every = pytest.mark.parametrize("name", TRAINED)
 closures = pytest.mark.parametrize("name", CLOSED)
@@ -60,6 +60,32 @@ def test_a_scaler_that_the_optimizer_was_not_given_is_noticed(name):
     other.scale(torch.ones(()))
     training.scaler = None
     training.step(2)
+
+
+@closures
+def test_it_is_noticed_without_a_closure_too(name):
+    training = Training(name)
+    training.scaler = scaler()
+    with pytest.raises(InvalidArgumentError, match=rf"{name} was not given.*{name}\(\.\.\., scaler=scaler\)"):
+        training.loop()
+
+
+@pytest.mark.parametrize("name", CLOSURES)
+def test_it_is_said_where_the_first_backward_pass_was_over_before_the_optimizer_knew(name):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = EVERY[name](torch.optim.SGD([weight], lr=0.1))
+
+    def backward(by=lambda loss: loss):
+        by(weight.square().sum()).backward()
+
+    used = scaler()
+    if optimizer.max_passes == 2:
+        backward(used.scale)
+    optimizer.perturb()
+    backward(used.scale)
+    optimizer.restore()
+    with pytest.warns(FlatminWarning, match=rf"before the first step of {name}.*{name}\(\.\.\., scaler=scaler\)"):
+        optimizer.step()
 
 
 @every

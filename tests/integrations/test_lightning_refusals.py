@@ -1,5 +1,6 @@
 """What flatmin cannot be right with in Lightning is an error that names the way out; no case is silent."""
 
+import contextlib
 import types
 
 import pytest
@@ -200,6 +201,21 @@ def test_without_the_callback_logs_are_warned_of_once():
     assert len(caught) == 1
     sam_by_hand(net)
     assert difference(module.net, net) < 1e-6
+
+
+class Skipping(Net):
+    def training_step(self, batch, batch_idx):
+        return None
+
+
+@pytest.mark.parametrize("method", [flatmin.SAM, flatmin.S2SAM])
+def test_without_the_callback_a_skipped_batch_names_it(method):
+    logs = pytest.warns(FlatminWarning, match="count both") if method.max_passes == 2 else contextlib.nullcontext()
+    with (
+        logs,
+        pytest.raises(InvalidArgumentError, match=r"training_step returned None.*SharpnessAware"),
+    ):
+        fit(Skipping(wrap=method))
 
 
 def step_with_closure(module, optimizer, batch):

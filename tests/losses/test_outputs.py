@@ -246,6 +246,12 @@ class Tokens(nn.Module):
         return logits.movedim(-1, 1) if self.maps else logits
 
 
+def test_logits_that_were_put_in_rows_are_refused_naming_class_dim():
+    model = Tokens(maps=False)
+    with pytest.raises(InvalidArgumentError, match=r"as the model returned them, with class_dim=1 .* -1 for tokens"):
+        moved(model)(model(TOKENS).reshape(-1, C), TOKENS)
+
+
 @pytest.mark.parametrize("maps", [False, True])
 class TestPositions:
     def make(self, maps: bool, **options) -> tuple[nn.Module, flatmin.MESA]:

@@ -100,6 +100,40 @@ def test_each_is_written_out_in_one_order_keyword_only_with_its_type(name):
         EVERY[name](sgd(), 0.05)
 
 
+# As other libraries' SAM is made.
+FOREIGN = {
+    "a class": lambda kind: kind([WEIGHT], torch.optim.SGD, rho=0.05, lr=0.1),
+    "a class by name": lambda kind: kind([WEIGHT], base_optimizer=torch.optim.SGD),
+    "the base's": lambda kind: kind(sgd(), lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("way", FOREIGN)
+def test_another_librarys_call_is_told_the_way(name, way):
+    with pytest.raises(TypeError, match=rf"write {name}\(torch\.optim\.SGD\(.*\), rho=0\.05\)"):
+        FOREIGN[way](EVERY[name])
+    with pytest.raises(AttributeError, match=rf"{name} has no attribute 'set_closure'; give the closure to step"):
+        EVERY[name](sgd()).set_closure(nn.functional.mse_loss)
+
+
+def test_an_adaptive_sam_is_asam():
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'adaptive'.*is flatmin\.ASAM"):
+        flatmin.SAM(sgd(), adaptive=True)
+
+
+def test_a_rho_of_a_group_is_refused_unless_it_is_the_bases_own():
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step(lambda: (optimizer.zero_grad(), WEIGHT.square().sum().backward()))
+
+    optimizer, other = flatmin.SAM(sgd()), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer.param_groups[0]["rho"] = 0.1
+    with pytest.raises(InvalidArgumentError, match=r"group has a rho, which would have no effect.*RhoByLR"):
+        step(optimizer)
+    for base in (torch.optim.Adadelta([WEIGHT]), [torch.optim.Adadelta([WEIGHT]), other]):
+        step(flatmin.SAM(base))
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_a_shared_argument_has_one_default_everywhere(name):
     found = parameters(EVERY[name])

@@ -124,10 +124,17 @@ class Comparison:
             return clipped(self.distance(logits, target), first_tensor(logits))
         if not isinstance(target, Tensor) or target.shape != logits.shape:
             got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-            raise InvalidArgumentError(
-                f"the averaged model returned {got} where logits of shape {tuple(logits.shape)} were expected; call "
-                "mesa(logits, x) with what the model was called with, and say where the logits are in what it "
+            way = (
+                "call mesa(logits, x) with what the model was called with, and say where the logits are in what it "
                 "returns, output=lambda out: out['logits']"
+            )
+            if isinstance(target, Tensor) and target.ndim > logits.ndim:  # tokens or pixels, put in rows
+                way = (
+                    "give it the logits as the model returned them, with class_dim=1 for maps (B, C, H, W) and -1 for "
+                    "tokens (B, L, C), and where= says which of them count"
+                )
+            raise InvalidArgumentError(
+                f"the averaged model returned {got} where logits of shape {tuple(logits.shape)} were expected; {way}"
             )
         if self.distance is not None:
             loss = feature_distance(logits, target, class_dim=self.class_dim, mask=where)

@@ -159,7 +159,7 @@ class SharpnessAware(Stepping, Wrapper):
             The index of the pass, from 0.
 
         Raises:
-            InvalidArgumentError: If a pass leaves no gradient.
+            InvalidArgumentError: If a pass leaves no gradient, or scales its loss by a scaler that was not given.
 
         Example:
             >>> import torch, flatmin
@@ -172,12 +172,14 @@ class SharpnessAware(Stepping, Wrapper):
         self._check_idle("another step")
         self._give_up_ready()
         step = self._begin(None)
+        unused = self._unused_scalers(step)
         with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
                 with torch.no_grad():
                     if not self._progress.advance(step):
                         break
                 yield index
+                self._check_scaled(unused)
             self._after_passes(step)
             self.step()
 
@@ -235,7 +237,7 @@ class SharpnessAware(Stepping, Wrapper):
 
     def __repr__(self) -> str:
         """The method with its numbers and its ``when``, around the base optimizer with its groups."""
-        own = {name: vars(self)[name] for name in signature(type(self)).parameters if name in vars(self)}
+        own = {name: vars(self)[name] for name in signature(type(self).__init__).parameters if name in vars(self)}
         own |= {"when": self._when} if self._when != Every(1) else {}
         shown = [
             f"{name}={value!r}"

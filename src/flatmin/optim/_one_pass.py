@@ -18,7 +18,7 @@ from ._network_hooks import Attached, unattended
 from ._perturbation import Rho, Scaling, unit
 from ._scale import LossScale
 from ._step import Passes, Step
-from ._trainers import check_closure
+from ._trainers import check_closure, check_loss
 
 
 class OnePass(SharpnessAware):
@@ -141,6 +141,7 @@ class OnePass(SharpnessAware):
         def watched() -> Any:
             untouched = _untouched(self.owned())
             loss = closure()
+            check_loss(self, closure, loss)
             if untouched() and not seen:
                 raise InvalidArgumentError(
                     f"the closure of {type(self).__name__}.step left the gradients as they were, so that they are not "

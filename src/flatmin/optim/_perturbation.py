@@ -14,6 +14,7 @@ from .._checks import check_module, check_number
 from .._distributed import local
 from ..errors import InvalidArgumentError
 from ._foreach import Scalar, absolute, add_, clones, copy_, length, multiply_, times
+from ._joined import Joined
 
 # Parameters, a direction for each, and the directions' norm where it is known; returns s and n of e = rho * s / n.
 Scaling = Callable[[list[Tensor], list[Tensor], Scalar | None], tuple[list[Tensor], Scalar]]
@@ -200,5 +201,15 @@ def check_rho(rho: Rho) -> Rho:
 
 
 def rho_of(rho: Rho, optimizer: Optimizer) -> float:
-    """The rho of this step."""
+    """The rho of this step; refuses one in a parameter group, where other libraries' SAM has it, unless the base does.
+
+    Raises:
+        InvalidArgumentError: If there is one, or the function's value is none.
+    """
+    each = optimizer.optimizers if isinstance(optimizer, Joined) else [optimizer]
+    if any("rho" not in one.defaults and any("rho" in group for group in one.param_groups) for one in each):
+        raise InvalidArgumentError(
+            "a parameter group has a rho, which would have no effect: rho is one length over all groups, a number or "
+            "a function of the base optimizer that is called in each step, such as flatmin.optim.RhoByLR"
+        )
     return check_number("rho", rho(optimizer), least=0, hint=" from its schedule") if callable(rho) else rho

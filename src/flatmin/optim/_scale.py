@@ -81,6 +81,13 @@ def has_scaled(scaler: GradScaler) -> bool:
     return getattr(scaler, "_scale", None) is not None
 
 
+def is_unstepped(scaler: GradScaler) -> bool:
+    """Whether ``scaler`` has scaled a loss, and was asked neither to unscale, nor to step, nor to update."""
+    if not has_scaled(scaler) or getattr(scaler, "_per_optimizer_states", {}):
+        return False
+    return scaler.get_scale() == scaler._init_scale and int(scaler._growth_tracker) == scaler._init_growth_tracker
+
+
 def has_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
     """Whether ``scaler`` has unscaled the gradients of ``optimizer`` since its last update; torch does not say it."""
     states = getattr(scaler, "_per_optimizer_states", {})

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .._distributed import size
 from .._privacy import check_not_trained_privately
+from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
 from ._beside import Beside
 from ._dropping import Dropping
@@ -23,7 +24,7 @@ from ._progress import ORDER, Progress
 from ._scale import has_scaled
 from ._step import ADDS, Passes, Step
 from ._surroundings import Buffers, Surroundings
-from ._trainers import check_closure
+from ._trainers import check_closure, check_loss
 from .schedules import Schedule
 
 
@@ -96,6 +97,8 @@ class Stepping(ABC):
             self._run_beside(closure)
             closure = None
         step = self._step_without_closure() if closure is None else self._make_passes(closure)
+        if closure is None:
+            self._warn_of_scaled(step.every())
         step.settle()
         self._settle(stacklevel=5)  # of the step before
         if self._coarse is not None:
@@ -265,11 +268,37 @@ class Stepping(ABC):
             raise
         self._after_passes(step)
 
+    def _warn_of_scaled(self, parameters: list[Tensor]) -> None:
+        """Warns, in the first step, of a scaler that has scaled a loss and by which nothing was unscaled."""
+        if self._steps or self.scaler.is_enabled() or not self._surroundings.is_scaled_still(parameters):
+            return
+        name = type(self).__name__
+        warnings.warn(
+            f"a GradScaler has scaled a loss and has unscaled no gradient before the first step of {name}, which was "
+            f"not given it: if the loss was {name}'s, the step is of scaled gradients, so write {name}(..., "
+            "scaler=scaler), or make the step by scaler.step(optimizer)",
+            FlatminWarning,
+            stacklevel=depth_in_package(),
+        )
+
+    def _unused_scalers(self, step: Step) -> list[GradScaler]:
+        """Before the first step, scalers that were not given to it and have scaled nothing yet."""
+        return [] if self._steps or self.scaler.is_enabled() else self._surroundings.unused_scalers(step.every())
+
+    def _check_scaled(self, unused: list[GradScaler]) -> None:
+        """Refuses a pass in which one of them has scaled the loss."""
+        if any(map(has_scaled, unused)):
+            name = type(self).__name__
+            raise InvalidArgumentError(
+                f"the loss is scaled by a GradScaler that {name} was not given, so that it would step with scaled "
+                f"gradients: {name}(..., scaler=scaler)"
+            )
+
     def _make_passes(self, closure: Callable[..., Any]) -> Step:
         """A step whose passes the closure has made."""
         check_closure(self, closure)
         step = self._begin(closure)
-        unused = [] if self._steps or self.scaler.is_enabled() else self._surroundings.unused_scalers(step.every())
+        unused = self._unused_scalers(step)
         with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
                 if not self._progress.advance(step):
@@ -277,12 +306,9 @@ class Stepping(ABC):
                 assert step.closure is not None
                 with torch.enable_grad():
                     loss = step.closure()
+                check_loss(self, step.closure, loss)
                 step.loss = loss if index == 0 else step.loss
-                if any(map(has_scaled, unused)):
-                    raise InvalidArgumentError(
-                        f"the closure scales its loss by a GradScaler that {type(self).__name__} was not given, so "
-                        f"that it would step with scaled gradients: {type(self).__name__}(..., scaler=scaler)"
-                    )
+                self._check_scaled(unused)
         self._after_passes(step)
         return step
 

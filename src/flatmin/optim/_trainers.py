@@ -31,9 +31,9 @@ def check_closure(optimizer: Any, closure: Callable[..., Any]) -> None:
     """
     check_function("closure", closure, "that computes the loss", otherwise=f", {optimizer._closure}")
     _check_prepared(optimizer)
-    if not (isinstance(closure, partial) and len(closure.args) == 3 and _is_lightning(closure.func)):
+    if not _is_of_lightning(closure):
         return
-    name, module = type(optimizer).__name__, closure.args[0]
+    name, module = type(optimizer).__name__, closure.args[0]  # type: ignore[attr-defined]
     if optimizer.per_sample_closure:
         raise InvalidArgumentError(
             f"{name} needs the loss of each sample, and Lightning's closures take no samples: use flatmin.SAM, or to "
@@ -68,6 +68,23 @@ def check_closure(optimizer: Any, closure: Callable[..., Any]) -> None:
             FlatminWarning,
             stacklevel=6,  # this, _make_passes, step, torch's two wrappers
         )
+
+
+def check_loss(optimizer: Any, closure: Callable[..., Any], loss: Any) -> None:
+    """Refuses a batch that Lightning's ``training_step`` skips by returning None, in whichever pass.
+
+    Raises:
+        InvalidArgumentError: If it did, in automatic optimization.
+    """
+    if loss is None and _is_of_lightning(closure) and closure.args[0].automatic_optimization:  # type: ignore[attr-defined]
+        raise InvalidArgumentError(
+            f"training_step returned None, which skips the batch, and {type(optimizer).__name__} has a step under way: "
+            f"{CALLBACK}, which leaves the step out"
+        )
+
+
+def _is_of_lightning(closure: Callable[..., Any]) -> bool:
+    return isinstance(closure, partial) and len(closure.args) == 3 and _is_lightning(closure.func)
 
 
 def _check_prepared(optimizer: Any) -> None:

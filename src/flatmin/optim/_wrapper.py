@@ -100,6 +100,12 @@ class Wrapper(Optimizer, ABC):
 
     if not TYPE_CHECKING:
 
+        def __new__(cls, *arguments: Any, **keywords: Any) -> "Wrapper":
+            """Names the way out where somebody calls it as another library's SAM is called."""
+            if arguments or keywords:  # a copy has none
+                check_call(cls, arguments, keywords)
+            return super().__new__(cls)
+
         def __getattr__(self, name: str) -> Any:
             """What the base optimizer has beside all that optimizers have, such as ``train`` and ``eval``."""
             if name.startswith("_") or not self._has_base():
@@ -107,7 +113,8 @@ class Wrapper(Optimizer, ABC):
             try:
                 return getattr(self.base_optimizer, name)
             except AttributeError as error:
-                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its base: {error}") from None
+                way = _ELSEWHERE.get(name, f"its base: {error}")
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; {way}") from None
 
     def _load_parts(self, state_dict: dict[str, Any]) -> None:
         check_mapping("state_dict", state_dict, "state", "param_groups")
@@ -121,11 +128,29 @@ class Wrapper(Optimizer, ABC):
         return "base_optimizer" in self.__dict__
 
 
+# Methods that other libraries' optimizers have.
+_ELSEWHERE = {
+    "set_closure": "give the closure to step(closure)",
+    "update_rho_t": "give rho= a function of the base optimizer, such as flatmin.optim.RhoByLR",
+}
 # transformers' Trainer makes optimizer_cls_and_kwargs of groups of parameters.
 _IN_TRAINER = (
     "; in transformers' Trainer give sharpness=partial(flatmin.SAM, rho=0.05) to the mixin "
     "flatmin.integrations.transformers.Sharpness"
 )
+
+
+def check_call(kind: type, arguments: Sequence[Any], keywords: dict[str, Any]) -> None:
+    """Raises Python's TypeError for arguments that a constructor does not take, and says how it is called."""
+    try:
+        signature(kind.__init__).bind(None, *arguments, **keywords)  # type: ignore[misc]
+    except TypeError as error:
+        name = kind.__name__
+        raise TypeError(
+            f"{name}: {error}; write {name}(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05): what belongs to "
+            f"the optimizer inside, such as lr, is given to that one, and {name}'s own arguments by name"
+            + ("; adaptive=True is flatmin.ASAM" if "adaptive" in keywords and name != "ASAM" else "")
+        ) from None
 
 
 def as_one(base: Optimizer | Sequence[Optimizer]) -> Optimizer:
