@@ -1,7 +1,8 @@
 """Writes the tables of README and docs: facts from the cards of methods, figures from the committed results.
 
 The cards are those in `flatmin.lab.methods`; tables of figures alone are made in docs/result_tables.py and
-docs/history_tables.py. Each table stands between two markers, such as ``<!-- methods:begin -->`` and ``<!-- methods:end -->``.
+docs/history_tables.py. Each table stands between two markers, such as
+``<!-- methods:begin -->`` and ``<!-- methods:end -->``.
 
     python docs/tables.py            # write them
     python docs/tables.py --check    # say which are not as they would be written, and fail if any is

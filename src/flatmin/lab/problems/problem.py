@@ -75,7 +75,9 @@ def class_numbers(labels: Any, num_classes: int, prefix: str = "") -> Tensor:
     """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
         got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
-        way = "for soft labels (mixup, cutmix) write your own loop, with flatmin.MESA: SAF compares with another mixture"
+        way = (
+            "for soft labels (mixup, cutmix) write your own loop, with flatmin.MESA: SAF compares with another mixture"
+        )
         if isinstance(labels, Tensor) and labels.ndim == 1:
             way = "if they are class indices as floats, return y.long()"
         elif isinstance(labels, Tensor) and labels.ndim == 2 and labels.shape[1] == 1:
