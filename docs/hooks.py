@@ -71,4 +71,4 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
     if page.file.src_uri == "troubleshooting/messages.md":
         markdown += "\n" + messages.page(messages.messages())
-    return LINK.sub(led, markdown)
+    return LINK.sub(led, markdown.replace(" ± ", "\u00a0±\u00a0"))  # an interval is never broken in two

@@ -384,7 +384,7 @@ def test_what_is_called_or_installed_is_there(page: str, line: str) -> None:
         assert (word, rest[0]) == ("pip", "install")
         project = (ROOT / "pyproject.toml").read_text()
         extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n\[", project, re.DOTALL).group(1)
-        assert re.fullmatch(r"\.|(\.|flatmin)\[[\w,]+\]", rest[1])
+        assert re.fullmatch(r"\.|torch|(\.|flatmin|\./flatmin-[\d.]+-py3-none-any\.whl)\[[\w,]+\]", rest[1])
         for extra in re.findall(r"\w+", rest[1].partition("[")[2]):
             assert re.search(rf"^{extra} = ", extras, re.MULTILINE), extra
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_code_trains(tmp_path):
     section = (ROOT / "docs" / "plug-in" / "transformers.md").read_text()
-    (code,) = [block.partition("```")[0] for block in section.split("```python\n")[1:]]
+    code, own_loss = [block.partition("```")[0] for block in section.split("```python\n")[1:]]
     model = bert()
     before = copied(model)
     args = arguments(tmp_path, num_train_epochs=7)
@@ -26,6 +26,10 @@ def test_the_code_trains(tmp_path):
     assert difference(model, before) > 1e-3
     assert type(names["trainer"].optimizer.optimizer) is flatmin.SAM
     assert names["penalty"].history.store is not None
+    before = copied(model)
+    args.num_train_epochs, args.gradient_accumulation_steps = 1, 2
+    exec(own_loss, names)
+    assert difference(model, before) > 1e-3
 
 
 WORDS = (

@@ -156,9 +156,10 @@ def _digest(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _flat(values: Json) -> list[tuple[str, str]]:
-    """Names and values for a table; those that are None left out."""
-    return [(name.replace("_", " "), _value(value)) for name, value in values.items() if value is not None]
+def _flat(values: Json, without: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Names and values for a table; those that are None or not wanted left out."""
+    kept = {name: value for name, value in values.items() if value is not None and name not in without}
+    return [(name.replace("_", " "), _value(value)) for name, value in kept.items()]
 
 
 def _value(value: Any) -> str:
