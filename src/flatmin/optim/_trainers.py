@@ -33,14 +33,15 @@ def check_closure(optimizer: Any, closure: Callable[..., Any]) -> None:
     _check_prepared(optimizer)
     if not _is_of_lightning(closure):
         return
-    name, module = type(optimizer).__name__, closure.args[0]  # type: ignore[attr-defined]
+    name, given = type(optimizer).__name__, closure.args  # type: ignore[attr-defined]
+    module = given[0]
     if optimizer.per_sample_closure:
         raise InvalidArgumentError(
             f"{name} needs the loss of each sample, and Lightning's closures take no samples: use flatmin.SAM, or to "
             "pay less flatmin.LookSAM or when=flatmin.optim.Every(2)"
         )
     if not module.automatic_optimization:
-        if getattr(closure.args[2], "__name__", "") == "do_nothing_closure":
+        if getattr(given[2], "__name__", "") == "do_nothing_closure":
             raise InvalidArgumentError(
                 f"{name} has to make the backward pass where it chooses: in manual optimization call "
                 "optimizer.step(closure), where the closure calls optimizer.zero_grad() and manual_backward(loss) and "
