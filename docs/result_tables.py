@@ -37,6 +37,7 @@ HORIZONS = {
     "statistics-horizons-digits": "digits",
     "statistics-horizons-mnist1d": "MNIST-1D",
     "statistics-horizons-mnist1d-noise": "MNIST-1D, 20 % wrong labels",
+    "statistics-horizons-fashion": "Fashion-MNIST, 10,000 images, a ResNet",
 }
 
 
