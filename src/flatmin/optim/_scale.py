@@ -85,7 +85,7 @@ def is_unstepped(scaler: GradScaler) -> bool:
     """Whether ``scaler`` has scaled a loss, and was asked neither to unscale, nor to step, nor to update."""
     if not has_scaled(scaler) or getattr(scaler, "_per_optimizer_states", {}):
         return False
-    return scaler.get_scale() == scaler._init_scale and int(scaler._growth_tracker) == scaler._init_growth_tracker
+    return scaler.get_scale() == scaler._init_scale and scaler._get_growth_tracker() == scaler._init_growth_tracker
 
 
 def has_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
