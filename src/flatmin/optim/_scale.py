@@ -1,7 +1,5 @@
 """The loss scale of float16, whoever unscales: the optimizer in its own passes, or the loop that the passes are in."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
@@ -87,8 +85,7 @@ def is_unstepped(scaler: GradScaler) -> bool:
     """Whether ``scaler`` has scaled a loss, and was asked neither to unscale, nor to step, nor to update."""
     if not has_scaled(scaler) or getattr(scaler, "_per_optimizer_states", {}):
         return False
-    grown: Any = scaler._growth_tracker  # made with the scale
-    return scaler.get_scale() == scaler._init_scale and int(grown) == scaler._init_growth_tracker
+    return scaler.get_scale() == scaler._init_scale and scaler._get_growth_tracker() == scaler._init_growth_tracker
 
 
 def has_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:

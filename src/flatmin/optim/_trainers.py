@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakSet
 
 from .._checks import check_function
@@ -33,15 +33,14 @@ def check_closure(optimizer: Any, closure: Callable[..., Any]) -> None:
     _check_prepared(optimizer)
     if not _is_of_lightning(closure):
         return
-    name, given = type(optimizer).__name__, closure.args  # type: ignore[attr-defined]
-    module = given[0]
+    name, module = type(optimizer).__name__, closure.args[0]
     if optimizer.per_sample_closure:
         raise InvalidArgumentError(
             f"{name} needs the loss of each sample, and Lightning's closures take no samples: use flatmin.SAM, or to "
             "pay less flatmin.LookSAM or when=flatmin.optim.Every(2)"
         )
     if not module.automatic_optimization:
-        if getattr(given[2], "__name__", "") == "do_nothing_closure":
+        if getattr(closure.args[2], "__name__", "") == "do_nothing_closure":
             raise InvalidArgumentError(
                 f"{name} has to make the backward pass where it chooses: in manual optimization call "
                 "optimizer.step(closure), where the closure calls optimizer.zero_grad() and manual_backward(loss) and "
@@ -77,14 +76,14 @@ def check_loss(optimizer: Any, closure: Callable[..., Any], loss: Any) -> None:
     Raises:
         InvalidArgumentError: If it did, in automatic optimization.
     """
-    if loss is None and _is_of_lightning(closure) and closure.args[0].automatic_optimization:  # type: ignore[attr-defined]
+    if loss is None and _is_of_lightning(closure) and closure.args[0].automatic_optimization:
         raise InvalidArgumentError(
             f"training_step returned None, which skips the batch, and {type(optimizer).__name__} has a step under way: "
             f"{CALLBACK}, which leaves the step out"
         )
 
 
-def _is_of_lightning(closure: Callable[..., Any]) -> bool:
+def _is_of_lightning(closure: Callable[..., Any]) -> TypeGuard["partial[Any]"]:
     return isinstance(closure, partial) and len(closure.args) == 3 and _is_lightning(closure.func)
 
 
