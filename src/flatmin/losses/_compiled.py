@@ -24,6 +24,8 @@ class Remembers(Protocol):
 class Draws(Protocol):
     """What a compiled step calls of MESA."""
 
+    def _is_due(self) -> bool: ...
+
     def _draw(self, batch: int) -> Tensor: ...
 
 
@@ -48,6 +50,10 @@ def _like_remembered(logits: Tensor, index: Tensor, handle: int) -> tuple[Tensor
     return found
 
 
+def _is_due(logits: Tensor, handle: int) -> Tensor:
+    return torch.tensor(_known[handle]._is_due(), device="cpu")
+
+
 def _draw(logits: Tensor, size: int, handle: int) -> Tensor:
     share: Tensor = _known[handle]._draw(len(logits))
     return share
@@ -59,6 +65,10 @@ remember: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = torch.library
     "flatmin::remember", _remember, mutates_args=(), tags=_tags
 )
 remember.register_fake(_like_remembered)  # type: ignore[attr-defined]  # of the operation, which is also a function
+is_due: Callable[[Tensor, int], Tensor] = torch.library.custom_op(
+    "flatmin::is_due", _is_due, mutates_args=(), tags=_tags
+)
+is_due.register_fake(lambda logits, handle: torch.empty((), dtype=torch.bool, device="cpu"))  # type: ignore[attr-defined]
 draw: Callable[[Tensor, int, int], Tensor] = torch.library.custom_op(
     "flatmin::draw", _draw, mutates_args=(), tags=_tags
 )

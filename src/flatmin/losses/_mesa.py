@@ -219,7 +219,9 @@ class MESA(Loaded):
             return self._nothing(logits)
         compiling = torch.compiler.is_compiling()
         call = 0 if compiling else self._calls.next()  # each number would be compiled anew
-        if call % self.interval or (compiling and self.interval > 1 and not self._counted_outside()):
+        if call % self.interval:
+            return self._nothing(logits)
+        if compiling and self.interval > 1 and not _compiled.is_due(first_tensor(logits).detach(), self._handle):
             return self._nothing(logits)
         self._check_updates()
         args, kwargs = as_called(self._networks[0], args, kwargs)
@@ -358,9 +360,8 @@ class MESA(Loaded):
         """Whether the average may run as a graph; a compiled step runs it in its own."""
         return self.capture is not False and not torch.compiler.is_compiling() and self._target().device.type in SIDES
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
-    def _counted_outside(self) -> bool:
-        """Whether this call, of a compiled step, has its turn. The graph breaks here: what follows runs at times."""
+    def _is_due(self) -> bool:
+        """Whether this call, of a compiled step, has its turn. The graph breaks there: what follows runs at times."""
         return self._calls.next() % self.interval == 0
 
     def _draw(self, batch: int) -> Tensor:
