@@ -70,6 +70,27 @@ def test_weights_that_are_loaded_alone_are_said_once(name, trained, attached):
 
 
 @every
+def test_a_part_that_is_loaded_alone_is_said_once_and_put_back_is_no_other(name):
+    saved, run = Run(name), Run(name, seed=1)
+    saved.steps(), run.steps()
+    run.model[0].load_state_dict(run.model[0].state_dict())
+    assert not run.steps()
+    run.model[0].load_state_dict(saved.model[0].state_dict())
+    check(run.steps(), name)
+    run.model[2].load_state_dict(saved.model[2].state_dict())
+    assert not run.steps()
+
+
+def test_a_part_that_two_networks_share_is_said_of_both():
+    shared = nn.Linear(4, 4)
+    averages = [flatmin.EMA(nn.Sequential(shared, nn.Linear(4, 2)), decay=0.8) for _ in range(2)]
+    shared.load_state_dict(nn.Linear(4, 4).state_dict())
+    for average in averages:
+        with pytest.warns(FlatminWarning, match="after this EMA was made"):
+            average.update()
+
+
+@every
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1)])
 @pytest.mark.parametrize("attached", [False, True])
 def test_with_its_state_it_is_the_uninterrupted_run_in_silence(name, order, attached):

@@ -41,7 +41,7 @@ def test_none_is_left_out():
 @pytest.mark.parametrize("name", CALLS)
 def test_the_other_way_around_is_said(name):
     loss, logits, other = CALLS[name]
-    with pytest.raises(InvalidArgumentError, match="(logits|features) come first"):
+    with pytest.raises(InvalidArgumentError, match=r"(logits|features) come first"):
         loss(other, logits)
     if name.startswith("MESA") and isinstance(other, Tensor):
         with pytest.raises(InvalidArgumentError, match=r"mesa\(logits, x\)"):

@@ -1,8 +1,9 @@
-"""Notices where a network's weights were loaded, and the state of its average was not."""
+"""Notices where weights of a network, or of a part of it, were loaded, and the state of its average was not."""
 
 import sys
 import warnings
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -72,26 +73,53 @@ class Loads:
         network = unwrapped(network)
         if network not in _registry:
             _registry[network] = weakref.WeakSet()
-            network.register_load_state_dict_pre_hook(_Hook("before"))  # type: ignore[no-untyped-call]
-            network.register_load_state_dict_post_hook(_Hook("after"))  # type: ignore[no-untyped-call]
+            for module in network.modules():
+                if module not in _networks:
+                    _networks[module] = weakref.WeakSet()
+                    module.register_load_state_dict_pre_hook(_before)  # type: ignore[no-untyped-call]
+                    module.register_load_state_dict_post_hook(_after)  # type: ignore[no-untyped-call]
+                _networks[module].add(network)
         _registry[network].add(self)
 
 
 _registry: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Loads]]" = weakref.WeakKeyDictionary()
+_networks: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]" = weakref.WeakKeyDictionary()  # by parts
+_alone: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # modules that are being loaded, and not as parts of others
 
 
 class _Hook:
-    """Tells those that follow a network; in a copy or a pickle of it a function that does nothing, of Python's own."""
+    """On each module of a network; in a copy or a pickle of it a function that does nothing, of Python's own."""
 
-    def __init__(self, when: str) -> None:
-        self._when = when
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
 
-    def __call__(self, network: nn.Module, *_: Any) -> None:
-        for loads in list(_registry.get(network, ())):
-            getattr(loads, self._when)(network)
+    def __call__(self, *given: Any) -> None:
+        self._call(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, (sys.audit, "flatmin.copied")
+
+
+def _begin(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+    if not prefix:
+        _alone.add(module)
+    for network, loads in _followers(module):
+        loads.before(network)
+
+
+def _end(module: nn.Module, *_: Any) -> None:
+    for network, loads in _followers(module):
+        loads.after(network)
+    _alone.discard(module)
+
+
+def _followers(module: nn.Module) -> list[tuple[nn.Module, Loads]]:
+    """Who follows a network of which ``module`` is the whole, or a part that is loaded alone."""
+    networks = [each for each in _networks.get(module, ()) if each is module or module in _alone]
+    return [(network, loads) for network in networks for loads in list(_registry.get(network, ()))]
+
+
+_before, _after = _Hook(_begin), _Hook(_end)
 
 
 @torch.no_grad()
