@@ -25,7 +25,7 @@ from ..errors import FlatminWarning, InvalidArgumentError
 from ._calls import Calls
 from ._captured import Captured
 from ._comparison import Comparison
-from ._outputs import as_called, first_tensor, needs_gradient
+from ._outputs import as_called, check_order, first_tensor, needs_gradient
 from ._share import take
 from ._side import SIDES
 from ._target import Target
@@ -206,10 +206,12 @@ class MESA(Loaded):
             need no gradient, as in an evaluation.
 
         Raises:
-            InvalidArgumentError: If the logits are not floating or of another shape than was said, or the average
-                returns another shape.
+            InvalidArgumentError: If the logits are not floating or of another shape than was said, come behind what the
+                network was called with, or the average returns another shape.
         """
         compare = self._comparison
+        if self.training:
+            check_order(logits, args, kwargs)
         logits = logits if isinstance(logits, Tensor) else compare.outputs(logits)
         compare.check(logits)
         if self._off() or not needs_gradient(logits):

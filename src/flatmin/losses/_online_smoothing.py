@@ -186,6 +186,11 @@ class OnlineLabelSmoothing(Loaded):
     def _check(self, logits: Tensor, y: Tensor) -> None:
         if not isinstance(y, Tensor):
             raise InvalidArgumentError(f"y must be a tensor of class indices, got {shown(y)}")
+        if isinstance(logits, Tensor) and y.is_floating_point() and not logits.is_floating_point():
+            raise InvalidArgumentError(
+                f"logits must be floating and y class indices, got {shown(logits)} and {shown(y)}: the logits come "
+                "first, smoothing(logits, y)"
+            )
         if (
             check_tensor("logits", logits).ndim != 2
             or logits.shape[1] != self.num_classes

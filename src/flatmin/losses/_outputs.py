@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -48,6 +49,24 @@ def as_called(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def needs_gradient(outputs: Any) -> bool:
     """Whether a gradient is wanted of any tensor."""
     return any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(outputs))
+
+
+def check_order(logits: Any, *called: Any) -> None:
+    """Refuses logits that come behind what the network was called with: these alone are computed with a gradient.
+
+    Raises:
+        InvalidArgumentError: If so.
+    """
+    if torch.is_grad_enabled() and not _is_computed(logits) and _is_computed(called):
+        raise InvalidArgumentError(
+            "MESA was given a tensor without gradient as the logits, and one with gradient as what the network was "
+            "called with: the logits come first, mesa(logits, x)"
+        )
+
+
+def _is_computed(values: Any) -> bool:
+    tensors = (each for each in tree_leaves(values) if isinstance(each, Tensor))
+    return any(each.requires_grad and not each.is_leaf for each in tensors)
 
 
 def first_tensor(outputs: Any) -> Tensor:

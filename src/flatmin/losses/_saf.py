@@ -330,6 +330,11 @@ class SAF(Loaded):
         for name, value in (("logits", logits), ("index", index)):
             if not isinstance(value, Tensor):
                 raise InvalidArgumentError(f"{name} must be a tensor, got {type(value).__name__}")
+        if index.is_floating_point() and not logits.is_floating_point():
+            raise InvalidArgumentError(
+                f"logits must be floating and index int64, got {_describe(logits)} and {_describe(index)}: the logits "
+                "come first, saf(logits, index)"
+            )
         if logits.ndim != 2 or logits.shape[1] != self.num_classes or not logits.is_floating_point():
             raise InvalidArgumentError(
                 f"logits must be floating and of shape (batch, {self.num_classes}), "

@@ -95,6 +95,7 @@ def binary_trajectory_loss(logits: Tensor, target: Tensor, *, temperature: float
         tensor(0.2169)
     """
     check_tensor("target", target, like=check_tensor("logits", logits))
+    _check_order("logits", logits, target)
     if mask is not None:
         check_mask("mask", mask, logits.shape, first=True)
     check_number("temperature", temperature, above=0)
@@ -175,9 +176,19 @@ def _check(logits: Tensor, target: Tensor, mask: Tensor | None, class_dim: int |
     """Checks the tensors of a loss over classes, and returns which dimension is theirs."""
     dim = resolve_class_dim(check_tensor(name, logits), class_dim, name=name)
     check_tensor("target", target, like=logits, owner=name)
+    _check_order(name, logits, target)
     if mask is not None:
         check_mask("mask", mask, [*logits.shape[:dim], *logits.shape[dim + 1 :]])
     return dim
+
+
+def _check_order(name: str, logits: Tensor, target: Tensor) -> None:
+    """Refuses a target that comes first: no gradient would flow."""
+    if torch.is_grad_enabled() and target.requires_grad and not logits.requires_grad:
+        raise InvalidArgumentError(
+            f"target needs a gradient and {name} do not, and no gradient flows into target: {name} come first, and "
+            "target.detach() second if it is meant so"
+        )
 
 
 def _log_softmax(logits: Tensor, temperature: float, dim: int) -> Tensor:

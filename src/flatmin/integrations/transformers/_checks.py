@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from ..._distributed import unwrapped
 from ...errors import InvalidArgumentError
-from ...losses import MESA, SAF
+from ...losses import MESA, SAF, OnlineLabelSmoothing, logit_squeezing
 from ...optim import SharpnessAware
 
 WRITE = "sharpness=partial(flatmin.SAM, rho=0.05)"
@@ -67,6 +67,12 @@ def check_penalty(penalty: Any) -> None:
     inner = penalty.func if isinstance(penalty, partial) else penalty
     if inner is SAF:
         raise InvalidArgumentError("penalty takes SAF made: penalty=flatmin.SAF(len(train_dataset), num_labels)")
+    if inner in (logit_squeezing, OnlineLabelSmoothing) or isinstance(inner, OnlineLabelSmoothing):
+        raise InvalidArgumentError(
+            "penalty is for SAF and MESA, and this loss needs nothing of the mixin: leave penalty out and add it in "
+            "compute_loss, loss + flatmin.logit_squeezing(outputs.logits), divided by "
+            "self.current_gradient_accumulation_steps unless the Trainer divides all"
+        )
     wrong = isinstance(inner, nn.Module) or (isinstance(inner, type) and not issubclass(inner, MESA))
     if wrong or not callable(inner):
         raise InvalidArgumentError(
