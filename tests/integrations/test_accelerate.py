@@ -397,6 +397,21 @@ def test_functions_are_checked():
         sharpness_aware(*prepared(), loss=loss_of, clip=1.0)
 
 
+@pytest.mark.parametrize("returns", [lambda loss: loss, torch.Tensor.detach, lambda _: None])
+def test_a_loss_that_goes_backward_itself_is_refused(returns):
+    run = Run()
+
+    def loss(x, y):
+        value = F.cross_entropy(run.model(x), y)
+        value.backward()
+        return returns(value)
+
+    run.step = sharpness_aware(run.accelerator, run.model, run.optimizer, loss=loss)
+    with pytest.raises(InvalidArgumentError, match="let it compute and return the loss, and nothing else"):
+        run.fit()
+    assert difference(run.net, network()) == 0
+
+
 @pytest.mark.parametrize(
     ("returned", "words"),
     [

@@ -151,6 +151,10 @@ def test_another_strategy_is_refused(monkeypatch):
 
 WRONG = {
     "no method": (lambda: SharpnessAware(rho=0.1), "SharpnessAware has rho, and no method"),
+    "a loss that needs none": (
+        lambda: TrajectoryLoss(flatmin.logit_squeezing),
+        r"need no callback: in training_step, loss \+ flatmin\.logit_squeezing\(logits\)",
+    ),
     "an optimizer": (lambda: SharpnessAware(flatmin.SAM(Net().configure_optimizers())), "takes the class"),
     "a plain class": (lambda: SharpnessAware(torch.optim.SGD), "one of flatmin's optimizers"),
     "esam": (lambda: SharpnessAware(flatmin.ESAM), "loss of each sample.*LookSAM"),

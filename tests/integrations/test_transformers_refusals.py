@@ -57,7 +57,18 @@ ARGUMENTS = {
     ),
     "the class SAF": (lambda m: {"penalty": flatmin.SAF}, r"penalty=flatmin\.SAF\(len\(train_dataset\), num_labels\)"),
     "another loss": (lambda m: {"penalty": torch.nn.CrossEntropyLoss()}, r"flatmin\.MESA\(model\), or a function"),
-    "online label smoothing": (lambda m: {"penalty": flatmin.OnlineLabelSmoothing(3)}, r"penalty must be flatmin\.SAF"),
+    **{
+        f"{kind} that needs no mixin": (
+            lambda m, penalty=penalty: {"penalty": penalty},
+            r"compute_loss_func that adds the loss.*flatmin\.logit_squeezing",
+        )
+        for kind, penalty in {
+            "a function": flatmin.logit_squeezing,
+            "a function with arguments": partial(flatmin.logit_squeezing, coefficient=2.0),
+            "an object": flatmin.OnlineLabelSmoothing(3),
+            "a class": flatmin.OnlineLabelSmoothing,
+        }.items()
+    },
     "a number": (lambda m: {"penalty": 0.3}, r"penalty must be flatmin\.SAF.*got 0\.3"),
     "steps in backward": (lambda m: {"sharpness": SAM, "optim": "galore_adamw_layerwise"}, "optim='adamw_torch'"),
 }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flatmin.errors import InvalidArgumentError
 from flatmin.losses import trajectory_loss
 from tests.reference import oracles
 
@@ -56,7 +57,9 @@ def test_target_is_the_first_argument_of_the_divergence_and_gets_no_gradient():
     assert not torch.isclose(forward, trajectory_loss(target, logits, temperature=1.0))
     forward.backward()
     assert target.grad is None
-    assert not trajectory_loss(logits.detach(), target, temperature=1.0).requires_grad
+    with pytest.raises(InvalidArgumentError, match=r"logits come first, and target\.detach\(\) second"):
+        trajectory_loss(logits.detach(), target, temperature=1.0)
+    assert not trajectory_loss(logits.detach(), target.detach(), temperature=1.0).requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -78,6 +78,15 @@ def check_without_saf(optimizer: Optimizer, module: nn.Module) -> None:
         )
 
 
+def check_no_backward(optimizer: Optimizer) -> None:
+    """Refuses a loss function that has left gradients, which were cleared before it."""
+    if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+        raise InvalidArgumentError(
+            "loss called backward() itself, which the function of sharpness_aware does: let it compute and return the "
+            "loss, and nothing else"
+        )
+
+
 def check_loss(loss: Any) -> Tensor:
     """Returns what the loss function returned for a micro-batch."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -15,7 +15,7 @@ from ..._warn import depth_in_package
 from ...errors import FlatminWarning, InvalidArgumentError
 from ...optim._first_pass import Beginning
 from ...optim._second_pass import each_module
-from ._checks import check_accelerator, check_loss, check_model, check_optimizer, check_without_saf
+from ._checks import check_accelerator, check_loss, check_model, check_no_backward, check_optimizer, check_without_saf
 
 
 def sharpness_aware(
@@ -138,7 +138,10 @@ class Window:
         losses = []
         for number, (args, kwargs) in enumerate(batches, start=1):
             with nullcontext() if number == len(batches) else self._accelerator.no_sync(self._model):
-                loss = check_loss(self._loss(*args, **kwargs))
+                value = self._loss(*args, **kwargs)
+                if number == 1:
+                    check_no_backward(self._plain)
+                loss = check_loss(value)
                 self._accelerator.backward(loss)
             losses.append(loss.detach().reshape(()))
         return torch.stack(losses).mean()

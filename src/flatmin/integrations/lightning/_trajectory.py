@@ -81,7 +81,8 @@ class TrajectoryLoss(L.Callback):
         if not issubclass(kind, (SAF, MESA)):
             raise InvalidArgumentError(
                 f"loss must be flatmin.SAF or flatmin.MESA, or an object of them, got {shown(loss)}; optimizers are "
-                "given to the callback SharpnessAware, and logit_squeezing and OnlineLabelSmoothing need none"
+                "given to the callback SharpnessAware, and logit_squeezing and OnlineLabelSmoothing need no "
+                "callback: in training_step, loss + flatmin.logit_squeezing(logits)"
             )
         if not isinstance(loss, type) and (keywords or network is not None):
             raise InvalidArgumentError(

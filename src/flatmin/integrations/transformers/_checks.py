@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from ..._distributed import unwrapped
 from ...errors import InvalidArgumentError
-from ...losses import MESA, SAF
+from ...losses import MESA, SAF, OnlineLabelSmoothing, logit_squeezing
 from ...optim import SharpnessAware
 
 WRITE = "sharpness=partial(flatmin.SAM, rho=0.05)"
@@ -67,6 +67,12 @@ def check_penalty(penalty: Any) -> None:
     inner = penalty.func if isinstance(penalty, partial) else penalty
     if inner is SAF:
         raise InvalidArgumentError("penalty takes SAF made: penalty=flatmin.SAF(len(train_dataset), num_labels)")
+    if inner is logit_squeezing or inner is OnlineLabelSmoothing or isinstance(inner, OnlineLabelSmoothing):
+        raise InvalidArgumentError(
+            "penalty is for SAF and MESA, and this loss needs nothing of the mixin: leave penalty out, and give the "
+            "Trainer a compute_loss_func that adds the loss, as docs/plug-in/transformers.md does with "
+            "flatmin.logit_squeezing"
+        )
     wrong = isinstance(inner, nn.Module) or (isinstance(inner, type) and not issubclass(inner, MESA))
     if wrong or not callable(inner):
         raise InvalidArgumentError(
