@@ -267,11 +267,11 @@ def _converted(entry: dict[str, Any] | None) -> str:
     return signed(entry["difference"]) + ("*" if entry["p_value_holm"] < 0.05 else "")
 
 
-def after_table(root: Path) -> str:
+def after_table(root: Path, name: str) -> str:
     """What is left of each network after training: accuracy of the base, and paired differences to it."""
-    found = result(root, "after-digits")
-    names = found["rows"][0]["after"]  # a file from before a measure was added has none of it
-    headings = ["digits, 5 seeds", "trained", *(AFTER[name] for name in names)]
+    found = result(root, name)
+    measures = found["rows"][0]["after"]  # a file from before a measure was added has none of it
+    headings = [f"{len(found['seeds'])} seeds", "trained", *(AFTER[each] for each in measures)]
     rows = []
     for row in found["rows"]:
         own, after = row["label"], row["after"]
@@ -281,4 +281,4 @@ def after_table(root: Path) -> str:
         else:
             cells = [signed(each["difference"]) + "*" * (each["p_value_holm"] < 0.05) for each in after.values()]
             rows.append([own, signed(row["difference"]), *cells])
-    return f"{markdown(headings, rows)}\n\n{machines(root, 'after-digits')}"
+    return f"{markdown(headings, rows)}\n\n{machines(root, name)}"

@@ -72,7 +72,7 @@ class MESA(Loaded):
         statistics: How the average's batch norm (and instance norm that tracks) normalises. ``"averaged"``: with its
             running statistics, averaged with the weights or, where ``average`` is given, as that has them. ``"batch"``:
             with those of the batch, or of the ``fraction`` it runs on; the running ones do not move. ``"fresh"``: with
-            those of the last `refresh`, which you call before each epoch. Not compared yet.
+            those of the last `refresh`, which you call before each epoch.
         average: An average of the model that you keep up to date: a `flatmin.EMA`, torch's ``AveragedModel``, timm's
             ``ModelEmaV3``, or any module of the model's structure. MESA runs it in evaluation mode, and does not copy,
             update, move or save it. None: MESA makes an `EMA` of its own.
