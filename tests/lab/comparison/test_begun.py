@@ -157,6 +157,20 @@ def test_a_run_that_was_ended_is_resumed(compare, tmp_path, monkeypatch):
     assert found_in(found) == found_in(whole)
 
 
+@pytest.mark.parametrize(("kind", "name"), [("versions", "torch"), ("hardware", "processor"), (None, None)])
+def test_runs_of_another_torch_or_machine_are_said(compare, tmp_path, recwarn, kind, name):
+    compare("one")
+    path = tmp_path / "one" / "results.json"
+    results = json.loads(path.read_text())
+    if kind:
+        results[kind][name] = "another"
+    path.write_text(json.dumps(results))
+    recwarn.clear()
+    compare("one")
+    said = [str(each.message) for each in recwarn if "earlier runs were made with" in str(each.message)]
+    assert [f"{name} another, now" in each for each in said] == ([True] if kind else [])
+
+
 def test_without_a_number_of_seeds_those_that_were_begun_are_done_and_no_more(tmp_path, make_run):
     rows = make_rows(["base", "sam"], {}, epochs=1)
     for name in ("base-seed0", "sam-seed6", "other-seed9", "sam-seed99999999"):

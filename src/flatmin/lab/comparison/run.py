@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..._files import write_json
+from ..._files import read_json, write_json
 from ..._interrupts import held
 from ...errors import FlatminError, FlatminWarning, OutputError
 from ..problems.checked import shifted
@@ -39,6 +39,9 @@ from .workers import WorkerDiedError, Workers
 MOST_SEEDS = 10_000  # of a comparison
 
 _log = logging.getLogger("flatmin")
+
+# What should be the same for all runs of a comparison, of what is recorded with it.
+SAME = {"versions": ("flatmin", "torch"), "hardware": ("processor", "accelerator")}
 
 
 class Comparison:
@@ -115,6 +118,7 @@ class Comparison:
         if self.going_on:
             if (self.folder / RESULTS).exists():
                 outcome.take(read_comparison(self.folder))
+                self._warn_of_other_versions()
             known = sum(map(len, outcome.metrics.values()))
             _log.info("going on in %s, which has results of %d runs", self.folder, known)
         else:
@@ -141,6 +145,23 @@ class Comparison:
         self._warn_of_removed()
         self._warn_of_unmeasured()
         return outcome
+
+    def _warn_of_other_versions(self) -> None:
+        """Warns where the runs that are taken were made with other versions, or on another machine."""
+        then, now = read_json(self.folder / RESULTS), environment()
+        other = []
+        for kind, names in SAME.items():
+            known: Any = then.get(kind)
+            for name in names:
+                if isinstance(known, dict) and name in known and known[name] != now[kind].get(name):
+                    other.append(f"{name} {known[name]}, now {now[kind].get(name)}")
+        if other and self.outcome.metrics:
+            warnings.warn(
+                f"{self.folder}: its earlier runs were made with {'; '.join(other)}, so numbers of both stand side by "
+                "side: to have all alike begin anew, with another folder",
+                FlatminWarning,
+                stacklevel=4,
+            )
 
     def _warn_of_removed(self) -> None:
         done = [(row, seed) for row in self.outcome.rows for seed in self.outcome.metrics.get(row.label, {})]
