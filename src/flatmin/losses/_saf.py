@@ -199,7 +199,7 @@ class SAF(Loaded):
             loss, mask = (None, None) if compared is None else (self._loss(*compared), compared[2])
         else:
             loss, mask = fused
-        self._watch(self._epoch, index, mask)
+        self._watch(self._epoch, index, logits, mask)
         return zero if loss is None else watched(loss, "SAF")
 
     def _exchange(self, logits: Tensor, index: Tensor, *, decode: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -224,7 +224,7 @@ class SAF(Loaded):
         self._count(len(index) * self.history.store.ranks.size)
         merges = self.history.codec.merges
         compared = self._exchange(logits, index, decode=not merges)
-        self._watch(self._epoch, index, None if compared is None else compared[2])
+        self._watch(self._epoch, index, logits, None if compared is None else compared[2])
         past, mask = self._like_remembered(logits)
         if compared is None:
             return past.zero_(), mask.zero_()

@@ -1,7 +1,6 @@
 """Watches which samples SAF is given and how many of them it compares, and warns once of what cannot be meant."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +8,8 @@ from torch import Tensor
 
 from .._warn import depth_in_package
 from ..errors import FlatminWarning
+from ._arrival import Arrival
+from ._kinship import Kinship
 
 _OVER_AND_OVER = 8  # times that an epoch gives each of its indices, from which on it cannot be meant
 _LABELS = 4  # the same, where all indices are classes too
@@ -36,13 +37,15 @@ class Watch:
         self._warned = False
         self._now: _Epoch | None = None
         self._ended: _Epoch | None = None
+        self._kinship = Kinship(num_samples, num_classes)
 
-    def __call__(self, epoch: int, index: Tensor, mask: Tensor | None) -> None:
+    def __call__(self, epoch: int, index: Tensor, logits: Tensor, mask: Tensor | None) -> None:
         """Counts a batch.
 
         Args:
             epoch: The current epoch.
             index: Sample indices, shape (B,).
+            logits: The network's outputs, shape (B, C).
             mask: Which samples of the batch are compared, bool, shape (B,); None if none can be in this epoch.
         """
         if self._warned or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -52,11 +55,20 @@ class Watch:
                 self._now.end()
             self._now, self._ended = _Epoch(epoch, self.num_samples), self._now
         self._now.count(index, mask)
+        fault = None
         if self._ended is not None and self._ended.has_arrived():
             fault, self._ended = self._fault(self._ended), None
-            if fault is not None:
-                self._warned = True
-                warnings.warn(f"SAF {fault}", FlatminWarning, stacklevel=depth_in_package())
+        if not self._kinship.settled and self._kinship(epoch, index, logits) and fault is None:
+            fault = (
+                f"finds, up to epoch {epoch - 1}, the network's outputs no nearer to its earlier ones on the same "
+                "index than to those on other indices, so an index does not name the same sample in each epoch, unless "
+                "the network has learnt nothing yet: index a data set before it shuffles or resamples, by "
+                "flatmin.indexed(dataset); where each epoch makes its samples anew take flatmin.MESA, which needs no "
+                "index"
+            )
+        if fault is not None:
+            self._warned = True
+            warnings.warn(f"SAF {fault}", FlatminWarning, stacklevel=depth_in_package())
 
     def begin(self, epoch: int) -> None:
         """Notes that nothing was recorded before ``epoch``, so that nothing can be compared for a while."""
@@ -108,7 +120,7 @@ class _Epoch:
         self.looked_at = 0
         self.asked = 0
         self.compared: Tensor | None = None
-        self._arrived: Callable[[], bool] | None = None
+        self._arrival: Arrival | None = None
 
     def count(self, index: Tensor, mask: Tensor | None) -> None:
         """Counts a batch."""
@@ -122,18 +134,10 @@ class _Epoch:
 
     def end(self) -> None:
         """Begins to fetch what was counted on an accelerator."""
-        if self.compared is None or self.compared.device.type == "cpu":
-            return
-        if self.compared.device.type != "cuda":
-            self.compared = None  # it could not be had without waiting
-            return
-        there, self.compared = self.compared, torch.empty((), dtype=self.compared.dtype, pin_memory=True)
-        self.compared.copy_(there, non_blocking=True)
-        make_event: Callable[[], torch.cuda.Event] = torch.cuda.Event  # torch leaves it without types
-        copied = make_event()
-        copied.record(torch.cuda.current_stream(there.device))
-        self._arrived = copied.query
+        if self.compared is not None:
+            self._arrival = Arrival(self.compared)
+            self.compared = self._arrival.value
 
     def has_arrived(self) -> bool:
         """Whether all counts can be read."""
-        return self._arrived is None or self._arrived()
+        return self._arrival is None or self._arrival.is_here()
