@@ -73,7 +73,7 @@ def test_an_interval_of_mesa_counts_steps(name, way):
         logits = model(x)
         penalty = mesa(logits, x)
         acted.append(bool(penalty > 0))
-        (logits.square().mean() + penalty).backward()
+        (logits.log_softmax(1).square().mean() + penalty).backward()
         return penalty
 
     make_steps(optimizer, closure, way, count=3)

@@ -9,6 +9,7 @@ from torch import Tensor
 from .._checks import check_choice
 from .._privacy import clipped
 from ..errors import InvalidArgumentError
+from ._link import LinkCheck
 from ._outputs import find_logits, first_tensor
 from ._trajectory import binary_trajectory_loss, feature_distance, resolve_class_dim, trajectory_loss
 
@@ -48,6 +49,7 @@ class Comparison:
         self.distance = distance
         if distance is not None and link != "softmax":
             raise InvalidArgumentError(f"link={link!r} and distance={distance!r} exclude each other: leave one out")
+        self._link_check = LinkCheck("MESA", "write MESA(..., link='sigmoid')")
 
     def chosen(self) -> dict[str, Any]:
         """The arguments that are not the defaults, to be printed."""
@@ -79,6 +81,11 @@ class Comparison:
                 "logit is constant; write link='sigmoid' for a binary problem, or distance=... for a regression, such "
                 "as distance=torch.nn.functional.mse_loss"
             )
+
+    def watch(self, logits: Any) -> None:
+        """Looks at the gradient that the network's logits will get, see `LinkCheck`."""
+        if self.link == "softmax" and self.distance is None:
+            self._link_check(logits, resolve_class_dim(logits, self.class_dim))
 
     def counted(self, where: Any, kwargs: Mapping[str, Any], logits: Any) -> Tensor | None:
         """Which positions count, bool, on the logits' device; None: all.

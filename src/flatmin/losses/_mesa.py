@@ -226,6 +226,7 @@ class MESA(Loaded):
         if compiling and self.interval > 1 and not _compiled.is_due(first_tensor(logits).detach(), self._handle):
             return self._nothing(logits)
         self._check_updates()
+        compare.watch(logits)
         args, kwargs = as_called(self._networks[0], args, kwargs)
         where = compare.counted(where, kwargs, logits)
         if where is not None or self.fraction < 1:

@@ -22,6 +22,7 @@ from ..history import Codec, History, make_history
 from ..history._state import of_this_rank
 from . import _compiled
 from ._fused import Clock, fused_step
+from ._link import LinkCheck
 from ._masked import masked_filled
 from ._trajectory import trajectory_loss
 from ._undivided import watched
@@ -131,6 +132,7 @@ class SAF(Loaded):
             grown=grown,
         )
         self._watch = Watch(self.num_samples, self.num_classes, self.history.lag)
+        self._link_check = LinkCheck("SAF", "take flatmin.MESA(model, link='sigmoid')")
         self._epoch = 0
         self._clock = Clock()
         self._handle = _compiled.register(self)
@@ -181,6 +183,7 @@ class SAF(Loaded):
             return zero
         if torch.compiler.is_compiling():
             return self._compiled_step(logits, index)
+        self._link_check(logits, 1)
         if self.history.codec.mixes_samples:
             check_unmixed(logits, f"SAF with history {type(self.history.codec).__name__}", 'take history="int8"')
         self._count(len(index) * self.history.store.ranks.size)
