@@ -60,6 +60,13 @@ def broadcast_buffers(modules: Sequence[nn.Module]) -> None:
                 dist.broadcast(buffer, 0)
 
 
+def broadcast_state(module: nn.Module) -> None:
+    """Overwrites the parameters and buffers of ``module`` with the first rank's, as DDP does when it is made."""
+    if size() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+
+
 def wrappers_and_network(model: nn.Module) -> list[nn.Module]:
     """The wrappers around a network (DDP, DataParallel, torch.compile), outermost first, then it."""
     layers = [model]
