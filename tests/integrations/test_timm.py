@@ -153,6 +153,23 @@ def test_the_network_does_not_have_to_be_that_of_the_parameters(timm):
     assert made._surroundings.model is model
 
 
+@pytest.mark.parametrize("base", ["adopt", "lamb", "laprop", "lion", "muon", "nadamw", "rmsproptf", "sgdw"])
+def test_msam_finds_the_momentum_of_timms_own_optimizers(timm, base):
+    register()
+    model = network()
+    optimizer = timm.optim.create_optimizer_v2(model, "flatmin_msam", lr=0.01, base=base, rho=0.5)
+    moved = []
+    for x, y in batches(4):
+        before = weights(model)
+        loss = F.cross_entropy(model(x), y)
+        moved.append((weights(model) - before).norm().item())  # until backward
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert moved[0] == 0
+    assert moved[-1] == pytest.approx(0.5, rel=1e-3)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(("name", "kind"), [("flatmin_msam", flatmin.MSAM), ("flatmin_s2sam", flatmin.S2SAM)])
 def test_one_pass_methods_in_timms_loop_are_those_of_an_own_loop(timm, name, kind, accumulate):
