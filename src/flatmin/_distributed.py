@@ -63,8 +63,8 @@ def broadcast_buffers(modules: Sequence[nn.Module]) -> None:
 def broadcast_state(module: nn.Module) -> None:
     """Overwrites the parameters and buffers of ``module`` with the first rank's, as DDP does when it is made."""
     if size() > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.detach(), 0)
+        tensors = [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
+        dist._broadcast_coalesced(dist.distributed_c10d._get_default_group(), tensors, 2**28, 0)
 
 
 def wrappers_and_network(model: nn.Module) -> list[nn.Module]:

@@ -131,8 +131,9 @@ class MESATask:
     def prepare_distributed(self, *args: Any, **kwargs: Any) -> Any:
         """Wraps the network as timm does; all ranks get the first one's average, as they do its network."""
         super().prepare_distributed(*args, **kwargs)  # type: ignore[misc]
-        if self.mesa is not None:
-            broadcast_state(self.mesa.average)
+        average = self.get_trainable_module(ema=True)
+        if average is not None:
+            broadcast_state(average)
         return self
 
     def update_ema(self, step: int | None = None) -> None:
