@@ -65,8 +65,10 @@ $(VENV)/cli.done: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[cli,report]'
 	touch $@
 
+# timm apart, for its torchvision: others would use it as soon as they find it.
 $(VENV)/dev.done: $(VENV)/cli.done
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/timm timm torchvision
 	touch $@
 
 clean:

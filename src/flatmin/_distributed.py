@@ -60,6 +60,13 @@ def broadcast_buffers(modules: Sequence[nn.Module]) -> None:
                 dist.broadcast(buffer, 0)
 
 
+def broadcast_state(module: nn.Module) -> None:
+    """Overwrites the parameters and buffers of ``module`` with the first rank's, as DDP does when it is made."""
+    if size() > 1:
+        tensors = [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
+        dist._broadcast_coalesced(dist.distributed_c10d._get_default_group(), tensors, 2**28, 0)
+
+
 def wrappers_and_network(model: nn.Module) -> list[nn.Module]:
     """The wrappers around a network (DDP, DataParallel, torch.compile), outermost first, then it."""
     layers = [model]

@@ -103,11 +103,21 @@ class Maker:
             raise InvalidArgumentError(
                 f"base must be the name of one of timm's plain optimizers, such as 'sgd' or 'adamw', got {base!r:.80}"
             )
+        if base.lower().startswith("lookahead_"):  # it hides its optimizer's state and hooks
+            raise InvalidArgumentError(
+                f"base must not be one with Lookahead, got {base!r}: put that around all, as in "
+                f"'lookahead_{PREFIX}{self.__name__.lower()}' with base={base[10:]!r}"
+            )
         network = caller.get("model_or_params")
         if isinstance(network, nn.Module) and "model" in self.own:
             given.setdefault("model", network)
         own = {name: given.pop(name) for name in self.own & set(given)}
         plain = _package.timm("optim._optim_factory").create_optimizer_v2(params, opt=base, **given)
+        if getattr(plain, "is_second_order", False):
+            raise InvalidArgumentError(
+                f"base must not be {base!r}, which takes derivatives of the gradient, at weights that {self.__name__} "
+                "has put back: take another, such as 'adamw'"
+            )
         return self.method(plain, **own)
 
     def _check_name(self, asked: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_integer
+from ..._distributed import broadcast_state
 from ..._warn import depth_in_package
 from ...errors import FlatminWarning, InvalidArgumentError
 from ...losses import MESA
@@ -25,8 +26,8 @@ class MESATask:
     """A task of timm whose loss has MESA's beside it, with timm's own average as the teacher.
 
     ``MESATask(model, criterion)`` takes the place of ``ClassificationTask(model, criterion)`` in timm's ``train.py``.
-    As a mixin it does the same to another task whose trainable module returns the logits: ``class MyTask(MESATask,
-    OtherTask): ...``.
+    As a mixin it does the same to another task: ``class MyTask(MESATask, LogitDistillationTask): ...``. Not to
+    ``TokenDistillationTask``, whose network returns the mean of its two heads in evaluation, where the average runs.
 
     There is one averaged copy of the network, the one that ``setup_ema`` makes (``--model-ema``), moves
     (``update_ema``), saves and evaluates. timm tells a task of no epochs, so that the loss begins after a number of
@@ -50,8 +51,8 @@ class MESATask:
 
     Raises:
         MissingDependencyError: If there is no timm.
-        InvalidArgumentError: (a ValueError) if an argument is out of its bounds; in the first training pass without
-            ``setup_ema``.
+        InvalidArgumentError: (a ValueError) if an argument is out of its bounds, or of no use for the task; in the
+            first training pass without ``setup_ema``.
 
     Example:
         >>> from flatmin.integrations.timm import MESATask, preset
@@ -66,6 +67,7 @@ class MESATask:
     trainable_module: Any
     trainable_module_ema: Any
     get_trainable_module: Any
+    get_eval_model: Any
 
     mesa: MESA | None
 
@@ -88,6 +90,7 @@ class MESATask:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._check_task(link)
         self._options: dict[str, Any] = {
             "start_epoch": check_integer("start_update", start_update, least=0),  # MESA's epochs are updates here
             "coefficient": coefficient,
@@ -118,11 +121,20 @@ class MESATask:
                 f"the network is on {here} and its average on {there}, where MESA cannot run it in each step: leave "
                 "out device= of setup_ema, and --model-ema-force-cpu"
             )
-        self.mesa = MESA(network, average=average, **self._options)
+        # Of a task whose trainable module has more than the network in it, the network.
+        self.mesa = MESA(self.get_eval_model(), average=self.get_eval_model(ema=True), **self._options)
         if self._loaded is not None:
             self.mesa.load_state_dict(self._loaded)
             self._loaded = None
         return average
+
+    def prepare_distributed(self, *args: Any, **kwargs: Any) -> Any:
+        """Wraps the network as timm does; all ranks get the first one's average, as they do its network."""
+        super().prepare_distributed(*args, **kwargs)  # type: ignore[misc]
+        average = self.get_trainable_module(ema=True)
+        if average is not None:
+            broadcast_state(average)
+        return self
 
     def update_ema(self, step: int | None = None) -> None:
         """Moves timm's average, and counts the update; ``step`` is the number of updates so far."""
@@ -167,6 +179,19 @@ class MESATask:
             self._loaded = found
         else:
             self.mesa.load_state_dict(found)
+
+    def _check_task(self, link: str) -> None:
+        """Refuses a task whose logits are not what the average's would be compared with."""
+        if isinstance(self, _package.timm("task").TokenDistillationTask):
+            raise InvalidArgumentError(
+                "MESATask cannot be a TokenDistillationTask: the network returns its two heads apart in training, and "
+                "their mean in evaluation, where MESA runs its average; take LogitDistillationTask"
+            )
+        if getattr(self, "multi_label", False) and link == "softmax":
+            raise InvalidArgumentError(
+                f"{type(self).__name__} has several labels a sample, of which link='softmax' makes one: write "
+                "link='sigmoid'"
+            )
 
     def _watch(self) -> None:
         """Warns where the loop does not move the average, so that the teacher is the network as it was made."""
