@@ -311,6 +311,7 @@ class SharpnessAware(Stepping, Wrapper):
             scale=LossScale(self.scaler, self, outside=begun is not None),
             base=self.base_optimizer,
             dropping=self._dropping,
+            clipping=self._clipping,
             check=None if self._checked else self._check_rounding,
         )
 
@@ -329,7 +330,7 @@ class SharpnessAware(Stepping, Wrapper):
             )
 
 
-_OF_THIS_OBJECT = ("_progress", "_beginnings", "_seen", "_dropping", "_beside")
+_OF_THIS_OBJECT = ("_progress", "_beginnings", "_seen", "_dropping", "_beside", "_clipping")
 
 
 def check_trained(model: nn.Module, base: Optimizer) -> nn.Module:
