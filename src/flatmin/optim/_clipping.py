@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 GLOBAL = "_group_tensors_by_device_and_dtype"
 BOUNDS = {"clip_grad_norm_": "max_norm", "_clip_grads_with_norm_": "max_norm", "clip_grad_value_": "clip_value"}
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a generator that is collected meanwhile may end a pass
 _watching = 0  # in how many passes, of all threads
 _thread = threading.local()
 
