@@ -3,10 +3,12 @@
 import copy
 import gc
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import flatmin
 from flatmin.errors import FlatminWarning
@@ -149,3 +151,74 @@ def test_copies_and_optimizers_that_are_gone_are_let_go(given):
     del training, twin
     gc.collect()
     assert not other._optimizer_step_pre_hooks
+
+
+def later(name, when, of_network, given=False):
+    """A second optimizer whose gradients the loop clears, made before the first step or later, or anew."""
+    training = Training(name, base=lambda model: bases(model)[0], given=given)
+    trained = matrices_and_rest(training.model)[1] if of_network else [nn.Parameter(torch.ones(3).double())]
+    if not of_network:
+        training.forward = lambda x: training.model(x) * trained[0]
+    other = torch.optim.AdamW(trained, lr=0.01) if when != "later" else None
+    caught = []
+    for step in range(4):
+        if step == 1 and when != "before":
+            other = None
+            other = torch.optim.AdamW(trained, lr=0.01)
+        for parameter in trained:
+            parameter.grad = None
+        with warnings.catch_warnings(record=True) as some:
+            warnings.simplefilter("always")
+            training.step()
+            if step:
+                other.step()
+        caught += [str(each.message) for each in some if issubclass(each.category, FlatminWarning)]
+    return [*training.model.state_dict().values(), *trained], caught
+
+
+@pytest.mark.parametrize(
+    ("name", "when", "of_network"),
+    [*((name, "later", True) for name in EVERY), ("SAM", "anew", True), ("SAM", "anew", False)],
+)
+def test_an_optimizer_that_is_made_later_is_known(name, when, of_network):
+    ours, caught = later(name, when, of_network, given=of_network)
+    plain, said = later(name, "before", of_network, given=of_network)
+    for left, right in zip(ours, plain, strict=True):
+        assert torch.equal(left, right)
+    assert caught == said
+    assert len(caught) == of_network
+
+
+def test_one_of_flatmins_that_is_made_later_is_none_beside():
+    training = Training("MSAM", base=lambda model: bases(model)[0])
+    training.step()
+    second = flatmin.MSAM(bases(training.model)[1])
+    for _ in range(2):
+        training.step()
+        second.step(training.closure)
+    assert not train(training, second.base_optimizer)
+
+
+def test_of_parameters_elsewhere_it_is_known_from_its_first_step_on():
+    training, seen = Training("SAM"), []
+    scale = nn.Parameter(torch.ones(3).double())
+    training.forward = lambda x: training.model(x) * scale
+    training.step()
+    other = torch.optim.SGD([scale], lr=0.0)
+    for _ in range(2):
+        scale.grad = None
+        training.step()
+        seen.append(scale.grad.clone())
+        other.step()
+    assert (seen[0] - seen[1]).norm() > 0.3 * seen[1].norm()  # of both passes, and of the second alone
+
+
+def test_what_an_optimizer_knows_ends_with_it():
+    training = Training("SAM")
+    training.step()
+    hooks, kept = len(_global_optimizer_pre_hooks), weakref.ref(training.optimizer._surroundings._others)
+    del training
+    gc.collect()
+    assert kept() is None
+    Training("SAM").step()
+    assert len(_global_optimizer_pre_hooks) == hooks

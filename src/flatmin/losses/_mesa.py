@@ -248,7 +248,7 @@ class MESA(Loaded):
             if share is not None:
                 with torch.no_grad():
                     args, kwargs = take((args, kwargs), share, len(first))
-            theirs = target.run(args, kwargs, first.device.type)
+            theirs = target.run(args, kwargs, first)
         return watched(self.coefficient * compare.loss(logits, theirs, where, self.temperature), "MESA")
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:

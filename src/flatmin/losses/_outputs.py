@@ -46,6 +46,20 @@ def as_called(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs
 
 
+def are_labels(logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether all that a network is called with is integers that might be the labels of ``logits``.
+
+    Their shape is then that of the logits, without the dimension of classes if there is one class each; but for the
+    batch, of which this may be a share.
+    """
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not args[0].ndim:
+        return False
+    if args[0].is_floating_point() or args[0].is_complex():
+        return False
+    shape, rest = args[0].shape[1:], logits.shape[1:]
+    return shape == rest or any(shape == rest[:at] + rest[at + 1 :] for at in range(len(rest)))
+
+
 def needs_gradient(outputs: Any) -> bool:
     """Whether a gradient is wanted of any tensor."""
     return any(isinstance(each, Tensor) and each.requires_grad for each in tree_leaves(outputs))

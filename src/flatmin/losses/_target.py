@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..averages._average import evaluating
 from ..averages._copy import without_hooks_of
 from ..averages._statistics import own_statistics
+from ..errors import InvalidArgumentError
+from ._outputs import are_labels
 from ._share import random_share
 
 
@@ -61,10 +63,24 @@ class Target:
             return torch.get_autocast_dtype(kind)
         return self.autocast
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> Any:
-        """What it makes of a batch on this type of device."""
-        with nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
-            return self.inside(self.average, args, kwargs)
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor) -> Any:
+        """What it makes of the batch of which the network has made ``logits``.
+
+        Raises:
+            InvalidArgumentError: If it was given the batch's labels, with which it fails.
+        """
+        with nullcontext() if self.autocast is None else torch.autocast(logits.device.type, self.autocast):
+            if torch.compiler.is_compiling() or not are_labels(logits, args, kwargs):
+                return self.inside(self.average, args, kwargs)
+            try:
+                return self.inside(self.average, args, kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise InvalidArgumentError(
+                    "the average's forward pass fails with what MESA was given, integers of the shape of labels: it "
+                    "takes no labels, and what the network was called with, mesa(logits, x)"
+                ) from error
 
     def inside(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``call``, which calls the average, makes of a batch, under whatever autocast is on."""

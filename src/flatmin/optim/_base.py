@@ -39,7 +39,7 @@ class SharpnessAware(Stepping, Wrapper):
     and lets the base optimizer step with what the method makes of the second gradient. Where ``when`` returns False, or
     rho is 0, the step is a plain base-optimizer step: one closure call. During the second call running statistics of
     torch's normalisation layers stand still, with ``model`` all buffers do, and dropout takes the masks of the first;
-    what other optimizers train gets the gradient of the second call alone. A one-pass step calls the closure once,
+    what else is trained gets the gradient of the second call alone. A one-pass step calls the closure once,
     at perturbed weights: statistics move in it, and its loss is that of the perturbed weights.
 
     A step is dropped if a gradient is not finite: weights, those buffers and all state stay as they were,
@@ -311,6 +311,7 @@ class SharpnessAware(Stepping, Wrapper):
             scale=LossScale(self.scaler, self, outside=begun is not None),
             base=self.base_optimizer,
             dropping=self._dropping,
+            clipping=self._clipping,
             check=None if self._checked else self._check_rounding,
         )
 
@@ -329,7 +330,7 @@ class SharpnessAware(Stepping, Wrapper):
             )
 
 
-_OF_THIS_OBJECT = ("_progress", "_beginnings", "_seen", "_dropping", "_beside")
+_OF_THIS_OBJECT = ("_progress", "_beginnings", "_seen", "_dropping", "_beside", "_clipping")
 
 
 def check_trained(model: nn.Module, base: Optimizer) -> nn.Module:

@@ -81,6 +81,7 @@ class GSAM(SharpnessAware):
     """
 
     _uses_first = True
+    _uses_both = True
 
     def __init__(
         self,

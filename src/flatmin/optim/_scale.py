@@ -39,6 +39,10 @@ class LossScale:
             self._factor = self._scaler.get_scale()
         return self._factor
 
+    def is_in_gradients(self) -> bool:
+        """Whether the gradients of the pass under way are multiplied with it still."""
+        return self.enabled and not (self._outside and has_unscaled(self._scaler, self._optimizer))
+
     def look(self) -> None:
         """Sees whether the loop has unscaled the gradients of the pass that is over."""
         self._done = self._outside and has_unscaled(self._scaler, self._optimizer)

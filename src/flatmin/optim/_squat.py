@@ -83,6 +83,8 @@ class SQuAT(SharpnessAware):
         >>> loss = optimizer.step(closure)
     """
 
+    _uses_first = True  # what is clipped with all of it is shorter for what stands still in the step
+
     def __init__(
         self,
         base_optimizer: Optimizer | Sequence[Optimizer],

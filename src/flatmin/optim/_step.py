@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .._passes import within
 from .._rng import CPU, Everywhere, replayed
 from ..errors import InvalidArgumentError
+from ._clipping import Clipping
 from ._dropping import Dropping
 from ._first_pass import Beginning, Beginnings
 from ._foreach import Scalar, global_norm, length, scaled_norm, shorten_, stays
@@ -63,6 +64,7 @@ class Step:
         scale: The scale of the losses.
         base: The base optimizer.
         dropping: Makes its step, and knows whether that can be dropped on the device.
+        clipping: Notices that a pass clips.
         check: Looks at the weights when they are moved, as `moved` has it; None if that was done.
         second_runs: Whether the second pass runs; None until the gradient of the first has decided.
         parameters: Those with a gradient in the last pass.
@@ -95,6 +97,7 @@ class Step:
     scale: LossScale
     base: Optimizer
     dropping: Dropping
+    clipping: Clipping
     check: Callable[[list[Tensor], list[Tensor], list[Tensor]], None] | None
     second_runs: bool | None = field(init=False)
     parameters: list[Tensor] = field(init=False, default_factory=list)
@@ -133,6 +136,7 @@ class Step:
             wanted = self.local and self.second_runs is True
             with (
                 within(self._token, second=False),
+                self.clipping.watched(self, "first"),
                 local_gradients(self.surroundings.model, wanted=wanted) as self._ranks,
             ):
                 yield
@@ -193,6 +197,7 @@ class Step:
             replayed(self._random),
             nullcontext() if self.begun is None else self.beginnings.replayed(self.begun),
             within(self._token, second=True),
+            self.clipping.watched(self, "second"),
         ):
             self.gradients.clear()
             for parameter in self.every():
@@ -204,7 +209,7 @@ class Step:
     def only_pass(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> Passes:
         """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
         self.remember()
-        with self.along(parameters, directions, sign=sign):
+        with self.along(parameters, directions, sign=sign), self.clipping.watched(self, "only"):
             yield
         self._collect("only", last=True)
         self.scale.remove(self.gradients, last=True)

@@ -16,6 +16,7 @@ from .._privacy import check_not_trained_privately
 from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
 from ._beside import Beside
+from ._clipping import Clipping
 from ._dropping import Dropping
 from ._first_pass import Beginning, Beginnings
 from ._mark import Seen
@@ -40,7 +41,8 @@ class Stepping(ABC):
     norm: str
     _dropped: bool  # whether the last step was, as far as the host knows
     _mixes_steps: ClassVar[bool] = False  # whether the gradients of different steps are added up
-    _uses_first: ClassVar[bool] = False  # whether the length of the first gradient matters, beside its direction
+    _uses_first: ClassVar[bool] = False  # whether more of the first gradient matters than its direction
+    _uses_both: ClassVar[bool] = False  # whether the gradient to step with is made of both
     _closure: ClassVar[str]  # for errors
     _without_closure: ClassVar[str]
     _steps: int  # that were made
@@ -72,6 +74,7 @@ class Stepping(ABC):
         """Makes what belongs to this object, and not to a copy of it."""
         self._progress, self._seen, self._dropping = Progress(), None, Dropping()
         self._beside = Beside(type(self).__name__)
+        self._clipping = Clipping(type(self).__name__, first=self._uses_first, both=self._uses_both)
         known = self._surroundings.model if self.max_passes == 2 else None
         self._beginnings = Beginnings(known, replay=self._replay)
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .._walk import Walk
 from ._foreach import put_back_
+from ._others import OtherGradients, Others, own_parameters
 from ._scale import has_scaled, has_unscaled, is_unstepped
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
@@ -87,46 +88,6 @@ class Buffers:
         put_back_(tensors, before, flag)
 
 
-class OtherGradients:
-    """Keeps the first pass from leaving a gradient in what other optimizers train: it is that of the second alone.
-
-    Their gradients are set aside during the first pass, and not copied.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._aside = [(parameter, parameter.grad) for parameter in parameters]
-        for parameter, gradient in self._aside:
-            if gradient is not None:
-                parameter.grad = None
-
-    def keep(self) -> None:
-        """As if nothing had been set aside: the gradients of the first pass are added to those."""
-        with torch.no_grad():
-            for parameter, gradient in self._aside:
-                if gradient is not None:
-                    if parameter.grad is not None:
-                        gradient += parameter.grad
-                    parameter.grad = gradient
-        self._aside.clear()
-
-    def drop(self) -> None:
-        """Forgets the gradients of the first pass, and puts back those that were set aside."""
-        for parameter, gradient in self._aside:
-            parameter.grad = gradient
-        self._aside.clear()
-
-    # Where the first pass was over before, its gradients are among those set aside. Inside, the second pass is made.
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for parameter, gradient in self._aside:
-            if kind is not None or parameter.grad is None:  # that the second pass has not reached
-                parameter.grad = gradient
-        self._aside.clear()
-
-
 class Surroundings:
     """Finds the modules that hold an optimizer's parameters, other optimizers, and scalers.
 
@@ -141,8 +102,7 @@ class Surroundings:
         self.model = model
         self._walk: Walk | None = None
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._others: list[weakref.ref[Optimizer]] | None = None  # None: not looked for yet
-        self._rest: list[tuple[weakref.ref[Optimizer], list[weakref.ref[Tensor]]]] = []
+        self._others: Others | None = None  # None: not looked for yet
         self._scalers: list[weakref.ref[GradScaler]] = []
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
@@ -170,11 +130,8 @@ class Surroundings:
     def other_gradients(self, parameters: list[Tensor]) -> OtherGradients:
         """The gradients of what other optimizers train, set aside."""
         self._look(parameters)
-        own, others = set(parameters), dict[Tensor, None]()
-        for optimizer in (reference() for reference in self._others or ()):
-            if optimizer is not None:
-                others.update((p, None) for group in optimizer.param_groups for p in group["params"] if p not in own)
-        return OtherGradients(others)
+        assert self._others is not None
+        return OtherGradients(self._others.parameters(set(parameters)))
 
     def rest(self, parameters: list[Tensor], *, look: bool) -> list[tuple[Optimizer, list[Tensor]]]:
         """Other optimizers with what they train of the network of ``parameters``, and nobody perturbs.
@@ -185,8 +142,7 @@ class Surroundings:
         """
         if look:
             self._look(parameters)
-        found = ((owner(), [each() for each in trained]) for owner, trained in self._rest)
-        return [(owner, [each for each in trained if each is not None]) for owner, trained in found if owner]
+        return [] if self._others is None else self._others.rest()
 
     def scaler_of(self, optimizer: Optimizer) -> GradScaler | None:
         """The scaler by which a loop has just unscaled the optimizer's gradients, if there is one."""
@@ -216,13 +172,8 @@ class Surroundings:
         modules = [found for found in alive if issubclass(type(found), nn.Module)]
         optimizers = [found for found in alive if issubclass(type(found), Optimizer)]
         own = set(parameters)
-        self._others = [
-            weakref.ref(optimizer)
-            for optimizer in optimizers
-            if any(parameter not in own for group in _groups(optimizer) for parameter in group["params"])
-        ]
         around = _around(own, modules) if self.model is None else set(self.model.modules())
-        self._rest = _rest(around, own, optimizers)
+        self._others = Others(around, own, optimizers)
         if self.model is None:
             for module in around:
                 self._layers.update(statistics_of(module))
@@ -234,7 +185,7 @@ def step_sizes_among(parameters: list[Tensor]) -> bool:
     if kind is None:
         return False
     own = set(parameters)
-    return any(parameter in own for found in _alive((kind,)) for parameter in _own_parameters(found))
+    return any(parameter in own for found in _alive((kind,)) for parameter in own_parameters(found))
 
 
 def statistics_of(module: nn.Module) -> list[nn.Module]:
@@ -251,7 +202,7 @@ def _around(parameters: set[Tensor], modules: list[nn.Module]) -> set[nn.Module]
         for child in _children(module):
             parents.setdefault(child, []).append(module)
     found: set[nn.Module] = set()
-    due = [module for module in modules if any(parameter in parameters for parameter in _own_parameters(module))]
+    due = [module for module in modules if any(parameter in parameters for parameter in own_parameters(module))]
     while due:
         module = due.pop()
         if module not in found:
@@ -260,34 +211,9 @@ def _around(parameters: set[Tensor], modules: list[nn.Module]) -> set[nn.Module]
     return {inner for module in found for inner in module.modules()}
 
 
-def _rest(
-    network: set[nn.Module], own: set[Tensor], optimizers: list[Optimizer]
-) -> list[tuple[weakref.ref[Optimizer], list[weakref.ref[Tensor]]]]:
-    """Of ``optimizers`` those that train parameters of ``network`` and not ``own``; not within flatmin's."""
-    left = {parameter for module in network for parameter in _own_parameters(module)} - own
-    for optimizer in optimizers if left else []:
-        if isinstance(vars(optimizer).get("base_optimizer"), Optimizer):
-            left -= {parameter for group in _groups(optimizer) for parameter in group["params"]}
-    found = []
-    for optimizer in optimizers if left else []:
-        theirs = [parameter for group in _groups(optimizer) for parameter in group["params"] if parameter in left]
-        if theirs:
-            found.append((weakref.ref(optimizer), list(map(weakref.ref, theirs))))
-    return found
-
-
 def _children(module: nn.Module) -> list[nn.Module]:
     # a module whose constructor has failed, or has not run, has no such attribute
     return [child for child in getattr(module, "_modules", {}).values() if child is not None]
-
-
-def _own_parameters(module: nn.Module) -> list[Tensor]:
-    return [parameter for parameter in getattr(module, "_parameters", {}).values() if parameter is not None]
-
-
-def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
-    return groups
 
 
 def _alive(kinds: tuple[type, ...]) -> list[Any]:
