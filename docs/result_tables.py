@@ -282,3 +282,18 @@ def after_table(root: Path, name: str) -> str:
             cells = [signed(each["difference"]) + "*" * (each["p_value_holm"] < 0.05) for each in after.values()]
             rows.append([own, signed(row["difference"]), *cells])
     return f"{markdown(headings, rows)}\n\n{machines(root, name)}"
+
+
+def one_pass_statistics(root: Path) -> str:
+    """What the one-pass methods gain with the batch-norm statistics of their training, and with fresh ones."""
+    cells: dict[str, list[str]] = {}
+    for name in ("msam-digits", "msam-mnist1d"):
+        for row in result(root, name)["rows"]:
+            fresh = row["after"]["fresh"]
+            if row["method"] == "base":
+                own = [f"{row['accuracy']['mean']:.2f} %", f"{fresh['mean']['mean']:.2f} %"]
+            else:
+                own = [signed(row["difference"]), signed(fresh["difference"])]
+            cells.setdefault(row["label"], []).extend(own)
+    headings = ("10 seeds", "digits", "digits, fresh", "MNIST-1D", "MNIST-1D, fresh")
+    return f"{markdown(headings, [(label, *own) for label, own in cells.items()])}\n\n{machines(root, 'msam-digits')}"

@@ -234,6 +234,7 @@ TABLES: dict[tuple[str, str], Callable[[Path], str]] = {
     ("docs/methods/averages.md", "refreshed"): history_tables.refreshed,
     ("docs/methods/mesa.md", "statistics"): results.mesa_statistics,
     ("docs/methods/mesa.md", "cheaper"): results.cheaper_mesa,
+    ("docs/methods/msam.md", "statistics"): results.one_pass_statistics,
     ("docs/findings/comparison.md", "rivals"): partial(written_by_rivals, name="rivals", of=rivals.COMPARISONS),
     ("docs/findings/comparison.md", "averages"): partial(written_by_rivals, name="rivals-averages", of=rivals.AVERAGES),
     ("docs/findings/comparison.md", "digits"): results.comparison("digits"),
