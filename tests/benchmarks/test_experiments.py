@@ -63,3 +63,19 @@ def test_text(trained, monkeypatch):
     assert second["train_loss_vanilla"] < first["train_loss_vanilla"]
     assert second["train_loss"] > second["train_loss_vanilla"]
     monkeypatch.delitem(sys.modules, "text_fidelity")
+
+
+def test_bert(trained, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.delitem(sys.modules, "quantization", raising=False)
+    import quantization
+
+    y = torch.arange(3).repeat(32)
+    x = torch.cat([torch.full((96, 1), 9), y[:, None] + torch.randint(1, 6, (96, 16))], dim=1)
+    data = quantization.Data(x, y, x[:20], y[:20], sections=3, words=10)
+    monkeypatch.setattr(quantization, "read", lambda settings: data)
+    first, second = trained("bert_experiment.py", batch_size=16)
+    assert second["train_loss_vanilla"] < first["train_loss_vanilla"]
+    assert second["train_loss"] > second["train_loss_vanilla"]
+    monkeypatch.delitem(sys.modules, "quantization")
