@@ -44,7 +44,7 @@ def train(model: nn.Module, average: nn.Module, steps: int = 6, seed: int = 5) -
         x = torch.randn(16, 4, generator=generator).to(next(model.parameters()).dtype)
         optimizer.zero_grad()
         logits = model(x)
-        loss = logits.square().mean()
+        loss = logits.log_softmax(dim=-1).square().mean()
         (loss + average(logits, x) if isinstance(average, flatmin.MESA) else loss).backward()
         optimizer.step()
         average.update()

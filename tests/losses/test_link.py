@@ -45,6 +45,7 @@ ONE_OF_SEVERAL = {
 INDEPENDENT = {
     "binary": lambda z: F.binary_cross_entropy_with_logits(z, yes_or_no(z.shape).to(z.dtype)),
     "binary, one label": lambda z: F.binary_cross_entropy_with_logits(z, F.one_hot(labels(z.shape[1])).to(z.dtype)),
+    "regression": lambda z: F.mse_loss(z, torch.ones_like(z)),
     "soft margin": lambda z: F.multilabel_soft_margin_loss(z, yes_or_no(z.shape).to(z.dtype)),
 }
 
@@ -88,6 +89,7 @@ def test_independent_labels_are_told_of_once(name, criterion):
     (message,) = said(name, INDEPENDENT[criterion])
     assert message.startswith(name.partition(",")[0])
     assert "link='sigmoid'" in message
+    assert "distance=" in message
 
 
 @pytest.mark.parametrize("name", NAMES)

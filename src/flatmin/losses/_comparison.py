@@ -49,7 +49,7 @@ class Comparison:
         self.distance = distance
         if distance is not None and link != "softmax":
             raise InvalidArgumentError(f"link={link!r} and distance={distance!r} exclude each other: leave one out")
-        self._link_check = LinkCheck("MESA", "write MESA(..., link='sigmoid')")
+        self._link_check = LinkCheck("MESA", "write MESA(..., ")
 
     def chosen(self) -> dict[str, Any]:
         """The arguments that are not the defaults, to be printed."""

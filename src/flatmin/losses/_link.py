@@ -24,7 +24,7 @@ class LinkCheck:
 
     Args:
         name: Whose check it is.
-        way: The way out.
+        way: The way out, as far as its last argument.
     """
 
     def __init__(self, name: str, way: str) -> None:
@@ -62,8 +62,8 @@ class LinkCheck:
         if together > _MOVED * whole:
             warnings.warn(
                 f"{self._name} compares softmax outputs, and the criterion moves the logits of a sample together, as "
-                "the loss of independent labels does and no cross entropy over classes: if a sample may have several "
-                f"labels, or none, {self._way} (warned once)",
+                "no cross entropy over classes does: where a sample may have several labels, or none, "
+                f"{self._way}link='sigmoid'), and for a regression {self._way}distance=...) (warned once)",
                 FlatminWarning,
                 stacklevel=depth_in_package(),
             )

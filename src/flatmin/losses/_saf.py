@@ -132,7 +132,7 @@ class SAF(Loaded):
             grown=grown,
         )
         self._watch = Watch(self.num_samples, self.num_classes, self.history.lag)
-        self._link_check = LinkCheck("SAF", "take flatmin.MESA(model, link='sigmoid')")
+        self._link_check = LinkCheck("SAF", "take flatmin.MESA(model, ")
         self._epoch = 0
         self._clock = Clock()
         self._handle = _compiled.register(self)
