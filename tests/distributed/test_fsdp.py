@@ -221,7 +221,7 @@ def statistics(sharded: bool, choice: str) -> tuple[list[torch.Tensor], list[tor
             ours.refresh([x, -x])
         optimizer.zero_grad()
         logits = model(x)
-        (logits.square().mean() + ours(logits, x)).backward()
+        (logits.log_softmax(1).square().mean() + ours(logits, x)).backward()
         optimizer.step()
     buffers = [buffer.clone() for buffer in ours.average.module.buffers()]
     return problem.weights(ours.average.module), buffers, ours(model(x), x).detach()

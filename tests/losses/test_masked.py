@@ -116,8 +116,9 @@ def test_a_default_dtype_of_float64_changes_no_memory(history, doubles):
         saf.to("cpu", torch.float32)
         for epoch in range(4):
             saf.set_epoch(epoch)
-            generator = torch.Generator().manual_seed(epoch)
-            loss = saf(live(torch.randn(200, 120, generator=generator, dtype=torch.float32)), torch.arange(200))
+            own, other = (torch.Generator().manual_seed(seed) for seed in (9, epoch))
+            logits = sum(torch.randn(200, 120, generator=each, dtype=torch.float32) for each in (own, other))
+            loss = saf(live(logits), torch.arange(200))
         losses.append(loss)
     assert losses[0] == losses[1] > 0
 

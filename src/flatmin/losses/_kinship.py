@@ -24,10 +24,10 @@ _NEVER = -1
 class Kinship:
     """Compares outputs on some samples with their last ones, and with those of other samples.
 
-    A network says of a sample much what it said of it an epoch ago. Where its outputs are no nearer to that than to
-    what it said of another sample, though they differ from sample to sample, the index does not name the same sample
-    in each epoch. It asks so in the first epochs, until it has found that they are related or that they are not, and
-    never waits for an accelerator.
+    The logits of a sample are much what they were an epoch ago. Where they are no nearer to those than to the past
+    logits of another sample, though they differ from sample to sample, the index does not name the same sample in each
+    epoch. It looks in the first epochs, until it has found that they are related or that they are not, and never waits
+    for an accelerator.
 
     Args:
         num_samples: Number of samples in the data set.
