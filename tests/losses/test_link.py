@@ -103,11 +103,14 @@ def test_nothing_is_said_of_a_softmax(name, criterion, dtype):
 def test_nothing_is_said_where_no_softmax_is_compared(options):
     model = nn.Linear(3, C)
     mesa = flatmin.MESA(model, decay=0.9, start_epoch=0, **options)
-    for _ in range(3):
-        x = torch.randn(B, 3)
-        logits = model(x)
-        (INDEPENDENT["binary"](logits) + mesa(logits, x)).backward()
-        mesa.update()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            x = torch.randn(B, 3)
+            logits = model(x)
+            (INDEPENDENT["binary"](logits) + mesa(logits, x)).backward()
+            mesa.update()
+    assert caught == []
 
 
 @pytest.mark.parametrize("class_dim", [1, -1])
