@@ -99,10 +99,13 @@ def test_a_resume_without_the_state_is_told_of():
 
 def test_evaluation_counts_for_nothing():
     saf = flatmin.SAF(N, C, lag=1, start_epoch=0)
-    for epoch in range(4):
-        saf.train().set_epoch(epoch)
-        saf(torch.eye(N, C, requires_grad=True)[shuffled(epoch)], shuffled(epoch))
-        saf.eval()(torch.randn(N, C), shuffled(epoch) % C)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in range(4):
+            saf.train().set_epoch(epoch)
+            saf(torch.eye(N, C, requires_grad=True)[shuffled(epoch)], shuffled(epoch))
+            saf.eval()(torch.randn(N, C), shuffled(epoch) % C)
+    assert caught == []
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda saf: pickle.loads(pickle.dumps(saf))])
