@@ -1,6 +1,10 @@
 """SAF's kernel against the plain operations and a float64 oracle: interpreted on the CPU, compiled on a GPU."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -220,6 +224,15 @@ def test_second_derivatives_are_those_of_the_plain_step(launches, monkeypatch):
     assert len(launches) == 2
 
 
+def test_it_compiles_for_gpus(tmp_path):
+    """The interpreter runs what the compiler refuses."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = [sys.executable, str(Path(__file__).with_name("compile_kernel.py"))]
+    run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["15", "kernels"]
+
+
 def test_launching_again_after_set_epoch_is_a_step_of_that_epoch(launches):
     saf, logits, index = ready()
     saf(logits.requires_grad_(), index)
@@ -242,7 +255,10 @@ def test_a_graph_that_would_go_stale_is_refused(launches, monkeypatch):
 
 def test_a_kernel_that_fails_is_said_once_and_replaced(launches, monkeypatch):
     def fails(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("no compiler\nfound")
+        try:
+            raise RuntimeError("no compiler\nfound")
+        except RuntimeError as error:
+            raise TypeError("at 81:23:\n  a line") from error
 
     expected = ready()
     monkeypatch.setattr(_fused, "_launch", fails)

@@ -245,14 +245,21 @@ def _works(launch: Callable[[], None]) -> bool:
         raise
     except Exception as error:
         _broken = True
-        reason = (str(error).strip().splitlines() or [""])[0]
         warnings.warn(
-            f"SAF's kernel cannot be used here ({type(error).__name__}: {reason:.200}): its plain operations run "
+            f"SAF's kernel cannot be used here ({_reason(error)}): its plain operations run "
             "instead, which give the same and take longer; with a working Triton it is faster",
             FlatminWarning,
             stacklevel=depth_in_package(),
         )
     return not _broken
+
+
+def _reason(error: BaseException) -> str:
+    """In a line: the first error of a chain. Triton's later ones show where it came from, and so do its first lines."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1 if lines[0].startswith('at ') else 0].strip():.200}"
 
 
 @functools.cache

@@ -65,15 +65,17 @@ def _past(row, column, num_classes, size, step, BITS: tl.constexpr):  # noqa: N8
     """What a row of the history says of some classes, in float32, up to a constant of the row."""
     there = column < num_classes
     if BITS == 0:
-        return tl.load(row + column, mask=there, other=0.0).to(tl.float32)
-    bit = column * BITS
-    byte, shift = bit // 8, bit % 8
-    low = tl.load(row + byte, mask=there, other=0).to(tl.int32)
-    high = tl.load(row + byte + 1, mask=there & (byte + 1 < size), other=0).to(tl.int32)
-    most: tl.constexpr = 2**BITS - 1
-    code = ((low >> shift) | (high << (8 - shift))) & most
-    lost = tl.where(code == most, step, 0.0) >= WIDEST / most * (1 - 2.0**-11)
-    return tl.where(lost, LOST, code.to(tl.float32) * -step)
+        value = tl.load(row + column, mask=there, other=0.0).to(tl.float32)
+    else:  # a return above would not keep the compiler from what follows
+        bit = column * BITS
+        byte, shift = bit // 8, bit % 8
+        low = tl.load(row + byte, mask=there, other=0).to(tl.int32)
+        high = tl.load(row + byte + 1, mask=there & (byte + 1 < size), other=0).to(tl.int32)
+        most: tl.constexpr = 2**BITS - 1
+        code = ((low >> shift) | (high << (8 - shift))) & most
+        lost = tl.where(code == most, step, 0.0) >= WIDEST / most * (1 - 2.0**-11)
+        value = tl.where(lost, LOST, code.to(tl.float32) * -step)
+    return value
 
 
 @triton.jit
