@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import flatmin
+from flatmin.averages._statistics import refresh
 from flatmin.errors import FlatminWarning, InvalidArgumentError
 from tests.live import live
 
@@ -104,6 +105,18 @@ def test_fresh_statistics_are_the_means_over_the_batches_with_the_averages_weigh
     logits = inner(average)(batches()[0])
     assert_close([logits], [torchs.eval()(batches()[0])])
     assert not any(layer.training for layer in inner(average).modules())
+
+
+def test_those_of_a_network_in_training_are_made_anew_in_place():
+    """As for MSAM in the laboratory; frozen layers keep theirs, and all layers their modes."""
+    model = network(dropout=0.5).train()
+    model[5].eval()
+    kept, expected = statistics(model[5]), by_hand(model[:5], batches())
+    modes = [layer.training for layer in model.modules()]
+    refresh(model, model, batches())
+    assert_close(statistics(model), [*expected, *kept])
+    assert [layer.training for layer in model.modules()] == modes
+    assert model[1].momentum == 0.1
 
 
 @every

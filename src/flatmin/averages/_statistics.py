@@ -68,10 +68,10 @@ def own_statistics(network: nn.Module, model: nn.Module) -> Iterator[None]:
 def refresh(network: nn.Module, model: nn.Module, batches: Iterable[Any]) -> None:
     """Makes the statistics of ``network`` anew: the means over ``batches``, as ``torch.optim.swa_utils.update_bn``.
 
-    Other than there, dropout stays off, the layers' counters stay as they are, and an error changes nothing.
+    Other than there, dropout is off, the layers' counters stay as they are, and an error changes nothing.
 
     Args:
-        network: An average, in evaluation mode.
+        network: An average; or ``model`` itself, whose layers keep their modes.
         model: The network that is trained, with its wrappers.
         batches: Tensors; tuples or lists that begin with one; or dictionaries of keyword arguments.
 
@@ -86,7 +86,9 @@ def refresh(network: nn.Module, model: nn.Module, batches: Iterable[Any]) -> Non
     before = [buffer.clone() for buffer in kept]
     statistics = [getattr(layer, name) for layer in layers for name in BUFFERS]
     device, count, done = next(network.parameters(), statistics[0]).device, 0, False
+    modes = [(layer, layer.training) for layer in network.modules()]
     try:
+        network.eval()
         for layer in layers:
             layer.train()
         for buffer in statistics:
@@ -101,7 +103,8 @@ def refresh(network: nn.Module, model: nn.Module, batches: Iterable[Any]) -> Non
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-            layer.eval()
+        for layer, training in modes:
+            layer.training = training
         made = {id(buffer) for buffer in statistics} if done else set()
         for buffer, value in zip(kept, before, strict=True):
             if id(buffer) not in made:

@@ -1,4 +1,4 @@
-"""The batch-norm statistics of the averages that are evaluated, and of MESA's target."""
+"""The batch-norm statistics of what is evaluated, if not those of training, and of MESA's target."""
 
 import copy
 from dataclasses import replace
@@ -18,7 +18,7 @@ from flatmin.lab.training import evaluation
 from flatmin.lab.training import trainer as trainer_module
 from flatmin.lab.training.trainer import Trainer
 
-EVALUATED = ["ema", "switch_ema", "lawa"]
+EVALUATED = {"ema": "averaged", "switch_ema": "averaged", "lawa": "averaged", "msam": "trained", "s2sam": "trained"}
 
 
 def statistics(network: nn.Module) -> list[torch.Tensor]:
@@ -26,7 +26,7 @@ def statistics(network: nn.Module) -> list[torch.Tensor]:
 
 
 def by_hand(trainer: Trainer) -> list[torch.Tensor]:
-    """The mean and the variance, over all training images as they are, of what batch norm gets in the average."""
+    """The mean and the variance, over all training images as they are, of what batch norm gets in the evaluation."""
     flatten, linear = trainer.evaluated[:2]
     x = linear(flatten(trainer.problem.train.tensors[0])).detach()
     return [x.mean(dim=0), x.var(dim=0)]
@@ -37,14 +37,15 @@ def close(ours, theirs) -> bool:
 
 
 @pytest.mark.parametrize("method", EVALUATED)
-@pytest.mark.parametrize("choice", [None, "fresh", "averaged"])
+@pytest.mark.parametrize("choice", [None, "fresh", "other"])
 def test_what_is_evaluated_has_statistics_of_its_own_weights(make_trainer, method, choice, monkeypatch):
-    trainer = make_trainer(method, crop=True, settings={} if choice is None else {"statistics": choice})
+    statistics_of = {None: {}, "fresh": {"statistics": "fresh"}, "other": {"statistics": EVALUATED[method]}}
+    trainer = make_trainer(method, crop=True, settings=statistics_of[choice])
     seen, evaluate = [], trainer.evaluate
     monkeypatch.setattr(trainer, "evaluate", lambda: seen.append(statistics(trainer.evaluated)) or evaluate())
     for _ in range(2):
         trainer.train_epoch()
-        assert close(seen[-1], by_hand(trainer)) == (choice != "averaged")
+        assert close(seen[-1], by_hand(trainer)) == (choice != "other")
 
 
 @pytest.mark.parametrize("method", [*EVALUATED, "mesa"])
@@ -135,7 +136,7 @@ def test_mesa_goes_on_bitwise_with_each_of_them(make_trainer, choice, steps, tmp
 
 @pytest.mark.parametrize("method", EVALUATED)
 def test_the_batchs_own_are_for_mesa_alone(make_trainer, method):
-    with pytest.raises(InvalidArgumentError, match=r"unknown statistics 'batch'; there are averaged, fresh"):
+    with pytest.raises(InvalidArgumentError, match=f"unknown statistics 'batch'; there are {EVALUATED[method]}, fresh"):
         make_trainer(method, settings={"statistics": "batch"})
 
 

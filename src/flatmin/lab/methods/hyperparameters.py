@@ -60,8 +60,9 @@ HYPERPARAMETERS: dict[str, tuple[type, str, Bounds | None]] = {
     "fraction": (float, "Share of each batch on which the average is run.", SHARE),
     "statistics": (
         str,
-        "Batch-norm statistics of the average: averaged | fresh (made anew from training samples after each epoch) | "
-        "batch (mesa alone: those of each batch).",
+        "Batch-norm statistics with which the average, or a network trained at moved weights (msam, s2sam), is run: "
+        "averaged or trained | fresh (made anew from training samples after each epoch) | batch (mesa alone: those of "
+        "each batch).",
         None,
     ),
     "interval": (int, "The average is run in every interval-th step; the loss is 0 in the others.", COUNT),

@@ -1,12 +1,15 @@
 """The cards of the methods that wrap the optimizer."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..._checks import check_choice, check_number, nearest
+from ..._distributed import unwrapped
+from ...averages._statistics import refresh
 from ...errors import InvalidArgumentError
 from ...optim import (
     ASAM,
@@ -122,10 +125,19 @@ def _card(
         optimizer = (make or source)(given.optimizer, parameters=parameters, scaler=given.scaler, **options)
         every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         size = moved * _bytes(every if parameters is None else parameters) + whole * _bytes(every)
-        return Assembled(optimizer, extra_bytes=size, chooses=optimizer.per_sample_closure)
+        anew = (
+            closure_calls == 1 and check_choice("statistics", settings["statistics"], ("trained", "fresh")) == "fresh"
+        )
+        return Assembled(
+            optimizer,
+            extra_bytes=size,
+            chooses=optimizer.per_sample_closure,
+            refresh=partial(refresh, unwrapped(given.model), given.model) if anew else None,
+        )
 
-    # The class perturbs all parameters, in all steps, and takes objects for either; here a word says it.
-    words = {"subset": subset} if closure_calls == 1 else {"subset": subset, "when": when}
+    # The class perturbs all parameters, in all steps, and takes objects for either; here a word says it. A method of
+    # one pass sees each batch at moved weights alone, and so the batch-norm statistics of training are theirs.
+    words = {"subset": subset, **({"statistics": "fresh"} if closure_calls == 1 else {"when": when})}
     if closure_calls > 1:
         facts["second_pass"] = _second_pass(own_when)
     return Card(
