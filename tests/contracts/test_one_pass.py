@@ -177,6 +177,7 @@ LOOPS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*update_bn")  # small weights, and an evaluation in between
 @every
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("loop", LOOPS)

@@ -105,6 +105,7 @@ UNSEEN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*update_bn")  # small weights, and an evaluation in between
 @every
 @pytest.mark.parametrize("how", UNSEEN)
 def test_a_forward_that_is_not_seen_is_refused(name, how):

@@ -40,7 +40,8 @@ class MSAM(OnePass):
     The momentum points up the slope of the past batches, so that the weights are moved *down* it, to where the base
     optimizer is about to go; the other sign was reported to fail. The first step, before there is a momentum, is a
     plain base-optimizer step. Memory: one copy of the perturbed weights. The running statistics of batch norm are those
-    of moved weights: make them anew before you evaluate, by ``torch.optim.swa_utils.update_bn(loader, model)``.
+    of moved weights: make them anew before you evaluate, by ``torch.optim.swa_utils.update_bn(loader, model)``; with
+    ``model=`` a first evaluation without it is warned of.
 
     Args:
         base_optimizer: The torch optimizer that makes the step: an instance that keeps ``momentum_buffer`` or

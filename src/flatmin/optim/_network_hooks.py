@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -44,13 +44,17 @@ class Attached:
         model: The network, in its wrappers or not. Of a container that is not called, such as ``nn.ModuleList``, the
             modules in it count. An owner of the same parameters that was attached before is detached.
         owner: The owner.
+        evaluated: Called with the module before a forward pass that is none of training; does not refer to the owner.
 
     Attributes:
         held: Whether the weights stay moved until `end`, whatever passes are over.
     """
 
-    def __init__(self, model: nn.Module, owner: Owner) -> None:
+    def __init__(
+        self, model: nn.Module, owner: Owner, evaluated: Callable[[nn.Module], None] = lambda module: None
+    ) -> None:
         self.held = False
+        self._evaluated = evaluated
         self._displaced = displaced = owner.displaced
         self._owner = weakref.ref(owner, lambda _: displaced.restore())
         self._calls: list[object] = []  # of forwards that run now
@@ -94,11 +98,14 @@ class Attached:
                     "the whole network runs in checkpoint(..., use_reentrant=True), whose first forward pass has no "
                     "gradients, so that the weights were clean: use use_reentrant=False, or checkpoint parts of it"
                 )
-        elif training and gradients:
+            return
+        if training and gradients:
             self._displaced.resume()  # if a forward without gradients was interrupted
             self._calls.append(_TRAINING)
             owner.move()
-        elif gradients:  # its backward pass will need the clean weights
+            return
+        self._evaluated(module)
+        if gradients:  # its backward pass will need the clean weights
             if self.clean:
                 self.end("a forward pass in evaluation mode came before it")
             self._calls.append(None)

@@ -13,6 +13,7 @@ from torch.utils.weak import TensorWeakRef
 from ..errors import InvalidArgumentError
 from ._base import SharpnessAware
 from ._displaced import Displaced
+from ._far_statistics import FarStatistics
 from ._foreach import Scalar, length
 from ._network_hooks import Attached, unattended
 from ._perturbation import Rho, Scaling, unit
@@ -33,6 +34,7 @@ class OnePass(SharpnessAware):
     _begun: Step | None  # of which the loop makes the passes
     _norm: Scalar | None  # of its direction
     _attached: Attached | None
+    _far: FarStatistics
     _without_closure = SharpnessAware._without_closure + (
         "; or give it the network as model=, for loops that call loss.backward() and then step()"
     )
@@ -131,6 +133,8 @@ class OnePass(SharpnessAware):
                     step.before = begun.before
                 parameters, directions, sign = self._direction(step)
                 yield from step.only_pass(parameters, directions, sign=sign)
+        if self._scaling is unit:
+            self._far.step_made(step.rho)
         self._made(step)
 
     def _make_passes(self, closure: Callable[..., Any]) -> Step:
@@ -203,9 +207,9 @@ class OnePass(SharpnessAware):
 
     def _attach(self) -> None:
         self.displaced = Displaced()
-        self._begun, self._norm = None, None
+        self._begun, self._norm, self._far = None, None, FarStatistics(type(self).__name__)
         model = self._surroundings.model
-        self._attached = None if model is None else Attached(model, self)
+        self._attached = None if model is None else Attached(model, self, self._far.forward)
 
     def _load(self, base: dict[str, Any], own: dict[str, Any]) -> None:
         self._check_idle("load_state_dict")
@@ -223,7 +227,7 @@ class OnePass(SharpnessAware):
         self._attach()
 
 
-_OF_THIS_OBJECT = ("displaced", "_begun", "_norm", "_attached")
+_OF_THIS_OBJECT = ("displaced", "_begun", "_norm", "_attached", "_far")
 
 
 def _untouched(parameters: Iterable[Tensor]) -> Callable[[], bool]:
