@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from flatmin.errors import InvalidArgumentError, NonFiniteGradientWarning
 from flatmin.optim import _dropping, _foreach, _step
 from flatmin.optim.schedules import Adaptive, Schedule
 from tests.contracts._optimizers import CLOSURES, EVERY, Training, assert_same, network, sgd
-from tests.host_reads import NoReads
+from tests.host_reads import DEVICE, HostReads, NoReads
 
 
 def joined(model):
@@ -307,6 +308,25 @@ def test_resuming_is_bit_identical():
         second.optimizer.load_state_dict(state["optimizer"])
         second.step(3)
         assert_same(second.state(), whole.state())
+
+
+def test_flags_are_awaited_on_the_stream_of_their_device(monkeypatch):
+    """Which the current device need not be: its stream may be done long before."""
+    recorded = []
+
+    class Event:
+        def record(self, stream):
+            recorded.append(stream)
+
+        def synchronize(self):
+            recorded.append("synchronize")
+
+    module = SimpleNamespace(Event=Event, current_stream=lambda device: f"the stream of {device}")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    with HostReads():
+        flag = torch.tensor(True).to(DEVICE)
+        assert _dropping._Flags(flag, flag).read() == (True, True)
+    assert recorded == [f"the stream of {DEVICE}", "synchronize"]
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,9 @@ class _Flags:
         self._flags = torch.stack((first, second)).to("cpu", non_blocking=True)
         self._event: Any = None
         if first.device.type != "cpu":
-            self._event = torch.get_device_module(first.device).Event()
-            self._event.record()
+            module = torch.get_device_module(first.device)
+            self._event = module.Event()
+            self._event.record(module.current_stream(first.device))  # which need not be the current device's
 
     def read(self) -> tuple[bool, bool]:
         """Returns them; waits until they are there."""
