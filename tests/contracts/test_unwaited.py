@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import warnings
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatmin
 from flatmin.errors import InvalidArgumentError, NonFiniteGradientWarning
@@ -76,6 +78,50 @@ def test_a_read_would_be_found():
     training.each_pass = lambda: float(training.x.sum())
     with NoReads(), pytest.raises(AssertionError, match="the host reads"):
         training.optimizer.step(training.closure)
+
+
+class Counted(TorchDispatchMode):
+    """How often the host asks torch for something inside."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("base", "most"), [("sgd", 5), ("sgd fused", 1), ("adamw", 10)])
+@pytest.mark.parametrize("name", ["SAM", "MSAM"])
+@pytest.mark.usefixtures("staying")
+def test_a_step_is_launched_over_lists(name, base, most):
+    """A tensor more costs the host few calls: small networks train on a GPU as fast as it can launch their kernels."""
+
+    def calls(layers, around):
+        model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(layers)])
+        plain = BASES[base](model)
+        optimizer = EVERY[name](plain, rho=0.1) if around else plain
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 2)).square().sum()
+            loss.backward()
+            return loss
+
+        def step():
+            if around:
+                optimizer.step(closure)
+            else:
+                deque((closure() for _ in range(EVERY[name].max_passes)), maxlen=0)
+                plain.step()
+
+        for _ in range(3):
+            step()
+        with Counted() as counted:
+            step()
+        return counted.calls
+
+    own = {layers: calls(layers, True) - calls(layers, False) for layers in (4, 24)}
+    assert (own[24] - own[4]) / 40 <= most
 
 
 ALIKE = [

@@ -125,7 +125,7 @@ class _Outside(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
