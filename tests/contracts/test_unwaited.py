@@ -433,8 +433,13 @@ def test_bits_are_put_back_whatever_they_are(dtype, flag):
     tensors = [new.clone(), new.clone().view(2, 4).t()]
     copies = [old.clone(), old.clone().view(2, 4).t()]
     _foreach.put_back_(tensors, copies, torch.tensor(flag))
+    kept = old.clone()
+    backup = _foreach.Backup([kept])
+    kept.copy_(new)
+    backup.put_back_(torch.tensor(flag))
     wanted = old if flag else new
     raw = torch.uint8
+    assert torch.equal(kept.view(raw), wanted.view(raw))
     assert torch.equal(tensors[0].view(raw), wanted.view(raw))
     assert torch.equal(tensors[1].t().contiguous().flatten().view(raw), wanted.view(raw))
 

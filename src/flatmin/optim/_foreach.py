@@ -184,13 +184,14 @@ class Backup:
         parts: dict[torch.dtype, list[Tensor]] = {}
         for bits in map(_bits, tensors):
             parts.setdefault(bits.dtype, []).append(bits)
-        self._parts = [(part, torch._foreach_mul(part, 1)) for part in parts.values()]
+        self._parts = [(part, list(torch._foreach_mul(part, 1))) for part in parts.values()]
 
     @torch.no_grad()
     def put_back_(self, where: Tensor) -> None:
-        """Puts them back where ``where`` is True."""
+        """Puts them back where ``where`` is True, and uses the copies up."""
         for new, old in self._parts:
-            _choose_(new, old, where)
+            torch._foreach_sub_(old, new)
+            _add_where_(new, old, where)
 
 
 @torch.no_grad()
@@ -203,13 +204,13 @@ def put_back_(tensors: list[Tensor], copies: list[Tensor], where: Tensor) -> Non
         new.append(ours)
         old.append(_bits(copy))
     for new, old in parts.values():
-        _choose_(new, old, where)
+        _add_where_(new, list(torch._foreach_sub(old, new)), where)
 
 
-def _choose_(new: list[Tensor], old: list[Tensor], where: Tensor) -> None:
-    differences = torch._foreach_sub(old, new)  # wraps around, and so back
-    torch._foreach_mul_(differences, where.to(new[0].dtype))
-    torch._foreach_add_(new, differences)
+def _add_where_(integers: list[Tensor], differences: list[Tensor], where: Tensor) -> None:
+    """Adds differences, which wrapped around and so do back."""
+    torch._foreach_mul_(differences, where.to(integers[0].dtype))
+    torch._foreach_add_(integers, differences)
 
 
 def _bits(tensor: Tensor) -> Tensor:

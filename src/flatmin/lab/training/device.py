@@ -30,6 +30,6 @@ def release() -> None:
 
     An optimizer and an average that is attached to it hold each other, with all that the average has recorded.
     """
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         gc.collect()
         torch.cuda.empty_cache()

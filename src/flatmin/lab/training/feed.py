@@ -37,7 +37,7 @@ class Feed:
     """Gives the batches of a training or test set.
 
     Where the whole set is of tensors and fits, it is copied to the device once, with its labels checked once. The
-    samples of a batch are the same either way. Feeds of one set share the copy: a comparison times all its rows at once.
+    samples of a batch are the same either way. Feeds of one set share the copy: a comparison times all rows at once.
 
     Args:
         problem: The problem.
