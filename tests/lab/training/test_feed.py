@@ -1,5 +1,6 @@
 """What the command does on a GPU, on the CPU by the same code: data on the device, the layout of images, --compile."""
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -12,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 import flatmin
 from flatmin.errors import InvalidArgumentError
+from flatmin.lab.problems import problem as problem_module
 from flatmin.lab.problems.batches import make_loader
 from flatmin.lab.problems.source import TRAIN
 from flatmin.lab.recipe import Recipe
@@ -119,9 +121,9 @@ def test_feeds_of_one_set_share_its_copy(make_run, make_problem, held):
     one, other = (Feed(problem, TRAIN, problem.train, cpu) for _ in range(2))
     assert one._held is other._held is not None
     assert Feed(problem, TRAIN, problem.test, cpu)._held is not one._held
-    copy = weakref.ref(one._held)
+    shared = weakref.ref(one._held)
     del one, other
-    assert copy() is None
+    assert shared() is None
 
 
 def test_batches_that_are_read_are_pinned_for_a_gpu(make_run, make_problem, monkeypatch):
@@ -154,6 +156,21 @@ def test_what_only_cycles_keep_is_given_back_to_the_gpu(monkeypatch):
     finally:
         gc.enable()
     assert found == [None]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_gpu_makes_the_step_in_one_kernel_and_a_run_goes_on_elsewhere(optimizer, trainer_of, monkeypatch):
+    plain = trainer_of("sam", optimizer=optimizer)
+    trained(plain, 1)
+    monkeypatch.setattr(problem_module, "FUSED", {"cpu"})
+    assert trainer_of(optimizer=optimizer, precision="float16").optimizer.param_groups[0]["fused"] is None
+    fused = trainer_of("sam", optimizer=optimizer)
+    fused.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert fused.optimizer.param_groups[0]["fused"] is True
+    (row,), (expected,) = trained(fused, 1), trained(plain, 1)
+    assert row == pytest.approx(expected, rel=1e-4)
+    plain.load_state_dict(fused.state_dict())
+    assert plain.optimizer.param_groups[0]["fused"] is None
 
 
 def test_no_step_waits_for_the_device(trainer_of, held, monkeypatch):
