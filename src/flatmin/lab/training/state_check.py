@@ -69,11 +69,12 @@ def check_optimizer(found: Any, optimizer: Optimizer, *, exact: bool) -> None:
                 check_fit(f"{name}.{key}", value, parameters[number].detach())
 
 
-def as_here(found: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of an optimizer, once it is checked, with the kernel of this device, as in its ``own`` state."""
-    groups = zip(found["param_groups"], own["param_groups"], strict=True)
-    chosen = [{**group, "fused": mine["fused"]} if "fused" in mine else group for group, mine in groups]
-    return {**found, "param_groups": chosen}
+def as_here(found: Any, optimizer: Optimizer) -> Any:
+    """A state that `check_optimizer` has checked, with the kernels that this device's optimizer was made with."""
+    if type(optimizer) not in (SGD, AdamW):
+        return found
+    groups = zip(found["param_groups"], optimizer.param_groups, strict=True)
+    return {**found, "param_groups": [{**group, "fused": own["fused"]} for group, own in groups]}
 
 
 def check_values(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -289,7 +289,7 @@ class Trainer:
         part = self._own_part(state["ranks"])
         self.model.load_state_dict(state["model"])
         with apart():
-            self.optimizer.load_state_dict(as_here(state["optimizer"], own["optimizer"]))
+            self.optimizer.load_state_dict(as_here(state["optimizer"], self.scheduler.optimizer))
         self.scheduler.load_state_dict(state["scheduler"])
         self._scaler.load_state_dict(state["scaler"])
         if self.trajectory is not None:
