@@ -33,6 +33,7 @@ WAITS = {
     aten.masked_select,
     aten.bincount,
     aten.repeat_interleave,
+    aten._unique,
     aten._unique2,
     aten.unique_dim,
     aten.unique_consecutive,
@@ -41,6 +42,15 @@ WAITS = {
     aten.linalg_cholesky,
     aten.linalg_eig,
     aten._linalg_check_errors,
+    aten.linalg_lstsq,
+    aten.linalg_matrix_exp,
+    aten.multinomial,
+    aten.histc,
+    aten.mode,
+    aten.embedding_renorm_,
+    aten._ctc_loss,
+    aten._to_sparse,
+    aten._coalesce,
 }
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # waits if given a mask
 

@@ -3,17 +3,20 @@
 import contextlib
 import copy
 import warnings
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatmin
 from flatmin.errors import InvalidArgumentError, NonFiniteGradientWarning
 from flatmin.optim import _dropping, _foreach, _step
 from flatmin.optim.schedules import Adaptive, Schedule
 from tests.contracts._optimizers import CLOSURES, EVERY, Training, assert_same, network, sgd
-from tests.host_reads import NoReads
+from tests.host_reads import DEVICE, HostReads, NoReads
 
 
 def joined(model):
@@ -75,6 +78,97 @@ def test_a_read_would_be_found():
     training.each_pass = lambda: float(training.x.sum())
     with NoReads(), pytest.raises(AssertionError, match="the host reads"):
         training.optimizer.step(training.closure)
+
+
+ACCELERATED = [
+    *((name, "sgd", {}) for name in EVERY),
+    *((name, "adamw", {"max_norm": 0.1}) for name in EVERY),
+    *((name, "sgd", {"scaling": flatmin.optim.Elementwise()}) for name in ("SAM", "MSAM")),
+]
+
+
+@pytest.mark.parametrize(("name", "base", "options"), ACCELERATED)
+def test_on_an_accelerator_nothing_is_mixed_with_main_memory_nor_waited_for(name, base, options, monkeypatch):
+    """The accelerator is pretended; a GPU would raise, or copy and wait. Counters of AdamW's are on the host there."""
+    event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+    module = SimpleNamespace(Event=lambda: event, current_stream=lambda device: None)
+
+    def weights(device, refused):
+        torch.manual_seed(0)
+        layers = nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)
+        model = nn.Sequential(*layers).to(device)
+        plain = torch.optim.SGD if base == "sgd" else torch.optim.AdamW
+        rest = {"momentum": 0.9} if base == "sgd" else {}
+        optimizer = EVERY[name](plain(model.parameters(), lr=0.01, foreach=True, **rest), rho=0.1, **options)
+        x, y = torch.randn(16, 5).to(device), torch.randint(3, (16,)).to(device)
+
+        def losses(keep):
+            return nn.functional.cross_entropy(model(x[keep]), y[keep], reduction="none")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = losses(slice(None)).mean()
+            loss.backward()
+            return loss
+
+        for step in range(5):
+            with refused() if step > 1 else contextlib.nullcontext():
+                optimizer.step(losses if optimizer.per_sample_closure else closure)
+        return [each.detach().to("cpu") for each in model.parameters()]
+
+    here = weights(torch.device("cpu"), contextlib.nullcontext)
+    monkeypatch.setattr(_foreach, "_READ", ("cpu", "mps"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    with HostReads() as accelerator:
+        there = weights(DEVICE, accelerator.refused)
+    for a, b in zip(here, there, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+class Counted(TorchDispatchMode):
+    """How often the host asks torch for something inside."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "most"),
+    [("SAM", "sgd", 5), ("SAM", "adamw", 10), ("SAM", "sgd fused", 1), ("MSAM", "sgd fused", 1)],
+)
+@pytest.mark.usefixtures("staying")
+def test_a_step_is_launched_over_lists(name, base, most):
+    """A tensor more costs the host few calls: small networks train on a GPU as fast as it can launch their kernels."""
+
+    def calls(layers, around):
+        model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(layers)])
+        plain = BASES[base](model)
+        optimizer = EVERY[name](plain, rho=0.1) if around else plain
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 2)).square().sum()
+            loss.backward()
+            return loss
+
+        def step():
+            if around:
+                optimizer.step(closure)
+            else:
+                deque((closure() for _ in range(EVERY[name].max_passes)), maxlen=0)
+                plain.step()
+
+        for _ in range(3):
+            step()
+        with Counted() as counted:
+            step()
+        return counted.calls
+
+    own = {layers: calls(layers, True) - calls(layers, False) for layers in (2, 12)}
+    assert (own[12] - own[2]) / 20 <= most
 
 
 ALIKE = [
@@ -309,6 +403,25 @@ def test_resuming_is_bit_identical():
         assert_same(second.state(), whole.state())
 
 
+def test_flags_are_awaited_on_the_stream_of_their_device(monkeypatch):
+    """Which the current device need not be: its stream may be done long before."""
+    recorded = []
+
+    class Event:
+        def record(self, stream):
+            recorded.append(stream)
+
+        def synchronize(self):
+            recorded.append("synchronize")
+
+    module = SimpleNamespace(Event=Event, current_stream=lambda device: f"the stream of {device}")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    with HostReads():
+        flag = torch.tensor(True).to(DEVICE)
+        assert _dropping._Flags(flag, flag).read() == (True, True)
+    assert recorded == [f"the stream of {DEVICE}", "synchronize"]
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.int64, torch.bool]
 )
@@ -320,8 +433,13 @@ def test_bits_are_put_back_whatever_they_are(dtype, flag):
     tensors = [new.clone(), new.clone().view(2, 4).t()]
     copies = [old.clone(), old.clone().view(2, 4).t()]
     _foreach.put_back_(tensors, copies, torch.tensor(flag))
+    kept = old.clone()
+    backup = _foreach.Backup([kept])
+    kept.copy_(new)
+    backup.put_back_(torch.tensor(flag))
     wanted = old if flag else new
     raw = torch.uint8
+    assert torch.equal(kept.view(raw), wanted.view(raw))
     assert torch.equal(tensors[0].view(raw), wanted.view(raw))
     assert torch.equal(tensors[1].t().contiguous().flatten().view(raw), wanted.view(raw))
 

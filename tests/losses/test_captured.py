@@ -139,7 +139,7 @@ def test_all_that_crosses_between_the_streams_is_told_to_the_allocator(side):
     mesa(model(x), x)
     (out,) = beside.crossed[1]
     assert out.shape == (6, C)
-    assert any(out is each for each in beside.own)
+    assert any(out is each() for each in beside.own)
 
 
 def test_targets_outlive_the_next_pass(side):
@@ -316,6 +316,27 @@ def test_inputs_of_other_kinds(side):
     assert beside.events[-1] == "replay"
 
 
+def test_a_graph_keeps_what_it_uses_and_the_network_lets_go(side):
+    """Such as a table that it makes in its first pass, and longer ones later."""
+
+    class Tabled(nn.Linear):
+        table = torch.zeros(0)
+
+        def forward(self, x):
+            if len(self.table) < len(x):
+                self.table = torch.arange(len(x), dtype=torch.float32)
+            return super().forward(x) + self.table[: len(x), None]
+
+    beside = side()
+    model = Tabled(2, C)
+    mesa = flatmin.MESA(model, start_epoch=0)
+    short, long = torch.randn(4, 2), torch.randn(8, 2)
+    for x in (short, long, short):
+        expected = mesa._comparison.loss(model(x), mesa.average(x), None, mesa.temperature) * mesa.coefficient
+        assert torch.equal(mesa(model(x), x), expected)
+    assert beside.events.count("record") == 2
+
+
 def test_shapes_that_keep_changing_are_given_up_and_recordings_are_bounded(side):
     model = nn.Linear(2, C)
 
@@ -479,8 +500,16 @@ def test_cuda_is_asked_in_the_order_that_keeps_memory_safe(monkeypatch):
     replay, out = cuda.record(lambda: said.append("run") or 7)
     replay()
     inner = ["clear", "graph", "run", "graph ends", "clear"]
-    assert said == ["current_stream", "device", "on current", *inner, "off current", "device ends", "replay"]
+    outer = ["graph_pool_handle", "current_stream", "device", "on current"]
+    assert said == [*outer, *inner, "off current", "device ends", "replay"]
     assert out == 7
+    said.clear()
+    cuda.record(lambda: None)
+    assert "graph_pool_handle" not in said  # the first graph lives, and they share a pool
+    del replay
+    said.clear()
+    cuda.record(lambda: None)
+    assert "graph_pool_handle" in said  # torch refuses a pool whose graphs are all gone
     said.clear()
     with cuda.refusing_waits():
         pass

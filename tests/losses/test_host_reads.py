@@ -89,6 +89,9 @@ READS = {
     "copy_": lambda x: x.copy_(torch.ones(3)),
     "element": lambda x: x.__setitem__(0, 1.0),
     "unique": lambda x: x.unique(),
+    "multinomial": lambda x: x.multinomial(1),
+    "histc": lambda x: x.histc(),
+    "mode": lambda x: x.mode(),
     "eigh": lambda x: torch.linalg.eigh(x[:, None] * x),
 }
 

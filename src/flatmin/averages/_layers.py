@@ -46,11 +46,25 @@ def layers(network: nn.Module) -> Iterator[nn.Module]:
     seen, due = set[nn.Module](), [network]
     while due:
         layer = due.pop()
-        if layer not in seen:
-            seen.add(layer)
-            yield layer
+        if layer in seen:
+            continue
+        seen.add(layer)
+        yield layer
+        if layer._modules:
             inner = [each for each in layer._modules.values() if each is not None and not is_beside(each)]
             due += reversed(inner)
+
+
+def modules(network: nn.Module) -> list[nn.Module]:
+    """As ``modules``, in the same order, with all that stands beside the network; for what is done in each step."""
+    found, due = dict[nn.Module, None](), [network]
+    while due:
+        layer = due.pop()
+        if layer not in found:
+            found[layer] = None
+            if layer._modules:
+                due += [each for each in reversed(layer._modules.values()) if each is not None]
+    return list(found)
 
 
 def named_parameters(network: nn.Module, *, every: bool = False) -> Iterator[tuple[str, nn.Parameter]]:

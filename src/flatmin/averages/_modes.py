@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .._distributed import unwrapped
+from ._layers import modules
 
 
 def acts(layer: nn.Module) -> bool:
@@ -16,7 +17,7 @@ def acts(layer: nn.Module) -> bool:
 @contextmanager
 def in_modes_of(network: nn.Module, model: nn.Module) -> Iterator[None]:
     """Inside, such layers of an average are in the network's modes, so that their weights mean the same."""
-    if not any(map(acts, network.modules())):
+    if not any(map(acts, modules(network))):
         yield
         return
     acting = [(name, layer) for name, layer in network.named_modules() if acts(layer)]

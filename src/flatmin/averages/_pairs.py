@@ -85,14 +85,17 @@ def _pairs(matches: list[Match]) -> list[Pair]:
 
 def _signature(network: nn.Module, model: nn.Module) -> list[Any]:
     """What is as before if the tensors are, in the same order, of the same shapes and in the same memory."""
-    return [
-        (id(each), each.requires_grad, each.shape, each.data_ptr() if type(each) in PLAIN else 0)
+    found = [
+        each
         for top in (network, model)
         for layer in layers(top)
         for kind in (layer._parameters, layer._buffers)
+        if kind
         for each in kind.values()
         if each is not None
     ]
+    places = [each.data_ptr() if type(each) in PLAIN else 0 for each in found]
+    return [*map(id, found), *places, *[each.requires_grad for each in found], *[each.shape for each in found]]
 
 
 def _matches(network: nn.Module, model: nn.Module) -> Iterator[Match]:

@@ -7,10 +7,12 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from ._layers import modules
+
 
 def renew_vectors(network: nn.Module, iterations: int) -> None:
     """Makes steps of the power iteration with the weights of ``network``, from the vectors it has."""
-    for layer in network.modules():
+    for layer in modules(network):
         if "parametrizations" in layer._modules and is_parametrized(layer):
             for name, parametrizations in layer.parametrizations.items():  # type: ignore[union-attr, operator]
                 norms = [each for each in parametrizations if isinstance(each, _SpectralNorm)]

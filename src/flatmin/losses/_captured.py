@@ -84,10 +84,11 @@ class _Ahead:
 
 @dataclass(frozen=True)
 class _Graph:
-    """A recorded pass."""
+    """A recorded pass, with the memory that it uses."""
 
     signature: tuple[Any, ...]
     inputs: list[Any]
+    alive: list[Tensor]
     replay: Callable[[], None]
     outputs: tuple[list[Any], Any]
 
@@ -190,8 +191,8 @@ class Captured:
         if self._recordings == MOST:
             raise CannotRecordError("its inputs come in many shapes, or its weights are replaced again and again")
         self._recordings += 1
-        inputs, replay, outputs = recorded(side, target, signature[0], leaves, used)
-        self._graphs.append(_Graph(signature, inputs, replay, tree_flatten(outputs)))
+        inputs, alive, replay, outputs = recorded(side, target, signature[0], leaves, used)
+        self._graphs.append(_Graph(signature, inputs, alive, replay, tree_flatten(outputs)))
         return self._graphs[-1]
 
     def _look(self, target: Target) -> tuple[list[Tensor], list[int]]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..averages._layers import layers, named_layers
+from ._side import Side
 
 # Layers that autocast runs in half precision, so that it casts their weights in each pass.
 CAST = (
@@ -25,9 +26,10 @@ class LowWeights:
     Args:
         network: The network, float32.
         dtype: autocast's.
+        side: Where it runs.
     """
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype, side: Side) -> None:
         shared = Counter(parameter for layer in layers(network) for parameter in layer._parameters.values())
         self._network = network
         self._full: dict[str, Tensor] = {}
@@ -36,7 +38,7 @@ class LowWeights:
                 for name, parameter in layer._parameters.items():
                     if parameter is not None and parameter.dtype == torch.float32 and shared[parameter] == 1:
                         self._full[f"{path}.{name}" if path else name] = parameter
-        self._low = {name: torch.empty_like(full, dtype=dtype) for name, full in self._full.items()}
+        self._low = dict(zip(self._full, side.empty_like(list(self._full.values()), dtype), strict=True))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the network."""

@@ -39,7 +39,7 @@ def described(leaf: Any) -> Any:
 
 def recorded(
     side: Side, target: Target, spec: Any, leaves: list[Any], used: list[Tensor]
-) -> tuple[list[Any], Callable[[], None], Any]:
+) -> tuple[list[Any], list[Tensor], Callable[[], None], Any]:
     """Records a pass, after one that is watched.
 
     Args:
@@ -50,7 +50,7 @@ def recorded(
         used: The average's tensors.
 
     Returns:
-        The graph's own inputs, what makes the pass of them again, and its outputs.
+        The graph's own inputs, all tensors that must live as long as it, what makes the pass again, and its outputs.
 
     Raises:
         CannotRecordError: If a graph would not repeat it.
@@ -63,7 +63,7 @@ def recorded(
     own = iter(kept := side.empty_like(given))
     inputs = [next(own) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     dtype = target.precision()
-    call: Callable[..., Any] = target.average if dtype is None else LowWeights(target.average, dtype)
+    call: Callable[..., Any] = target.average if dtype is None else LowWeights(target.average, dtype, side)
 
     def run() -> Any:
         # What autocast has cast before is not in the graph, so it must not take that.
@@ -71,6 +71,12 @@ def recorded(
         args, kwargs = tree_unflatten(inputs, spec)
         with torch.no_grad(), lower:
             return target.inside(call, args, kwargs)
+
+    outside = _Outside()
+
+    def watched() -> Any:
+        with outside:
+            return run()
 
     def rehearsal() -> None:
         for ours, leaf in zip(kept, given, strict=True):
@@ -84,7 +90,7 @@ def recorded(
         after = torch_states(device for device, _ in before)
         if not all(torch.equal(old, new) for (_, old), (_, new) in zip(before, after, strict=True)):
             raise CannotRecordError("it draws random numbers in evaluation mode")
-        replay, outputs = side.record(run)
+        replay, outputs = side.record(watched)
     except CannotRecordError:
         raise
     except Exception as error:
@@ -92,7 +98,34 @@ def recorded(
         raise CannotRecordError(f"{type(error).__name__}: {said:.300}") from error
     finally:
         set_torch_states(before)
-    return inputs, replay, outputs
+    return inputs, outside.tensors, replay, outputs
+
+
+class _Outside(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what operations inside use and do not make: a graph goes on to use its memory, whoever lets go of it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept: dict[int, Tensor] = {}  # by where they are in memory
+        self._made: set[int] = set()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors."""
+        return list(self._kept.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for each in tree_leaves((args, kwargs)):
+            if isinstance(each, Tensor) and (place := _place(each)) not in self._made:
+                self._kept.setdefault(place, each)
+        out = func(*args, **(kwargs or {}))
+        places = (_place(each) for each in tree_leaves(out) if isinstance(each, Tensor))
+        self._made.update(place for place in places if place not in self._kept)
+        return out
+
+
+def _place(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 class _Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ All that CUDA alone can do is in `Cuda`; the tests have a `Side` without a GPU, 
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -23,8 +24,8 @@ class Side(Protocol):
     def busy(self) -> bool:
         """Whether somebody else records a graph now, who records these passes too."""
 
-    def empty_like(self, tensors: list[Tensor]) -> list[Tensor]:
-        """New tensors of the side's."""
+    def empty_like(self, tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+        """New tensors of the side's, of their own dtype or another one."""
 
     def launch(self, work: Callable[[], object], given: list[Tensor]) -> Any:
         """Does ``work`` when what was launched so far is done; the current stream goes on.
@@ -49,7 +50,8 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()  # one for all graphs: they run one after the other
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._pool: Any = None
 
     def takes(self, tensor: Tensor) -> bool:
         """See `Side`."""
@@ -59,10 +61,10 @@ class Cuda:
         """See `Side`."""
         return torch.cuda.is_current_stream_capturing()
 
-    def empty_like(self, tensors: list[Tensor]) -> list[Tensor]:
+    def empty_like(self, tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
         """See `Side`."""
         with torch.cuda.stream(self._stream):
-            return [torch.empty_like(tensor) for tensor in tensors]
+            return [torch.empty_like(tensor, dtype=dtype, requires_grad=False) for tensor in tensors]
 
     def launch(self, work: Callable[[], object], given: list[Tensor]) -> Any:
         """See `Side`."""
@@ -95,6 +97,8 @@ class Cuda:
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """See `Side`."""
         graph = torch.cuda.CUDAGraph()
+        if not self._graphs:  # all graphs share a pool, as they run one after the other, but none that was given up
+            self._pool = torch.cuda.graph_pool_handle()
         # cuBLAS keeps its workspace for whoever comes next, and may free it; the graph gets one in its own memory.
         clear: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
         before = torch.cuda.stream(torch.cuda.current_stream(self._device))  # a recording that fails leaves its own
@@ -104,6 +108,7 @@ class Cuda:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = run()
             clear()
+        self._graphs.add(graph)
         return graph.replay, outputs
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._foreach import clones, put_back_
+from ._foreach import Backup, put_back_
 
 
 class Dropping:
@@ -74,17 +74,19 @@ class Dropping:
         """Inside, what a step of ``optimizer`` has changed is put back before its hooks can see it."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p in stepped]
         places = [
-            (optimizer.state[parameter], name)
+            (optimizer.state[parameter], name, value)
             for parameter in parameters
             for name, value in optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         ]
-        self._host += [(s[name], s[name].clone()) for s, name in places if _is_on_host(s[name], bad)]
-        places = [(s, name) for s, name in places if not _is_on_host(s[name], bad)]
-        copies = clones([*parameters, *(s[name] for s, name in places)])
+        self._host += [(value, value.clone()) for _, _, value in places if _is_on_host(value, bad)]
+        places = [place for place in places if not _is_on_host(place[2], bad)]
+        backup = Backup([*parameters, *(value for _, _, value in places)])
 
         def put_back(*_: Any) -> None:
-            put_back_([*parameters, *(s[name] for s, name in places)], copies, bad)
+            backup.put_back_(bad)
+            if other := [(state[name], value) for state, name, value in places if state[name] is not value]:
+                put_back_([new for new, _ in other], [old for _, old in other], bad)
 
         handle, hooks = optimizer.register_step_post_hook(put_back), cast(Any, optimizer._optimizer_step_post_hooks)
         hooks.move_to_end(handle.id, last=False)
@@ -101,8 +103,9 @@ class _Flags:
         self._flags = torch.stack((first, second)).to("cpu", non_blocking=True)
         self._event: Any = None
         if first.device.type != "cpu":
-            self._event = torch.get_device_module(first.device).Event()
-            self._event.record()
+            module = torch.get_device_module(first.device)
+            self._event = module.Event()
+            self._event.record(module.current_stream(first.device))  # which need not be the current device's
 
     def read(self) -> tuple[bool, bool]:
         """Returns them; waits until they are there."""

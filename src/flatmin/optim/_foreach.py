@@ -73,10 +73,12 @@ def add_(tensors: list[Tensor], others: list[Tensor], alpha: Scalar) -> None:
 def scale_(tensors: list[Tensor], factor: Scalar) -> None:
     """``tensors *= factor``, in place."""
     for (ours,) in _alike(tensors):
-        if isinstance(factor, Tensor):
+        if not isinstance(factor, Tensor):
+            torch._foreach_mul_(ours, factor)
+        elif ours[0].dtype.itemsize <= 2:
             torch._foreach_copy_(_plain(ours, factor), _scaled(ours, factor))
         else:
-            torch._foreach_mul_(ours, factor)
+            torch._foreach_mul_(_plain(ours, factor), factor.to(ours[0].dtype))
 
 
 def shorten_(tensors: list[Tensor], most: float) -> None:
@@ -96,13 +98,16 @@ def multiply_(tensors: list[Tensor], others: list[Tensor]) -> None:
 
 def plus(tensors: list[Tensor], others: list[Tensor], alpha: Scalar) -> list[Tensor]:
     """``tensors + alpha * others``."""
-    if isinstance(alpha, Tensor):
+    if isinstance(alpha, Tensor) and not {type(each) for each in tensors} <= _PLAIN:
         found = clones(tensors)
         add_(found, others, alpha)
         return found
 
     def added(ours: list[Tensor], theirs: list[Tensor]) -> Any:
         terms, factor = _term(theirs, alpha)
+        if isinstance(alpha, Tensor):  # nobody else has the terms
+            torch._foreach_add_(terms, ours)
+            return terms
         return torch._foreach_add(ours, terms, alpha=factor)
 
     return _made(added, tensors, others)
@@ -129,6 +134,9 @@ def absolute(tensors: list[Tensor], eta: float) -> list[Tensor]:
 @torch.no_grad()
 def clones(tensors: list[Tensor]) -> list[Tensor]:
     """A copy of each."""
+    at_once = getattr(torch, "_foreach_clone", None)  # of torch 2.12 and later
+    if at_once is not None and tensors and {type(tensor) for tensor in tensors} <= _PLAIN:
+        return list(at_once(tensors))
     copies = [torch.empty_like(tensor) for tensor in tensors]
     copy_(copies, tensors)
     return copies
@@ -164,26 +172,50 @@ def copy_(tensors: list[Tensor], others: list[Tensor]) -> None:
         torch._foreach_copy_([local(tensor) for tensor in tensors], [local(other) for other in others])
 
 
+class Backup:
+    """Copies of tensors, to be put back where a flag on their device is True, in place and bit-identical.
+
+    Of their bits, as integers: of NaN and infinity, torch's arithmetic over lists would leave something. To look at a
+    tensor as integers takes the host long, so that it is done once.
+    """
+
+    @torch.no_grad()
+    def __init__(self, tensors: list[Tensor]) -> None:
+        parts: dict[torch.dtype, list[Tensor]] = {}
+        for bits in map(_bits, tensors):
+            parts.setdefault(bits.dtype, []).append(bits)
+        self._parts = [(part, list(torch._foreach_mul(part, 1))) for part in parts.values()]
+
+    @torch.no_grad()
+    def put_back_(self, where: Tensor) -> None:
+        """Puts them back where ``where`` is True, and uses the copies up."""
+        for new, old in self._parts:
+            torch._foreach_sub_(old, new)
+            _add_where_(new, old, where)
+
+
 @torch.no_grad()
 def put_back_(tensors: list[Tensor], copies: list[Tensor], where: Tensor) -> None:
-    """``tensors = copies`` where a flag on their device is True, in place and bit-identical.
-
-    Of their bits, as integers: of NaN and infinity, torch's arithmetic over lists would leave something.
-    """
+    """``tensors = copies`` where a flag on their device is True, see `Backup`."""
     parts: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for tensor, copy in zip(tensors, copies, strict=True):
-        ours, theirs = _bits(tensor), _bits(copy)
+        ours = _bits(tensor)
         new, old = parts.setdefault(ours.dtype, ([], []))
         new.append(ours)
-        old.append(theirs)
-    for kind, (new, old) in parts.items():
-        differences = torch._foreach_sub(old, new)  # wraps around, and so back
-        torch._foreach_mul_(differences, where.to(kind))
-        torch._foreach_add_(new, differences)
+        old.append(_bits(copy))
+    for new, old in parts.values():
+        _add_where_(new, list(torch._foreach_sub(old, new)), where)
+
+
+def _add_where_(integers: list[Tensor], differences: list[Tensor], where: Tensor) -> None:
+    """Adds differences, which wrapped around and so do back."""
+    torch._foreach_mul_(differences, where.to(integers[0].dtype))
+    torch._foreach_add_(integers, differences)
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    plain = local(tensor).detach()
+    """The tensor as integers, in the same memory."""
+    plain = local(tensor)
     plain = torch.view_as_real(plain) if plain.is_complex() else plain
     return plain.view(_BITS[plain.itemsize])
 
@@ -197,7 +229,8 @@ def _scaled(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
     """``factor * tensors``, of one dtype; torch is fast where the factor has it, in which 16 bits would be too few."""
     plain, kind = _plain(tensors, factor), tensors[0].dtype
     if kind.itemsize <= 2:
-        return [(factor.float() * tensor.float()).to(kind) for tensor in plain]
+        factor = factor.float()
+        return [(factor * tensor.float()).to(kind) for tensor in plain]
     return list(torch._foreach_mul(plain, factor.to(kind)))
 
 

@@ -432,6 +432,15 @@ class TestComparison:
         assert found.seeds == list(range(seeds))
         assert clock.now == 2 * seeds * seconds
 
+    def test_memory_is_given_back_before_each_run(self, run_comparison, monkeypatch):
+        done = []
+        monkeypatch.setattr(Comparison, "_measure", lambda self: done.append("timed"))
+        monkeypatch.setattr(job_module, "train_run", lambda *_, **__: done.append("trained") or {"test_accuracy": 0.5})
+        for module in (run_module, job_module):
+            monkeypatch.setattr(module, "release", lambda: done.append("released"))
+        run_comparison(seeds=1)
+        assert done == ["timed", "released", *["released", "trained"] * 2]
+
     @pytest.mark.parametrize(("after", "finished"), [(0, []), (3, [0]), (4, [0, 1])])
     def test_ctrl_c_keeps_the_runs_that_are_done(self, run_comparison, monkeypatch, after, finished):
         runs = iter(range(after))

@@ -1,18 +1,25 @@
 """What the command does on a GPU, on the CPU by the same code: data on the device, the layout of images, --compile."""
 
+import copy
 import dataclasses
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import flatmin
 from flatmin.errors import InvalidArgumentError
+from flatmin.lab.problems import problem as problem_module
+from flatmin.lab.problems.batches import make_loader
 from flatmin.lab.problems.source import TRAIN
 from flatmin.lab.recipe import Recipe
 from flatmin.lab.training import compiled, feed
 from flatmin.lab.training import trainer as trainer_module
+from flatmin.lab.training.device import release
 from flatmin.lab.training.feed import Feed
 from flatmin.lab.training.trainer import Trainer
 from flatmin.losses import _captured, _mesa, _side
@@ -106,6 +113,64 @@ def test_what_does_not_fit_or_is_read_by_code_stays_where_it_is(make_run, make_p
     assert Feed(problem, TRAIN, problem.train, cpu).dataset is not problem.train
     monkeypatch.setattr(feed, "MOST", sum(tensor.nbytes for tensor in problem.train.tensors) - 1)
     assert Feed(problem, TRAIN, problem.train, cpu).dataset is problem.train
+
+
+def test_feeds_of_one_set_share_its_copy(make_run, make_problem, held):
+    """A comparison times all its rows at once."""
+    problem, cpu = make_problem(make_run()), torch.device("cpu")
+    one, other = (Feed(problem, TRAIN, problem.train, cpu) for _ in range(2))
+    assert one._held is other._held is not None
+    assert Feed(problem, TRAIN, problem.test, cpu)._held is not one._held
+    shared = weakref.ref(one._held)
+    del one, other
+    assert shared() is None
+
+
+def test_batches_that_are_read_are_pinned_for_a_gpu(make_run, make_problem, monkeypatch):
+    """Of others the copy waits for all that the GPU has to do."""
+    problem = make_problem(make_run())
+    loader = make_loader(problem.train, 8, workers=0)
+    there, here = (Feed(problem, TRAIN, problem.train, torch.device(name), held=False) for name in ("cuda", "cpu"))
+    assert there._pinning(loader).pin_memory
+    assert here._pinning(loader) is loader
+    assert not loader.pin_memory
+    seen = []
+    monkeypatch.setattr(Feed, "_pinning", lambda self, loader: seen.append(self) or loader)
+    next(here.batches(loader))
+    next(here.without_index(loader))
+    assert seen == [here, here]
+
+
+def test_what_only_cycles_keep_is_given_back_to_the_gpu(monkeypatch):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    flatmin.EMA(model).attach(optimizer)
+    weight, found = weakref.ref(model.weight), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(weight()))
+    gc.disable()
+    try:
+        del model, optimizer
+        assert weight() is not None
+        release()
+    finally:
+        gc.enable()
+    assert found == [None]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_gpu_makes_the_step_in_one_kernel_and_a_run_goes_on_elsewhere(optimizer, trainer_of, monkeypatch):
+    plain = trainer_of("sam", optimizer=optimizer)
+    trained(plain, 1)
+    monkeypatch.setattr(problem_module, "FUSED", {"cpu"})
+    assert trainer_of(optimizer=optimizer, precision="float16").optimizer.param_groups[0]["fused"] is None
+    fused = trainer_of("sam", optimizer=optimizer)
+    fused.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert fused.optimizer.param_groups[0]["fused"] is True
+    (row,), (expected,) = trained(fused, 1), trained(plain, 1)
+    assert row == pytest.approx(expected, rel=1e-4)
+    plain.load_state_dict(fused.state_dict())
+    assert plain.optimizer.param_groups[0]["fused"] is None
 
 
 def test_no_step_waits_for_the_device(trainer_of, held, monkeypatch):

@@ -12,6 +12,7 @@ from ..results.values import is_diverged
 from ..runs.after import measured_after, write_after
 from ..runs.run import resume_run, train_run
 from ..runs.saved import open_saved
+from ..training.device import release
 from .workers import Check, Keep, Tick
 
 
@@ -40,6 +41,7 @@ def train_one(job: Job, tick: Tick, check: Check, keep: Keep) -> dict[str, float
     What was trained is kept before it is measured.
     """
     check()
+    release()  # the run that this process has trained before
     run, folder, ticks = job.run, job.folder, 0
 
     def epoch_done(metrics: dict[str, float]) -> None:

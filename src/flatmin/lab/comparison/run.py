@@ -29,7 +29,7 @@ from ..results import (
 from ..runs.present import identity
 from ..runs.record import command_line, environment
 from ..runs.run import read_experiment, write_config
-from ..training.device import resolve_device
+from ..training.device import release, resolve_device
 from ..training.trainer import Trainer
 from .job import Job, train_one
 from .outcome import Outcome, measured
@@ -129,6 +129,7 @@ class Comparison:
                 self._measure()
             else:
                 self._try()
+            release()  # what was built here leaves room for the processes that train
             self._train_all(started + 0.95 * 60 * self.minutes)
         except KeyboardInterrupt:
             outcome.interrupted = True
@@ -193,7 +194,6 @@ class Comparison:
         torch.set_num_threads(self.threads)
         try:
             base = Trainer(Run(recipe, rows[0].method, rows[0].settings), problem)
-            device = base.device
             if self.after:
                 shifted(problem, base.first_batch()[1])  # says now if there is no shifted set
             costs, trainers = measure_rows(
@@ -211,9 +211,6 @@ class Comparison:
             if cost.plain is not None:
                 self.outcome.plain_ratio[row.label] = cost.plain.ratio(costs[0].full)
             self.outcome.extra_bytes[row.label] = trainer.extra_bytes
-        if device.type == "cuda":  # what was measured here leaves room for the process that trains
-            del base, trainers, trainer
-            torch.cuda.empty_cache()
 
     def _try(self) -> None:
         """Builds every row once, so that mistakes show now."""

@@ -1,7 +1,10 @@
 """A data set as batches on the device: of tensors that live there, if they fit, and else as its loader reads them."""
 
+import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,11 +21,23 @@ MOST = 4 * 2**30  # bytes of them, and at most a quarter of what is free
 SMALL, MANY = 16 * 2**10, 2048  # bytes of a sample of which that many are evaluated at a time
 
 
+@dataclass(eq=False)
+class _Held:
+    """Inputs and class numbers on a device, and the set that they are of."""
+
+    dataset: "Dataset[Any]"
+    x: Tensor
+    y: Tensor
+
+
+_held: "WeakValueDictionary[tuple[int, torch.device], _Held]" = WeakValueDictionary()  # by the set's id
+
+
 class Feed:
     """Gives the batches of a training or test set.
 
     Where the whole set is of tensors and fits, it is copied to the device once, with its labels checked once. The
-    samples of a batch are the same either way.
+    samples of a batch are the same either way. Feeds of one set share the copy: a comparison times all rows at once.
 
     Args:
         problem: The problem.
@@ -41,8 +56,8 @@ class Feed:
         self, problem: Problem, part: str, dataset: "Dataset[Any]", device: torch.device, *, held: bool = True
     ) -> None:
         self.problem, self._part, self.device = problem, part, device
-        self._tensors = _on_device(problem, dataset, device) if held and device.type in HELD else None
-        self.dataset = dataset if self._tensors is None else TensorDataset(torch.empty(len(self._tensors[1]), 0))
+        self._held = _on_device(problem, dataset, device) if held and device.type in HELD else None
+        self.dataset = dataset if self._held is None else TensorDataset(torch.empty(len(self._held.y), 0))
 
     def batches(self, loader: "DataLoader[Any]") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields index, on the CPU, inputs and class numbers.
@@ -50,32 +65,42 @@ class Feed:
         Raises:
             FlatminError: If the set gives something else.
         """
-        for index, batch in self.problem.source.reading(self._part, with_indices(loader)):
-            yield index, *(self._read(batch) if self._tensors is None else self._taken(index, *self._tensors))
+        for index, batch in self.problem.source.reading(self._part, with_indices(self._pinning(loader))):
+            yield index, *(self._read(batch) if self._held is None else self._taken(index, self._held))
 
     def without_index(self, loader: "DataLoader[Any]") -> Iterator[tuple[Tensor, Tensor]]:
         """The same, inputs and class numbers alone."""
-        if self._tensors is not None:
+        if self._held is not None:
             yield from ((x, y) for _, x, y in self.batches(loader))
         else:
-            yield from map(self._read, self.problem.source.reading(self._part, loader))
+            yield from map(self._read, self.problem.source.reading(self._part, self._pinning(loader)))
+
+    def _pinning(self, loader: "DataLoader[Any]") -> "DataLoader[Any]":
+        """The loader, whose batches are then where a GPU copies them from while the host goes on."""
+        if self._held is not None or self.device.type != "cuda":
+            return loader
+        made = copy.copy(loader)
+        made.pin_memory = True
+        return made
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor]:
         x, y = pair(self.problem, self._part, batch)
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
-    def _taken(self, index: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _taken(self, index: Tensor, held: _Held) -> tuple[Tensor, Tensor]:
         there = to_device(index, self.device)
-        return x.index_select(0, there), y.index_select(0, there)
+        return held.x.index_select(0, there), held.y.index_select(0, there)
 
     def evaluated_at_a_time(self, batch_size: int) -> int:
         """Samples of a batch in evaluation: more of small ones that live on the device, which is idle otherwise."""
-        small = self._tensors is not None and self._tensors[0][0].nbytes <= SMALL
+        small = self._held is not None and self._held.x[0].nbytes <= SMALL
         return max(batch_size, MANY if small else 512)
 
 
-def _on_device(problem: Problem, dataset: "Dataset[Any]", device: torch.device) -> tuple[Tensor, Tensor] | None:
+def _on_device(problem: Problem, dataset: "Dataset[Any]", device: torch.device) -> _Held | None:
     """Inputs and class numbers, if they are tensors without code for each sample, and fit."""
+    if (known := _held.get((id(dataset), device))) is not None:
+        return known
     if type(dataset) is not TensorDataset or len(dataset.tensors) != 2:
         return None
     x, y = dataset.tensors
@@ -83,6 +108,8 @@ def _on_device(problem: Problem, dataset: "Dataset[Any]", device: torch.device) 
     if x.nbytes + y.nbytes > min(MOST, free // 4):
         return None
     try:
-        return x.to(device), class_numbers(y, problem.num_classes).to(device)
+        made = _Held(dataset, x.to(device), class_numbers(y, problem.num_classes).to(device))
     except DataError:  # which the first batch raises, and says where it is from
         return None
+    _held[id(dataset), device] = made
+    return made

@@ -49,7 +49,8 @@ def check_optimizer(found: Any, optimizer: Optimizer, *, exact: bool) -> None:
         return
     with apart():
         own = optimizer.state_dict()
-    check_fit("optimizer.param_groups", found["param_groups"], own["param_groups"], exact=exact)
+    anyhow = [{**group, "fused": None} for group in own["param_groups"]]  # another device may choose otherwise
+    check_fit("optimizer.param_groups", found["param_groups"], anyhow, exact=exact)
     for number, (group, own_group) in enumerate(zip(found["param_groups"], own["param_groups"], strict=True)):
         constants = {key: value for key, value in own_group.items() if key != "lr"}
         check_values(f"optimizer.param_groups.{number}", group, constants)
@@ -66,6 +67,14 @@ def check_optimizer(found: Any, optimizer: Optimizer, *, exact: bool) -> None:
                 check_number(f"{name}.step", value, least=0)
             elif value is not None or key in needed:
                 check_fit(f"{name}.{key}", value, parameters[number].detach())
+
+
+def as_here(found: Any, optimizer: Optimizer) -> Any:
+    """A state that `check_optimizer` has checked, with the kernels that this device's optimizer was made with."""
+    if type(optimizer) not in (SGD, AdamW):
+        return found
+    groups = zip(found["param_groups"], optimizer.param_groups, strict=True)
+    return {**found, "param_groups": [{**group, "fused": own["fused"]} for group, own in groups]}
 
 
 def check_values(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

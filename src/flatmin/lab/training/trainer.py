@@ -33,7 +33,7 @@ from .logged_sharpness import epoch_sharpness
 from .private import Private, poisson_loader
 from .progress import Progress, StepResult
 from .randomness import Randomness
-from .state_check import check_fit, check_optimizer, check_values
+from .state_check import as_here, check_fit, check_optimizer, check_values
 from .stepping import Stepping
 
 
@@ -289,7 +289,7 @@ class Trainer:
         part = self._own_part(state["ranks"])
         self.model.load_state_dict(state["model"])
         with apart():
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(as_here(state["optimizer"], self.scheduler.optimizer))
         self.scheduler.load_state_dict(state["scheduler"])
         self._scaler.load_state_dict(state["scaler"])
         if self.trajectory is not None:
