@@ -49,6 +49,8 @@ class Recipe:
         image_size: Side in pixels to which the images of ``folder:`` are scaled and cropped.
         log_sharpness: Measure SAM's sharpness after every N-th epoch and the last; 0: never.
         log_curvature: Measure the Hessian's largest eigenvalue after every N-th epoch and the last; 0: never.
+        fresh_statistics: Evaluate every network with batch-norm statistics made anew from training samples, as averages
+            and the networks of methods that train at moved weights always are. Training does not feel it.
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``; the last two by autocast.
         private: Train with differential privacy of this epsilon, by Opacus, which clips each sample's gradient and adds
             noise; batches are drawn by Poisson sampling. None: without.
@@ -115,6 +117,11 @@ class Recipe:
         "samples; 0: never.",
         Bounds(integer=True, least=0),
     )
+    fresh_statistics: bool = _option(
+        False,
+        "Evaluate every network with batch-norm statistics made anew from training samples, as ema, switch_ema, lawa, "
+        "msam and s2sam always are.",
+    )
     precision: str = _option(
         "float32", "float32 | bfloat16 | float16; the last two by autocast, float16 with a gradient scaler."
     )
@@ -140,7 +147,7 @@ class Recipe:
             _check_kind("experiment", self.experiment, str, "the path of a file")
         for name in ("data", "model", "optimizer", "precision", "device"):
             _check_kind(name, getattr(self, name), str, "a text")
-        for name in ("crop", "flip", "compile"):
+        for name in ("crop", "flip", "fresh_statistics", "compile"):
             _check_kind(name, getattr(self, name), bool, "True or False")
         for name in ("data", "model"):
             if self.experiment is not None and getattr(self, name) != getattr(Recipe, name):

@@ -3,13 +3,14 @@
 import json
 import math
 import signal
+import warnings
 from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flatmin.errors import DataError, InvalidArgumentError
+from flatmin.errors import DataError, FlatminWarning, InvalidArgumentError
 from flatmin.lab.comparison import job as job_module
 from flatmin.lab.comparison import run as run_module
 from flatmin.lab.comparison.job import Job, train_one
@@ -17,7 +18,7 @@ from flatmin.lab.comparison.outcome import Outcome
 from flatmin.lab.comparison.rows import make_rows
 from flatmin.lab.comparison.run import Comparison
 from flatmin.lab.comparison.stats import holm
-from flatmin.lab.comparison.timing import Cost
+from flatmin.lab.comparison.timing import Cost, StepTimes
 from flatmin.lab.comparison.workers import Stopped
 from flatmin.lab.recipe import Recipe
 from flatmin.lab.results import ComparisonResult, Row
@@ -66,6 +67,33 @@ def test_runs_share_the_cores_and_keep_to_the_limit_of_threads_that_the_process_
     monkeypatch.setattr(torch, "get_num_threads", lambda: limit)
     rows = make_rows(["base"], {}, epochs=1)
     assert Comparison(Recipe(device="cpu"), rows, tmp_path, jobs=jobs).threads == threads
+
+
+@pytest.mark.parametrize("timed", [True, False])
+@pytest.mark.parametrize(
+    ("methods", "recipe", "named"),
+    [
+        (["base", "msam", "ema", "sam"], {}, "msam, ema; these"),
+        (["base", "mesa"], {}, None),
+        (["base", "msam", "ema"], {"fresh_statistics": True}, None),
+        (["base", "msam"], {"model": "cnn-gn"}, None),
+    ],
+)
+def test_rows_that_alone_have_fresh_statistics_are_named(methods, recipe, named, timed, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "Workers", Inline)
+    monkeypatch.setattr(Trainer, "train_epoch", None)
+    monkeypatch.setattr(Comparison, "_train_all", lambda *_: None)
+    monkeypatch.setattr(run_module, "measure_rows", without_times)
+    rows = make_rows(methods, {}, epochs=5)
+    made = Comparison(Recipe(epochs=5, device="cpu", **recipe), rows, tmp_path, jobs=1, timed=timed)
+    said = pytest.warns(FlatminWarning, match=f"which base is not: {named}") if named else warnings.catch_warnings()
+    with said:
+        made.run()
+
+
+def without_times(rows, make, *_, **__):
+    trainers = [make(row) for row in rows]
+    return [Cost(StepTimes([1.0]), None) for _ in rows], trainers
 
 
 class TestAfter:
@@ -124,6 +152,7 @@ class TestAfter:
         lost = Outcome(Recipe(), [Row(label, label, {}) for label in metrics], metrics).result()
         assert (lost.rows[2].after["rounded_2"].difference, lost.rows[2].difference) == (None, None)
 
+    @pytest.mark.filterwarnings("ignore:evaluated with batch-norm statistics made anew")
     def test_every_run_is_measured_and_written(self, run_comparison):
         found, results, folder = run_comparison(("base", "ema"), seeds=2, after=True)
         for row in results["rows"]:

@@ -9,7 +9,7 @@ from torch import nn
 
 import flatmin
 from flatmin.errors import InvalidArgumentError
-from flatmin.lab.methods import Assembled, Card
+from flatmin.lab.methods import METHODS, Assembled, Card
 from flatmin.lab.problems.batches import drawn_batches
 from flatmin.lab.runs import measure_sharpness, open_saved
 from flatmin.lab.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -32,6 +32,13 @@ def by_hand(trainer: Trainer) -> list[torch.Tensor]:
     return [x.mean(dim=0), x.var(dim=0)]
 
 
+def evaluated_with(trainer: Trainer, monkeypatch) -> list[list[torch.Tensor]]:
+    """The statistics at each evaluation from now on."""
+    seen, evaluate = [], trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda: seen.append(statistics(trainer.evaluated)) or evaluate())
+    return seen
+
+
 def close(ours, theirs) -> bool:
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
 
@@ -41,8 +48,7 @@ def close(ours, theirs) -> bool:
 def test_what_is_evaluated_has_statistics_of_its_own_weights(make_trainer, method, choice, monkeypatch):
     statistics_of = {None: {}, "fresh": {"statistics": "fresh"}, "other": {"statistics": EVALUATED[method]}}
     trainer = make_trainer(method, crop=True, settings=statistics_of[choice])
-    seen, evaluate = [], trainer.evaluate
-    monkeypatch.setattr(trainer, "evaluate", lambda: seen.append(statistics(trainer.evaluated)) or evaluate())
+    seen = evaluated_with(trainer, monkeypatch)
     for _ in range(2):
         trainer.train_epoch()
         assert close(seen[-1], by_hand(trainer)) == (choice != "other")
@@ -68,6 +74,22 @@ def test_making_them_disturbs_neither_training_nor_random_numbers(make_trainer, 
         runs.append([*trainer.model.parameters(), *(tensor for tensor in (torch.get_rng_state(),))])
         runs[-1] += [trainer._randomness.order.get_state(), trainer._randomness.augmentation.get_state()]
     assert [torch.equal(a, b) for a, b in zip(*runs, strict=True)] == [True] * len(runs[0])
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dpsat"])
+def test_a_recipe_gives_them_to_every_network_and_training_does_not_feel_it(make_trainer, method, monkeypatch):
+    states = []
+    for fresh in (True, False):
+        trainer = make_trainer(method, fresh_statistics=fresh)
+        seen = evaluated_with(trainer, monkeypatch)
+        for _ in range(3):
+            trainer.train_epoch()
+            if fresh:
+                assert close(seen[-1], by_hand(trainer))
+        assert close(statistics(trainer.evaluated), by_hand(trainer)) == (fresh or method in EVALUATED)
+        own = [] if trainer.trajectory is None else trainer.trajectory.state_dict().values()
+        states.append([*trainer.model.parameters(), *(value for value in own if isinstance(value, torch.Tensor))])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 def test_a_registered_average_gets_them_by_itself(make_trainer, make_run, make_problem, monkeypatch):

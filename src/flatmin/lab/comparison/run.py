@@ -13,6 +13,7 @@ import torch
 
 from ..._files import read_json, write_json
 from ..._interrupts import held
+from ...averages._statistics import keeps_statistics
 from ...errors import FlatminError, FlatminWarning, OutputError
 from ..problems.checked import shifted
 from ..problems.load import load_problem
@@ -185,6 +186,17 @@ class Comparison:
                 stacklevel=3,
             )
 
+    def _warn_of_statistics(self, fresh: Sequence[str]) -> None:
+        """Warns where the rows of these labels are evaluated with batch-norm statistics made anew, and others not."""
+        selecting = self.first_seed > 0  # among candidates of one method
+        if fresh and not (self.outcome.recipe.fresh_statistics or selecting):
+            warnings.warn(
+                f"evaluated with batch-norm statistics made anew, which {self.outcome.rows[0].label} is not: "
+                f"{', '.join(fresh)}; these alone can be a difference: --fresh-statistics gives them to all rows",
+                FlatminWarning,
+                stacklevel=4,
+            )
+
     def _measure(self) -> None:
         """Builds every row once, so that mistakes show now, and times the steps of all."""
         recipe, rows = self.outcome.recipe, self.outcome.rows
@@ -211,14 +223,18 @@ class Comparison:
             if cost.plain is not None:
                 self.outcome.plain_ratio[row.label] = cost.plain.ratio(costs[0].full)
             self.outcome.extra_bytes[row.label] = trainer.extra_bytes
+        self._warn_of_statistics([row.label for row, each in zip(rows, trainers, strict=True) if _is_fresh(row, each)])
 
     def _try(self) -> None:
         """Builds every row once, so that mistakes show now."""
         problem = load_problem(self.outcome.recipe, seed=self.first_seed)
+        fresh = []
         for row in self.outcome.rows:
             trainer = Trainer(Run(self.outcome.recipe, row.method, row.settings), problem)
+            fresh += [row.label] if _is_fresh(row, trainer) else []
         if self.after:
             shifted(problem, trainer.first_batch()[1])
+        self._warn_of_statistics(fresh)
 
     def _train_all(self, deadline: float) -> None:
         """Trains seed by seed, all rows of one before the next; adds seeds while there is time for another."""
@@ -276,3 +292,9 @@ class Comparison:
 def _cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _is_fresh(row: Row, trainer: Trainer) -> bool:
+    """Whether what is evaluated has batch-norm statistics that its method makes anew."""
+    made = trainer.trajectory is None and row.settings.get("statistics") == "fresh"
+    return made and any(map(keeps_statistics, trainer.model.modules()))

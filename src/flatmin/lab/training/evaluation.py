@@ -1,15 +1,19 @@
 """How good a network is on the test set, and the batch-norm statistics with which it is evaluated."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import _distributed
+from ..._rng import preserved
+from ...averages._statistics import refresh
 from ..problems.batches import drawn_batches, make_loader, size_of
 from ..problems.checked import logits_of
 from ..problems.problem import Problem
+from ..problems.source import NETWORK
 from ..recipe import Recipe
 from .feed import Feed
 from .layout import in_layout
@@ -29,6 +33,31 @@ def statistics_inputs(problem: Problem) -> Iterator[Tensor]:
     for x, _ in drawn_batches(problem.train, REFRESHED, 0, AT_A_TIME):
         if len(x) > 1:  # a single sample has no variance
             yield x
+
+
+@contextmanager
+def fresh_statistics(
+    model: nn.Module, network: nn.Module, problem: Problem, recipe: Recipe, device: torch.device, *, stay: bool
+) -> Iterator[None]:
+    """Inside, a network that is in training has batch-norm statistics made anew.
+
+    Afterwards it has its own again, which averages of it follow, so that training does not feel it.
+
+    Args:
+        model: The network.
+        network: The same, with its wrappers.
+        problem: Its problem.
+        recipe: The run's.
+        device: Where the network is.
+        stay: Whether the new ones stay, as there is no more training.
+    """
+    before = [buffer.clone() for buffer in model.buffers()]
+    with preserved(device), autocast(recipe, device), problem.source.calling(NETWORK):
+        refresh(model, network, statistics_inputs(problem))
+    yield
+    if not stay:
+        for buffer, own in zip(model.buffers(), before, strict=True):
+            buffer.detach().copy_(own)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..recipe import Run
 from . import torchrun
 from .compiled import compiled
 from .device import resolve_device
-from .evaluation import autocast, evaluate, statistics_inputs
+from .evaluation import autocast, evaluate, fresh_statistics, statistics_inputs
 from .feed import Feed
 from .first_losses import FirstLosses
 from .layout import in_layout, layout_of, to_layout
@@ -169,9 +169,10 @@ class Trainer:
         with self._calling(STEP):
             self._at_epoch_end()
         self.make_statistics()
-        test_loss, test_accuracy = self.evaluate()
-        with self._calling(NETWORK), nullcontext() if self._private is None else self._private.measuring():
-            measured = epoch_sharpness(self, lr)
+        with self._as_evaluated():
+            test_loss, test_accuracy = self.evaluate()
+            with self._calling(NETWORK), nullcontext() if self._private is None else self._private.measuring():
+                measured = epoch_sharpness(self, lr)
         self.epoch += 1
         self.progress = Progress(totals=torch.zeros(2, device=self.device))
         return {
@@ -230,6 +231,13 @@ class Trainer:
             return
         with preserved(self.device), autocast(self.run.recipe, self.device), self._calling(NETWORK):
             self._refresh(statistics_inputs(self.problem))
+
+    def _as_evaluated(self) -> AbstractContextManager[None]:
+        """Inside, and after the last epoch, a network that is evaluated itself has the statistics that it wants."""
+        if not self.run.recipe.fresh_statistics or self.average is not None:
+            return nullcontext()
+        stay = self.epoch + 1 == self.run.recipe.epochs
+        return fresh_statistics(self.model, self._network, self.problem, self.run.recipe, self.device, stay=stay)
 
     @property
     def evaluated(self) -> nn.Module:
