@@ -4,7 +4,8 @@ import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ._first_pass import Beginning, Beginnings
 from ._mark import Seen
 from ._memory import Memory
 from ._progress import ORDER, Progress
-from ._scale import has_scaled
+from ._scale import has_unscaled, scaling
 from ._step import ADDS, Passes, Step
 from ._surroundings import Buffers, Surroundings
 from ._trainers import check_closure, check_loss
@@ -73,6 +74,7 @@ class Stepping(ABC):
     def _set_up(self) -> None:
         """Makes what belongs to this object, and not to a copy of it."""
         self._progress, self._seen, self._dropping = Progress(), None, Dropping()
+        self._any_made = False  # whether a step was, of this object: a resumed run may have forgotten the scaler
         self._beside = Beside(type(self).__name__)
         self._clipping = Clipping(type(self).__name__, first=self._uses_first, both=self._uses_both)
         known = self._surroundings.model if self.max_passes == 2 else None
@@ -122,6 +124,7 @@ class Stepping(ABC):
             if step.decides:
                 self._when.observe(self._steps, float(step.first_norm))
             self._steps += 1
+        self._any_made = True
         self._seen = None if step.begun is not None or step.failed else Seen(step.parameters)
         return step.loss
 
@@ -273,7 +276,7 @@ class Stepping(ABC):
 
     def _warn_of_scaled(self, parameters: list[Tensor]) -> None:
         """Warns, in the first step, of a scaler that has scaled a loss and by which nothing was unscaled."""
-        if self._steps or self.scaler.is_enabled() or not self._surroundings.is_scaled_still(parameters):
+        if self._any_made or self.scaler.is_enabled() or not self._surroundings.is_scaled_still(parameters):
             return
         name = type(self).__name__
         warnings.warn(
@@ -284,13 +287,14 @@ class Stepping(ABC):
             stacklevel=depth_in_package(),
         )
 
-    def _unused_scalers(self, step: Step) -> list[GradScaler]:
-        """Before the first step, scalers that were not given to it and have scaled nothing yet."""
-        return [] if self._steps or self.scaler.is_enabled() else self._surroundings.unused_scalers(step.every())
+    def _other_scalers(self, step: Step) -> AbstractContextManager[list[GradScaler]]:
+        """Inside, passes are made, and scalers that were not given to it are added to the list as they scale a loss."""
+        return scaling([] if self.scaler.is_enabled() else self._surroundings.scalers(step.every()))
 
-    def _check_scaled(self, unused: list[GradScaler]) -> None:
-        """Refuses a pass in which one of them has scaled the loss."""
-        if any(map(has_scaled, unused)):
+    def _check_scaled(self, used: list[GradScaler]) -> None:
+        """Refuses a pass in which one of them has scaled the loss, and has not unscaled the gradients."""
+        own = (cast(Optimizer, self), self.base_optimizer)
+        if any(not any(has_unscaled(scaler, each) for each in own) for scaler in used):
             name = type(self).__name__
             raise InvalidArgumentError(
                 f"the loss is scaled by a GradScaler that {name} was not given, so that it would step with scaled "
@@ -301,8 +305,7 @@ class Stepping(ABC):
         """A step whose passes the closure has made."""
         check_closure(self, closure)
         step = self._begin(closure)
-        unused = self._unused_scalers(step)
-        with self._progress.begun(step, self._gradient(step)):
+        with self._other_scalers(step) as used, self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
                 if not self._progress.advance(step):
                     break
@@ -311,7 +314,7 @@ class Stepping(ABC):
                     loss = step.closure()
                 check_loss(self, step.closure, loss)
                 step.loss = loss if index == 0 else step.loss
-                self._check_scaled(unused)
+                self._check_scaled(used)
         self._after_passes(step)
         return step
 
