@@ -125,6 +125,7 @@ class Stepping(ABC):
                 self._when.observe(self._steps, float(step.first_norm))
             self._steps += 1
         self._any_made = True
+        self._clipping.forget()
         self._seen = None if step.begun is not None or step.failed else Seen(step.parameters)
         return step.loss
 
@@ -224,6 +225,8 @@ class Stepping(ABC):
         self._give_up_ready()
         self.scaler = self._scaler_of_loop() or self.scaler
         step = self._begin(None, begun=self._beginnings.take())
+        if self.max_passes == 2:
+            self._clipping.judge(step)
         self._progress.begin(step, self._gradient(step))
         for _ in range(self.max_passes):  # the first of two is over
             wanted = self._progress.advance(step)
