@@ -131,6 +131,26 @@ def test_it_is_said_where_the_first_backward_pass_was_over_before_the_optimizer_
         optimizer.step()
 
 
+@pytest.mark.parametrize("name", [name for name in CLOSURES if EVERY[name].max_passes == 2])
+def test_that_is_said_of_a_scaler_that_was_used_before_too(name):
+    weight, used = torch.nn.Parameter(torch.ones(2)), scaler()
+    optimizer = EVERY[name](torch.optim.SGD([weight], lr=0.1))
+
+    def steps(scale, count):
+        for _ in range(count):
+            scale(weight.square().sum()).backward()
+            if optimizer.first_step(zero_grad=True):
+                scale(weight.square().sum()).backward()
+                optimizer.second_step(zero_grad=True)
+
+    used.scale(torch.ones(()))
+    used.update(2.0)  # of another network
+    steps(lambda loss: loss, 1)
+    with pytest.warns(FlatminWarning, match=rf"before a step of {name}.*{name}\(\.\.\., scaler=scaler\)") as caught:
+        steps(lambda loss: used.scale(loss), 6)  # LookSAM's fifth has two passes
+    assert len(caught) == 1
+
+
 @every
 def test_bfloat16_needs_no_scaler(name):
     """All passes are in it, and what is perturbed, kept and trained is in float32."""

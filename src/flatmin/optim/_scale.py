@@ -85,14 +85,13 @@ class LossScale:
 
 
 @contextmanager
-def scaling(scalers: list[GradScaler]) -> Iterator[list[GradScaler]]:
-    """Inside, those of ``scalers`` that scale a loss are added to the list; torch does not count them."""
-    used: list[GradScaler] = []
+def noted_scaling(scalers: list[GradScaler], used: list[GradScaler]) -> Iterator[None]:
+    """Inside, those of ``scalers`` that scale a loss are added to ``used``; torch does not say it."""
     before = [vars(scaler).get("scale") for scaler in scalers]
     for scaler in scalers:
         vars(scaler)["scale"] = _noting(scaler, scaler.scale, used)
     try:
-        yield used
+        yield
     finally:
         for scaler, own in zip(scalers, before, strict=True):
             vars(scaler).pop("scale", None)

@@ -4,7 +4,6 @@ import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -23,7 +22,7 @@ from ._first_pass import Beginning, Beginnings
 from ._mark import Seen
 from ._memory import Memory
 from ._progress import ORDER, Progress
-from ._scale import has_unscaled, scaling
+from ._scale import has_unscaled
 from ._step import ADDS, Passes, Step
 from ._surroundings import Buffers, Surroundings
 from ._trainers import check_closure, check_loss
@@ -56,6 +55,7 @@ class Stepping(ABC):
     _dropping: Dropping
     _drop_warned = False
     _unmade_warned = False
+    _scaled_warned = False
 
     @abstractmethod
     def _gradient(self, step: Step) -> Passes:
@@ -103,7 +103,7 @@ class Stepping(ABC):
             closure = None
         step = self._step_without_closure() if closure is None else self._make_passes(closure)
         if closure is None:
-            self._warn_of_scaled(step.every())
+            self._warn_of_scaled(step)
         step.settle()
         self._settle(stacklevel=5)  # of the step before
         if self._coarse is not None:
@@ -277,27 +277,35 @@ class Stepping(ABC):
             raise
         self._after_passes(step)
 
-    def _warn_of_scaled(self, parameters: list[Tensor]) -> None:
-        """Warns, in the first step, of a scaler that has scaled a loss and by which nothing was unscaled."""
-        if self._any_made or self.scaler.is_enabled() or not self._surroundings.is_scaled_still(parameters):
+    def _warn_of_scaled(self, step: Step) -> None:
+        """Warns once where the loop has scaled the loss, as far as that was seen, and has unscaled nothing."""
+        if self.scaler.is_enabled() or self._scaled_warned:
             return
+        before = not self._any_made and self._surroundings.is_scaled_still(step.every())
+        if not (before or self._is_scaled(step)):
+            return
+        self._scaled_warned = True
         name = type(self).__name__
+        when = "before the first" if not self._any_made else "before a"
         warnings.warn(
-            f"a GradScaler has scaled a loss and has unscaled no gradient before the first step of {name}, which was "
+            f"a GradScaler has scaled a loss and has unscaled no gradient {when} step of {name}, which was "
             f"not given it: if the loss was {name}'s, the step is of scaled gradients, so write {name}(..., "
             "scaler=scaler), or make the step by scaler.step(optimizer)",
             FlatminWarning,
             stacklevel=depth_in_package(),
         )
 
-    def _other_scalers(self, step: Step) -> AbstractContextManager[list[GradScaler]]:
-        """Inside, passes are made, and scalers that were not given to it are added to the list as they scale a loss."""
-        return scaling([] if self.scaler.is_enabled() else self._surroundings.scalers(step.every()))
+    def _is_scaled(self, step: Step) -> bool:
+        """Whether a scaler that was not given to it has scaled the loss of a pass, and has not unscaled its gradients.
 
-    def _check_scaled(self, used: list[GradScaler]) -> None:
-        """Refuses a pass in which one of them has scaled the loss, and has not unscaled the gradients."""
+        What a closure of a single pass unscales by itself is right.
+        """
         own = (cast(Optimizer, self), self.base_optimizer)
-        if any(not any(has_unscaled(scaler, each) for each in own) for scaler in used):
+        return any(not any(has_unscaled(scaler, each) for each in own) for scaler in step.scaled_by)
+
+    def _check_scaled(self, step: Step) -> None:
+        """Refuses a pass of which that is so."""
+        if self._is_scaled(step):
             name = type(self).__name__
             raise InvalidArgumentError(
                 f"the loss is scaled by a GradScaler that {name} was not given, so that it would step with scaled "
@@ -308,7 +316,7 @@ class Stepping(ABC):
         """A step whose passes the closure has made."""
         check_closure(self, closure)
         step = self._begin(closure)
-        with self._other_scalers(step) as used, self._progress.begun(step, self._gradient(step)):
+        with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
                 if not self._progress.advance(step):
                     break
@@ -317,7 +325,7 @@ class Stepping(ABC):
                     loss = step.closure()
                 check_loss(self, step.closure, loss)
                 step.loss = loss if index == 0 else step.loss
-                self._check_scaled(used)
+                self._check_scaled(step)
         self._after_passes(step)
         return step
 
