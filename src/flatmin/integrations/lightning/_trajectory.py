@@ -138,13 +138,13 @@ class TrajectoryLoss(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses optimizers of two passes for SAF, and says where the loss never begins."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, Optimizer):
+                check_without_saf(optimizer, [self.loss])
         assert self.loss is not None
         epochs = trainer.max_epochs
         if epochs is not None and epochs > 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             warn_if_late(self.loss, epochs)
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, Optimizer):
-                check_without_saf(optimizer, [self.loss])
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Tells the loss of a new epoch."""
