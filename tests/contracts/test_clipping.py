@@ -197,8 +197,9 @@ def with_two_steps(ours, steps):
             ours.optimizer.second_step()
 
 
-@pytest.mark.parametrize("clip", [by_norm, by_value, each_by_norm])
-@pytest.mark.parametrize("way", [in_somebodys_loop, with_two_steps])
+@pytest.mark.parametrize(
+    ("clip", "way"), [(by_norm, with_two_steps), (by_value, in_somebodys_loop), (each_by_norm, with_two_steps)]
+)
 @pytest.mark.parametrize("name", [name for name in CLOSED if TRAINED[name].max_passes == 2])
 def test_before_perturb_it_is_said_of_the_same_methods_from_the_second_step_on(name, way, clip, monkeypatch):
     monkeypatch.setattr(Training, "somebodys", way, raising=False)
