@@ -1,5 +1,6 @@
 """The gradient that the base optimizer steps with is clipped, and no other; clipping in a pass is noticed."""
 
+import gc
 import threading
 import warnings
 
@@ -13,6 +14,11 @@ from flatmin.optim._clipping import GLOBAL, _seen
 from tests.contracts._optimizers import CLOSED, TRAINED, Training, assert_same
 
 every = pytest.mark.parametrize("name", TRAINED)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_what_other_tests_left():
+    gc.collect()  # optimizers that are gone and watch still
 
 
 def gradients_of(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -168,6 +174,54 @@ def perturbed(ours, steps):
         ours.optimizer.step()
 
 
+def in_somebodys_loop(ours, steps):
+    """Clips the first gradient before the optimizer is called, and that to step with as is right."""
+    clip, ours._end = ours._end, lambda: None
+    for _ in range(steps):
+        Training.closure(ours)
+        clip()
+        if ours.optimizer.perturb():
+            Training.closure(ours)
+            ours.optimizer.restore()
+        by_value(ours)
+        ours.optimizer.step()
+
+
+def with_two_steps(ours, steps):
+    clip, ours._end = ours._end, lambda: None
+    for _ in range(steps):
+        Training.closure(ours)
+        clip()
+        if ours.optimizer.first_step():
+            Training.closure(ours)
+            ours.optimizer.second_step()
+
+
+@pytest.mark.parametrize(
+    ("clip", "way"), [(by_norm, with_two_steps), (by_value, in_somebodys_loop), (each_by_norm, with_two_steps)]
+)
+@pytest.mark.parametrize("name", [name for name in CLOSED if TRAINED[name].max_passes == 2])
+def test_before_perturb_it_is_said_of_the_same_methods_from_the_second_step_on(name, way, clip, monkeypatch):
+    monkeypatch.setattr(Training, "somebodys", way, raising=False)
+    _, caught = clipping(name, clip, "somebodys")
+    _, inside = clipping(name, clip, "loop")
+    assert len(caught) == len(inside)
+    for each in caught:
+        bound = VALUE if clip is by_value else NORM
+        assert f"(..., {bound}) before perturb() of {name} clips its first gradient" in str(each.message)
+        assert each.filename == __file__
+    assert not clipping(name, clip, "somebodys", 1)[1]  # it was over before the optimizer was called
+
+
+def test_an_optimizer_that_is_gone_watches_no_more(monkeypatch):
+    monkeypatch.setattr(Training, "somebodys", with_two_steps, raising=False)
+    ours, _ = clipping("GSAM", lambda ours: None, "somebodys")
+    assert type(getattr(clip_grad, GLOBAL)).__name__ == "_Wrapper"
+    del ours
+    gc.collect()
+    assert type(getattr(clip_grad, GLOBAL)).__name__ == "function"
+
+
 def test_right_loops_are_left_alone(monkeypatch):
     monkeypatch.setattr(Training, "perturbed", perturbed, raising=False)
     other = torch.nn.Linear(2, 2)
@@ -185,6 +239,7 @@ def test_right_loops_are_left_alone(monkeypatch):
 
 
 def test_a_closure_that_raises_leaves_torch_as_it_was():
+    gc.collect()
     ours, before = Training("SAM"), getattr(clip_grad, GLOBAL)
     ours._end = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):

@@ -70,6 +70,49 @@ def test_it_is_noticed_without_a_closure_too(name):
         training.loop()
 
 
+@closures
+@pytest.mark.parametrize("loop", ["step", "loop"])
+@pytest.mark.parametrize("known", ["used before", "resumed"])
+def test_so_is_one_that_was_used_before_and_one_of_a_resumed_run(name, loop, known):
+    training, used = Training(name), scaler()
+    if known == "used before":  # of another network, or of the same with another optimizer
+        used.scale(torch.ones(()))
+        training.step(2)
+    else:
+        used.load_state_dict({**scaler().state_dict(), "scale": 2.0**10})
+        before = Training(name)
+        before.step(2)
+        training.optimizer.load_state_dict(before.optimizer.state_dict())
+    training.scaler = used
+    weights = [parameter.detach().clone() for parameter in training.model.parameters()]
+    with pytest.raises(InvalidArgumentError, match=rf"{name} was not given.*{name}\(\.\.\., scaler=scaler\)"):
+        getattr(training, loop)()
+    assert_same([parameter.detach() for parameter in training.model.parameters()], weights)
+    assert "scale" not in vars(used)
+
+
+@pytest.mark.parametrize("name", [name for name in CLOSURES if EVERY[name].max_passes == 1])
+def test_one_that_the_closure_of_a_single_pass_unscales_by_itself_is_left_alone(name):
+    """With two passes torch refuses to unscale in the second."""
+    (weights, same), used = (torch.nn.Parameter(torch.ones(2)) for _ in range(2)), scaler()
+    for weight, given in ((weights, True), (same, False)):
+        optimizer = EVERY[name](torch.optim.SGD([weight], lr=0.1, momentum=0.9))
+        for _ in range(3):
+
+            def closure(optimizer=optimizer, weight=weight, given=given):
+                optimizer.zero_grad()
+                loss = weight.square().sum()
+                (used.scale(loss) if given else loss).backward()
+                if given:
+                    used.unscale_(optimizer)
+                return loss
+
+            optimizer.step(closure)
+            if given:
+                used.update()
+    assert torch.equal(weights, same)
+
+
 @pytest.mark.parametrize("name", CLOSURES)
 def test_it_is_said_where_the_first_backward_pass_was_over_before_the_optimizer_knew(name):
     weight = torch.nn.Parameter(torch.ones(2))
@@ -86,6 +129,26 @@ def test_it_is_said_where_the_first_backward_pass_was_over_before_the_optimizer_
     optimizer.restore()
     with pytest.warns(FlatminWarning, match=rf"before the first step of {name}.*{name}\(\.\.\., scaler=scaler\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", [name for name in CLOSURES if EVERY[name].max_passes == 2])
+def test_that_is_said_of_a_scaler_that_was_used_before_too(name):
+    weight, used = torch.nn.Parameter(torch.ones(2)), scaler()
+    optimizer = EVERY[name](torch.optim.SGD([weight], lr=0.1))
+
+    def steps(scale, count):
+        for _ in range(count):
+            scale(weight.square().sum()).backward()
+            if optimizer.first_step(zero_grad=True):
+                scale(weight.square().sum()).backward()
+                optimizer.second_step(zero_grad=True)
+
+    used.scale(torch.ones(()))
+    used.update(2.0)  # of another network
+    steps(lambda loss: loss, 1)
+    with pytest.warns(FlatminWarning, match=rf"before a step of {name}.*{name}\(\.\.\., scaler=scaler\)") as caught:
+        steps(lambda loss: used.scale(loss), 6)  # LookSAM's fifth has two passes
+    assert len(caught) == 1
 
 
 @every

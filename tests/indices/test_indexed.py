@@ -156,6 +156,27 @@ def test_every_data_set_and_collate_function(dataset, kind):
     assert repr(got) == repr(list(DataLoader(plain, 4, collate_fn=inner)))
 
 
+class Substituting(Items):
+    """Gives another sample in place of each third, and says which."""
+
+    def __getitem__(self, i):
+        j = (i + 1) % N if i % 3 == 0 else i
+        return Indexed(torch.tensor(j) if i % 2 else j - N, super().__getitem__(j))
+
+
+@pytest.mark.parametrize("sample", [lambda i: 10 * i, lambda i: {"x": 10 * i}], ids=["number", "mapping"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_data_set_that_gives_another_sample_says_which(sample, several):
+    plain = Substituting(sample)
+    if several:
+        plain.__class__ = type("", (Substituting,), {"__getitems__": lambda self, keys: [self[key] for key in keys]})
+    given = sorted((i + 1) % N if i % 3 == 0 else i for i in range(N))
+    assert given != list(range(N))
+    assert_right(flatmin.with_indices(DataLoader(plain, 4, shuffle=True)), given)
+    assert_right(map(split, DataLoader(flatmin.indexed(plain), 4, shuffle=True)), given)
+    assert_right(flatmin.with_indices(DataLoader(flatmin.indexed(plain), 4, collate_fn=collate(key_by_key))), given)
+
+
 def test_mappings_that_cannot_be_changed():
     data = flatmin.indexed([MappingProxyType({"x": 10 * i}) for i in range(N)])
     assert_right(flatmin.with_indices(DataLoader(data, 4, shuffle=True)), list(range(N)))
@@ -541,5 +562,7 @@ def test_an_index_that_was_padded_or_cast_is_explained():
 def test_collate_is_told_what_it_is_for():
     with pytest.raises(InvalidArgumentError, match=r"is for samples of flatmin\.indexed"):
         list(DataLoader([1, 2], collate_fn=collate(default_collate)))
+    with pytest.raises(InvalidArgumentError, match=r"got dict without an index.*remove_unused_columns=False"):
+        list(DataLoader([{"x": 1}], collate_fn=collate(default_collate)))  # as the Trainer makes it
     with pytest.raises(InvalidArgumentError, match="must be a function"):
         collate([1])

@@ -189,7 +189,7 @@ class Copying(Penalised):
 
 
 def test_a_copy_of_the_module_has_a_loss_of_0():
-    fit(Copying(), saf(), batches=SOURCES["indexed"](), max_epochs=1)
+    fit(Copying(), saf(), batches=SOURCES["indexed"]())
 
 
 def test_callbacks_reach_processes_that_are_spawned():
@@ -202,6 +202,17 @@ def test_a_loss_that_is_not_added_is_warned_of():
         fit(Net(), saf(), batches=SOURCES["indexed"]())
     with pytest.warns(FlatminWarning, match=r"loss = loss \+ self.mesa\(logits, x\)"):
         fit(Net(), mesa())
+
+
+@pytest.mark.parametrize("kind", ["saf", "mesa"])
+def test_a_training_that_ends_before_the_loss_begins_is_told_of(kind):
+    made = {"saf": flatmin.SAF(N, 10), "mesa": flatmin.MESA}[kind]
+    callback = TrajectoryLoss(made, **({"network": "net", "decay": 0.9} if kind == "mesa" else {}))
+    module = Penalised(kind)
+    with pytest.warns(FlatminWarning, match="is 0 before epoch 5, .* has one epoch, .* lower start_epoch=5") as caught:
+        fit(module, callback, batches=SOURCES["indexed"](), max_epochs=1)
+    assert len(caught) == 1
+    assert module.total == 0
 
 
 class Both(Penalised):

@@ -47,7 +47,7 @@ class Streamed(IterableDataset):
 
 
 def saf(**options):
-    return TrajectoryLoss(flatmin.SAF(N, 10, **options))
+    return TrajectoryLoss(flatmin.SAF(N, 10, **{"start_epoch": 1, "lag": 1, **options}))
 
 
 def sam():

@@ -180,7 +180,7 @@ TRAININGS = {
     "training_step without super": (
         bert,
         Rows,
-        lambda m: {"penalty": flatmin.MESA, "kind": Stepping},
+        lambda m: {"penalty": partial(flatmin.MESA, start_epoch=0), "kind": Stepping},
         "does not call super",
     ),
     "training_step without super, SAM": (
@@ -215,6 +215,24 @@ def test_a_stream_and_mesa_train(tmp_path):
     assert int(trainer.penalty.average.n_averaged) == 5
 
 
+@pytest.mark.parametrize(
+    ("penalty", "said"),
+    [
+        (lambda model: flatmin.MESA(model), "MESA is 0 before epoch 5, .* lower start_epoch=5, or"),
+        (lambda model: flatmin.SAF(44, 3), "SAF is 0 before epoch 5, .* lower start_epoch=5 and lag=3, or"),
+        (lambda model: flatmin.SAF(44, 3, start_epoch=1), "SAF is 0 before epoch 3, .* lower lag=3, or"),
+    ],
+)
+def test_a_training_that_ends_before_the_loss_begins_is_told_of(penalty, said, tmp_path):
+    model, plain = bert(), bert()
+    with pytest.warns(FlatminWarning, match=said) as caught:
+        make(model, tmp_path, penalty=penalty(model)).train()
+    assert len(caught) == 1
+    make(plain, tmp_path, kind=Trainer).train()
+    assert difference(model, plain) == 0
+    make(model, tmp_path, penalty=flatmin.MESA(model, start_epoch=1)).train()
+
+
 def test_the_order_of_the_classes():
     with pytest.raises(InvalidArgumentError, match=r"class Wrong\(Sharpness, Trainer\)"):
 
@@ -237,9 +255,9 @@ def test_without_either_it_is_the_trainer(tmp_path):
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_checkpoint_with_or_without_saf(saved, tmp_path):
-    options = {"save_strategy": "epoch", "num_train_epochs": 1}
+    options = {"save_strategy": "epoch", "num_train_epochs": 2}
     make(bert(), tmp_path, **options, **({"penalty": saf()} if saved else {})).train()
-    options = {"num_train_epochs": 2, **({} if saved else {"penalty": saf()})}
+    options = {"num_train_epochs": 3, **({} if saved else {"penalty": saf()})}
     with pytest.warns(FlatminWarning, match="there is no SAF now" if saved else "SAF begins anew"):
         make(bert(), tmp_path, **options).train(resume_from_checkpoint=True)
 

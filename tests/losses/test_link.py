@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import flatmin
 from flatmin.errors import FlatminWarning
 from flatmin.losses._comparison import Comparison
+from flatmin.losses._link import _has_margin
 
 B, C = 32, 6
 INDEX = torch.arange(B)
@@ -38,6 +39,9 @@ ONE_OF_SEVERAL = {
     "soft labels": lambda z: F.cross_entropy(z, torch.rand(z.shape, dtype=z.dtype).softmax(1)),
     "focal": lambda z: focal(z, labels(z.shape[1])),
     "margin": lambda z: F.multi_margin_loss(z.float(), labels(z.shape[1])),
+    "margin that grows": lambda z: F.cross_entropy(
+        z - F.one_hot(labels(z.shape[1])) * (0.5 + 0.2 * z), labels(z.shape[1])
+    ),
     "z loss": lambda z: F.cross_entropy(z, labels(z.shape[1])) + 1e-4 * z.logsumexp(1).square().mean(),
     "scaled as float16": lambda z: 65536.0 * F.cross_entropy(z, labels(z.shape[1])),
     "nothing": lambda z: 0 * z.sum(),
@@ -63,9 +67,9 @@ def losses(model):
 NAMES = list(losses(nn.Linear(3, C)))
 
 
-def said(name, criterion, *, dtype=torch.float32, passes=6) -> list[str]:
+def said(name, criterion, *, dtype=torch.float32, passes=6, make=lambda: nn.Linear(3, C)) -> list[str]:
     torch.manual_seed(0)
-    model = nn.Linear(3, C, dtype=dtype)
+    model = make().to(dtype)
     loss, term = losses(model)[name]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     if isinstance(loss, flatmin.MESA):
@@ -97,6 +101,49 @@ def test_independent_labels_are_told_of_once(name, criterion):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_nothing_is_said_of_a_softmax(name, criterion, dtype):
     assert said(name, ONE_OF_SEVERAL[criterion], dtype=dtype) == []
+
+
+class Cosines(nn.Module):
+    """Cosines of an angle to each class, which are multiplied here, or by the criterion."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.body, self.layer, self.scale = nn.Linear(3, 64), nn.Linear(64, C, bias=False), scale
+
+    def forward(self, x):
+        return self.scale * F.linear(F.normalize(self.body(x), dim=1), F.normalize(self.layer.weight, dim=1))
+
+
+ANGLES = {  # ArcFace, SphereFace, CosFace, and none: of the label's cosine
+    "added to the angle": lambda cosine: torch.cos(torch.acos(cosine) + 0.5),
+    "multiplied angle": lambda cosine: torch.cos(1.35 * torch.acos(cosine)),
+    "taken from the cosine": lambda cosine: cosine - 0.35,
+    "none": lambda cosine: cosine,
+}
+
+
+@pytest.mark.parametrize("angle", ANGLES)
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_said_of_a_margin_on_cosines(angle, scale, name):
+    y = labels(C)
+    label = F.one_hot(y, C).bool()
+
+    def criterion(z):
+        cosine = (z / scale).clamp(-0.999, 0.999)
+        return F.cross_entropy(30.0 * ANGLES[angle](cosine).where(label, cosine), y)
+
+    assert said(name, criterion, make=lambda: Cosines(scale)) == []
+
+
+@pytest.mark.parametrize("prior", [-6.0, -2.0, 0.0, 2.0])
+@pytest.mark.parametrize("spread", [0.01, 0.3, 3.0])
+def test_one_label_by_independent_ones_is_no_margin(prior, spread):
+    """Wherever the network begins, as long as it moves a sample's logits together."""
+    logits = (prior + spread * torch.randn(B, 20, generator=torch.Generator().manual_seed(2))).requires_grad_()
+    F.binary_cross_entropy_with_logits(logits, F.one_hot(labels(20), 20).float()).backward()
+    assert logits.grad.sum(1).abs().sum() > 0.05 * logits.grad.abs().sum()
+    assert not _has_margin(logits.detach(), logits.grad, 1)
 
 
 @pytest.mark.parametrize("options", [{"link": "sigmoid"}, {"distance": "features"}])

@@ -151,6 +151,10 @@ def test_the_class_says_which_closure_it_takes():
         (lambda p: flatmin.ESAM(p.sgd(), seed=-1), "^seed must"),
         (lambda p: flatmin.ESAM(p.sgd()).step(), r"needs a closure.*def losses\(keep\)"),
         (
+            lambda p: flatmin.ESAM(p.sgd()).step(lambda: p.each(slice(None)).mean()),
+            r"def losses\(keep\).*cannot be had use flatmin.SAM",
+        ),
+        (
             lambda p: flatmin.ESAM(p.sgd()).step(lambda keep: p.each(keep).mean()),
             r"one loss a sample.*got shape \(\)",
         ),

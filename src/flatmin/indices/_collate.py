@@ -81,7 +81,9 @@ class Collate:
         if self._is_in(sample):
             return sample[self.key], sample
         raise InvalidArgumentError(
-            f"flatmin.indices.collate is for samples of flatmin.indexed(dataset), got {type(sample).__name__}"
+            "flatmin.indices.collate is for samples of flatmin.indexed(dataset), got "
+            f"{type(sample).__name__} without an index; transformers' Trainer takes it out, unless it has "
+            "remove_unused_columns=False or the mixin flatmin.integrations.transformers.Sharpness"
         )
 
     def _is_in(self, value: Any) -> bool:

@@ -24,7 +24,8 @@ def indexed(dataset: Any, *, key: str = KEY) -> "IndexedDataset":
     `flatmin.indices.split` takes the index off a batch.
 
     Make it once and of the whole data set: an index is the position in ``dataset``. Subsets of it keep those indices,
-    so SAF's ``num_samples`` is ``len(dataset)``. Its other attributes are those of ``dataset``.
+    so SAF's ``num_samples`` is ``len(dataset)``. Its other attributes are those of ``dataset``. A data set that gives
+    another sample in place of a broken one returns ``Indexed(position, sample)`` itself, which is taken as it is.
 
     Args:
         dataset: Any map-style data set, with samples of any kind; a Hugging Face ``datasets.Dataset`` too.
@@ -138,6 +139,8 @@ class IndexedDataset(Dataset[Any]):
         return index.clone() if index.ndim else int(index)
 
     def _join(self, index: int | Tensor, sample: Any) -> Any:
+        if isinstance(sample, Indexed):  # the data set has given another sample, and says which
+            index, sample = self._index(sample.index), sample.sample
         if self.index_key is None or not isinstance(sample, Mapping):
             return Indexed(index, sample)
         return put(sample, self.index_key, index)

@@ -216,7 +216,10 @@ class MESA(Loaded):
             check_order(logits, args, kwargs)
         logits = logits if isinstance(logits, Tensor) else compare.outputs(logits)
         compare.check(logits)
-        if self._off() or not needs_gradient(logits):
+        trained = self.training and self.coefficient != 0 and needs_gradient(logits)
+        if trained:  # from the first epoch on, where the gradient is the criterion's alone
+            compare.watch(logits)
+        if self._off() or not trained:
             self._count_untold(logits)
             return self._nothing(logits)
         compiling = torch.compiler.is_compiling()
@@ -226,7 +229,6 @@ class MESA(Loaded):
         if compiling and self.interval > 1 and not _compiled.is_due(first_tensor(logits).detach(), self._handle):
             return self._nothing(logits)
         self._check_updates()
-        compare.watch(logits)
         args, kwargs = as_called(self._networks[0], args, kwargs)
         where = compare.counted(where, kwargs, logits)
         if where is not None or self.fraction < 1:

@@ -172,14 +172,13 @@ class SharpnessAware(Stepping, Wrapper):
         self._check_idle("another step")
         self._give_up_ready()
         step = self._begin(None)
-        unused = self._unused_scalers(step)
         with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
                 with torch.no_grad():
                     if not self._progress.advance(step):
                         break
                 yield index
-                self._check_scaled(unused)
+                self._check_scaled(step)
             self._after_passes(step)
             self.step()
 

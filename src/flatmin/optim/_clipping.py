@@ -3,6 +3,7 @@
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 GLOBAL = "_group_tensors_by_device_and_dtype"
 BOUNDS = {"clip_grad_norm_": "max_norm", "_clip_grads_with_norm_": "max_norm", "clip_grad_value_": "clip_value"}
 
+_between: "weakref.WeakSet[Clipping]" = weakref.WeakSet()  # of loops that call perturb() and restore()
 _lock = threading.RLock()  # a generator that is collected meanwhile may end a pass
 _watching = 0  # in how many passes, of all threads
 _thread = threading.local()
@@ -44,6 +46,7 @@ class Clipping:
     def __init__(self, name: str, *, first: bool, both: bool) -> None:
         self._name, self._first, self._both = name, first, both
         self._warned = False
+        self._noted: list[tuple[_Clip, list[weakref.ref[Tensor]]]] = []
 
     @contextmanager
     def watched(self, step: "Step", which: str) -> Iterator[None]:
@@ -51,24 +54,43 @@ class Clipping:
         if self._warned:
             yield
             return
-        with _seen(lambda gradients, frame: self._look_at(step, which, gradients, frame)):
+        where = f"in a pass of {self._name}"
+        with _seen(lambda gradients, frame: self._look_at(step, which, gradients, _Clip(frame), where)):
             yield
 
-    def _look_at(self, step: "Step", which: str, gradients: list[Tensor], frame: FrameType) -> None:
-        function = frame.f_code.co_name
-        bound = frame.f_locals.get(BOUNDS[function], 0.0)
-        if self._warned or bound == float("inf"):  # as one measures the norm
+    def note(self, gradients: list[Tensor], frame: FrameType) -> None:
+        """Notes what a loop that calls ``perturb()`` has clipped between its calls, perhaps of the first gradient."""
+        if not self._warned:
+            self._noted.append((_Clip(frame), list(map(weakref.ref, gradients))))
+
+    def judge(self, step: "Step") -> None:
+        """Looks at what was clipped up to here, where the first pass of a step of such a loop is over."""
+        for clip, references in self._noted:
+            clipped = [gradient for reference in references if (gradient := reference()) is not None]
+            self._look_at(step, "first", clipped, clip, f"before perturb() of {self._name}")
+        self.forget()
+        if self not in _between:  # from here on
+            _between.add(self)
+            _watch(1)
+            weakref.finalize(self, _watch, -1).atexit = False
+
+    def forget(self) -> None:
+        """What was clipped up to here is not of the first gradient."""
+        self._noted.clear()
+
+    def _look_at(self, step: "Step", which: str, gradients: list[Tensor], clip: "_Clip", where: str) -> None:
+        if self._warned or clip.bound == float("inf"):  # as one measures the norm
             return
         clipped = {id(gradient) for gradient in gradients}
         own = [parameter for parameter in step.every() if id(parameter.grad) in clipped]
-        why = self._why(step, which, own, by_value=function == "clip_grad_value_") if own else ""
+        why = self._why(step, which, own, by_value=clip.by_value) if own else ""
         if not why:
             return
         self._warned = True
-        norm = "..." if function == "clip_grad_value_" else f"{bound:g}"
+        norm = "..." if clip.by_value else f"{clip.bound:g}"
         later = "" if which == "only" else ", or clip between restore() and step()"
         warnings.warn(
-            f"{_called(frame)}(..., {bound:g}) in a pass of {self._name} clips its {which} gradient, {why}: "
+            f"{clip.called}(..., {clip.bound:g}) {where} clips its {which} gradient, {why}: "
             f"leave it out and make it {self._name}(..., max_norm={norm}), which clips the gradient that the base "
             f"optimizer steps with{later} (warned once)",
             FlatminWarning,
@@ -92,13 +114,24 @@ class Clipping:
         return "which turns the perturbation" if some and (by_value or some < len(moved)) else ""
 
 
-def _called(frame: FrameType) -> str:
-    """The function that was called, within which ``frame`` is."""
-    name, outer = "", frame
-    while outer.f_code.co_filename == frame.f_code.co_filename and outer.f_back is not None:
-        name = outer.f_code.co_name if outer.f_code.co_name in BOUNDS else name
-        outer = outer.f_back
-    return name.lstrip("_")
+class _Clip:
+    """A call of one of torch's functions, of which ``frame`` is the innermost that clips.
+
+    Attributes:
+        called: The function that was called.
+        bound: What it clips to.
+        by_value: Whether it clips each value.
+    """
+
+    def __init__(self, frame: FrameType) -> None:
+        function = frame.f_code.co_name
+        self.by_value = function == "clip_grad_value_"
+        self.bound = float(frame.f_locals.get(BOUNDS[function], 0.0))
+        name, outer = "", frame
+        while outer.f_code.co_filename == frame.f_code.co_filename and outer.f_back is not None:
+            name = outer.f_code.co_name if outer.f_code.co_name in BOUNDS else name
+            outer = outer.f_back
+        self.called = name.lstrip("_")
 
 
 @contextmanager
@@ -134,6 +167,10 @@ class _Wrapper:
     def __call__(self, groups: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             look, frame = getattr(_thread, "look", None), sys._getframe(1)
-            if look is not None and frame.f_code.co_name in BOUNDS:
-                look(groups[0], frame)
+            if frame.f_code.co_name in BOUNDS:
+                if look is not None:
+                    look(groups[0], frame)
+                else:
+                    for each in list(_between):
+                        each.note(groups[0], frame)
         return self.wrapped(groups, *args, **kwargs)

@@ -6,6 +6,7 @@ Du et al., ICLR 2022.
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from typing import Any, Literal, Protocol
 
 import torch
@@ -159,6 +160,11 @@ class ESAM(SharpnessAware):
             raise InvalidArgumentError(
                 f"ESAM makes its passes itself, since it has to choose samples: give step a closure, {self._closure}"
             )
+        if not _takes_samples(losses):
+            raise InvalidArgumentError(
+                f"the closure of ESAM takes the samples to keep, and returns the loss of each: {self._closure}; where "
+                "these cannot be had use flatmin.SAM, or to pay less flatmin.LookSAM"
+            )
         draw = random.Random(f"{self.seed}:{step.index}")
         kept = {parameter for parameter in step.candidates() if draw.random() < self.beta}
         if not kept:
@@ -196,3 +202,13 @@ class ESAM(SharpnessAware):
         scaled: Any = self.scaler.scale(found.mean())
         scaled.backward()
         return found.detach()
+
+
+def _takes_samples(closure: Callable[..., Any]) -> bool:
+    try:
+        signature(closure).bind(EVERY_SAMPLE)
+    except TypeError:
+        return False
+    except ValueError:  # of a function that Python cannot look into
+        return True
+    return True

@@ -1,5 +1,9 @@
 """The loss scale of float16, whoever unscales: the optimizer in its own passes, or the loop that the passes are in."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
@@ -78,6 +82,29 @@ class LossScale:
         if self._outside and self.enabled and not has_unscaled(self._scaler, self._optimizer):
             with torch.no_grad():
                 self._scaler.unscale_(self._optimizer)
+
+
+@contextmanager
+def noted_scaling(scalers: list[GradScaler], used: list[GradScaler]) -> Iterator[None]:
+    """Inside, those of ``scalers`` that scale a loss are added to ``used``; torch does not say it."""
+    before = [vars(scaler).get("scale") for scaler in scalers]
+    for scaler in scalers:
+        vars(scaler)["scale"] = _noting(scaler, scaler.scale, used)
+    try:
+        yield
+    finally:
+        for scaler, own in zip(scalers, before, strict=True):
+            vars(scaler).pop("scale", None)
+            if own is not None:
+                vars(scaler)["scale"] = own
+
+
+def _noting(scaler: GradScaler, scale: Callable[..., Any], used: list[GradScaler]) -> Callable[..., Any]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        used.append(scaler)
+        return scale(*args, **kwargs)
+
+    return noted
 
 
 def has_scaled(scaler: GradScaler) -> bool:

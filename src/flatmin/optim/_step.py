@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
@@ -20,7 +21,7 @@ from ._first_pass import Beginning, Beginnings
 from ._foreach import Scalar, global_norm, length, scaled_norm, shorten_, stays
 from ._mark import Mark, Seen
 from ._perturbation import Scaling, moved
-from ._scale import LossScale
+from ._scale import LossScale, noted_scaling
 from ._second_pass import agreed, frozen_buffers, local_gradients
 from ._surroundings import Buffers, OtherGradients, Surroundings
 from .schedules import Schedule, decided
@@ -77,6 +78,7 @@ class Step:
         bad: Whether one was not, where the host does not know: on the device.
         left: Whether one has added to what there was before, likewise.
         decides: Whether the schedule looks at the norm.
+        scaled_by: Scalers that the optimizer was not given, which have scaled a loss in a pass.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Step:
     bad: Tensor | None = field(init=False, default=None)
     left: Tensor | None = field(init=False, default=None)
     decides: bool = field(init=False)
+    scaled_by: list[GradScaler] = field(init=False, default_factory=list)
     _others: OtherGradients | None = field(init=False, default=None)  # those set aside until the second pass is over
     _ranks: list[ProcessGroup] = field(init=False, default_factory=list)
     _random: Everywhere | None = field(init=False, default=None)
@@ -137,6 +140,7 @@ class Step:
             with (
                 within(self._token, second=False),
                 self.clipping.watched(self, "first"),
+                self._scaling(),
                 local_gradients(self.surroundings.model, wanted=wanted) as self._ranks,
             ):
                 yield
@@ -198,6 +202,7 @@ class Step:
             nullcontext() if self.begun is None else self.beginnings.replayed(self.begun),
             within(self._token, second=True),
             self.clipping.watched(self, "second"),
+            self._scaling(),
         ):
             self.gradients.clear()
             for parameter in self.every():
@@ -209,7 +214,7 @@ class Step:
     def only_pass(self, parameters: list[Tensor], directions: list[Tensor], *, sign: float = 1.0) -> Passes:
         """Takes the gradient once, at weights moved along ``directions``; at the weights where there are none."""
         self.remember()
-        with self.along(parameters, directions, sign=sign), self.clipping.watched(self, "only"):
+        with self.along(parameters, directions, sign=sign), self.clipping.watched(self, "only"), self._scaling():
             yield
         self._collect("only", last=True)
         self.scale.remove(self.gradients, last=True)
@@ -275,6 +280,10 @@ class Step:
             )
         if self.max_norm is not None and not self.failed:
             shorten_(gradients, self.max_norm)
+
+    def _scaling(self) -> AbstractContextManager[None]:
+        """Inside, a pass is made, and scalers that the optimizer was not given are noted as they scale a loss."""
+        return noted_scaling([] if self.scale.enabled else self.surroundings.scalers(self.every()), self.scaled_by)
 
     def _random_now(self) -> Everywhere:
         return Everywhere.on({CPU, *(parameter.device for parameter in self.every())})

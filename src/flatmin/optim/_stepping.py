@@ -4,7 +4,7 @@ import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ._first_pass import Beginning, Beginnings
 from ._mark import Seen
 from ._memory import Memory
 from ._progress import ORDER, Progress
-from ._scale import has_scaled
+from ._scale import has_unscaled
 from ._step import ADDS, Passes, Step
 from ._surroundings import Buffers, Surroundings
 from ._trainers import check_closure, check_loss
@@ -55,6 +55,7 @@ class Stepping(ABC):
     _dropping: Dropping
     _drop_warned = False
     _unmade_warned = False
+    _scaled_warned = False
 
     @abstractmethod
     def _gradient(self, step: Step) -> Passes:
@@ -73,6 +74,7 @@ class Stepping(ABC):
     def _set_up(self) -> None:
         """Makes what belongs to this object, and not to a copy of it."""
         self._progress, self._seen, self._dropping = Progress(), None, Dropping()
+        self._any_made = False  # whether a step was, of this object: a resumed run may have forgotten the scaler
         self._beside = Beside(type(self).__name__)
         self._clipping = Clipping(type(self).__name__, first=self._uses_first, both=self._uses_both)
         known = self._surroundings.model if self.max_passes == 2 else None
@@ -101,7 +103,7 @@ class Stepping(ABC):
             closure = None
         step = self._step_without_closure() if closure is None else self._make_passes(closure)
         if closure is None:
-            self._warn_of_scaled(step.every())
+            self._warn_of_scaled(step)
         step.settle()
         self._settle(stacklevel=5)  # of the step before
         if self._coarse is not None:
@@ -122,6 +124,8 @@ class Stepping(ABC):
             if step.decides:
                 self._when.observe(self._steps, float(step.first_norm))
             self._steps += 1
+        self._any_made = True
+        self._clipping.forget()
         self._seen = None if step.begun is not None or step.failed else Seen(step.parameters)
         return step.loss
 
@@ -221,6 +225,8 @@ class Stepping(ABC):
         self._give_up_ready()
         self.scaler = self._scaler_of_loop() or self.scaler
         step = self._begin(None, begun=self._beginnings.take())
+        if self.max_passes == 2:
+            self._clipping.judge(step)
         self._progress.begin(step, self._gradient(step))
         for _ in range(self.max_passes):  # the first of two is over
             wanted = self._progress.advance(step)
@@ -271,26 +277,35 @@ class Stepping(ABC):
             raise
         self._after_passes(step)
 
-    def _warn_of_scaled(self, parameters: list[Tensor]) -> None:
-        """Warns, in the first step, of a scaler that has scaled a loss and by which nothing was unscaled."""
-        if self._steps or self.scaler.is_enabled() or not self._surroundings.is_scaled_still(parameters):
+    def _warn_of_scaled(self, step: Step) -> None:
+        """Warns once where the loop has scaled the loss, as far as that was seen, and has unscaled nothing."""
+        if self.scaler.is_enabled() or self._scaled_warned:
             return
+        before = not self._any_made and self._surroundings.is_scaled_still(step.every())
+        if not (before or self._is_scaled(step)):
+            return
+        self._scaled_warned = True
         name = type(self).__name__
+        when = "before the first" if not self._any_made else "before a"
         warnings.warn(
-            f"a GradScaler has scaled a loss and has unscaled no gradient before the first step of {name}, which was "
+            f"a GradScaler has scaled a loss and has unscaled no gradient {when} step of {name}, which was "
             f"not given it: if the loss was {name}'s, the step is of scaled gradients, so write {name}(..., "
             "scaler=scaler), or make the step by scaler.step(optimizer)",
             FlatminWarning,
             stacklevel=depth_in_package(),
         )
 
-    def _unused_scalers(self, step: Step) -> list[GradScaler]:
-        """Before the first step, scalers that were not given to it and have scaled nothing yet."""
-        return [] if self._steps or self.scaler.is_enabled() else self._surroundings.unused_scalers(step.every())
+    def _is_scaled(self, step: Step) -> bool:
+        """Whether a scaler that was not given to it has scaled the loss of a pass, and has not unscaled its gradients.
 
-    def _check_scaled(self, unused: list[GradScaler]) -> None:
-        """Refuses a pass in which one of them has scaled the loss."""
-        if any(map(has_scaled, unused)):
+        What a closure of a single pass unscales by itself is right.
+        """
+        own = (cast(Optimizer, self), self.base_optimizer)
+        return any(not any(has_unscaled(scaler, each) for each in own) for scaler in step.scaled_by)
+
+    def _check_scaled(self, step: Step) -> None:
+        """Refuses a pass of which that is so."""
+        if self._is_scaled(step):
             name = type(self).__name__
             raise InvalidArgumentError(
                 f"the loss is scaled by a GradScaler that {name} was not given, so that it would step with scaled "
@@ -301,7 +316,6 @@ class Stepping(ABC):
         """A step whose passes the closure has made."""
         check_closure(self, closure)
         step = self._begin(closure)
-        unused = self._unused_scalers(step)
         with self._progress.begun(step, self._gradient(step)):
             for index in itertools.count():
                 if not self._progress.advance(step):
@@ -311,7 +325,7 @@ class Stepping(ABC):
                     loss = step.closure()
                 check_loss(self, step.closure, loss)
                 step.loss = loss if index == 0 else step.loss
-                self._check_scaled(unused)
+                self._check_scaled(step)
         self._after_passes(step)
         return step
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from .._walk import Walk
 from ._foreach import put_back_
 from ._others import OtherGradients, Others, own_parameters
-from ._scale import has_scaled, has_unscaled, is_unstepped
+from ._scale import has_unscaled, is_unstepped
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _WHOLE = (torch.jit.ScriptModule, fx.GraphModule)  # whose parts have lost their classes
@@ -152,17 +152,15 @@ class Surroundings:
                 return scaler
         return None
 
-    def unused_scalers(self, parameters: list[Tensor]) -> list[GradScaler]:
-        """Scalers that have scaled no loss yet."""
+    def scalers(self, parameters: list[Tensor]) -> list[GradScaler]:
+        """The scalers that there are."""
         self._look(parameters)
         found = (reference() for reference in self._scalers)
-        return [each for each in found if each is not None and each.is_enabled() and not has_scaled(each)]
+        return [each for each in found if each is not None and each.is_enabled()]
 
     def is_scaled_still(self, parameters: list[Tensor]) -> bool:
         """Whether a scaler has scaled a loss and has never unscaled a gradient, of any optimizer."""
-        self._look(parameters)
-        found = (reference() for reference in self._scalers)
-        return any(each is not None and each.is_enabled() and is_unstepped(each) for each in found)
+        return any(map(is_unstepped, self.scalers(parameters)))
 
     def _look(self, parameters: list[Tensor]) -> None:
         if self._others is not None:

@@ -18,6 +18,7 @@ from ..._distributed import broadcast_buffers
 from ...errors import FlatminWarning, InvalidArgumentError
 from ...indices import Indexed, split
 from ...losses import MESA, SAF
+from ...losses._late import warn_if_late
 from ...optim import SharpnessAware as Optimizer
 from ._checks import check_package_of, check_without_saf, kind_of
 
@@ -136,10 +137,14 @@ class TrajectoryLoss(L.Callback):
             self._follow(loss, trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses optimizers of two passes for SAF."""
+        """Refuses optimizers of two passes for SAF, and says where the loss never begins."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Optimizer):
                 check_without_saf(optimizer, [self.loss])
+        assert self.loss is not None
+        epochs = trainer.max_epochs
+        if epochs is not None and epochs > 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warn_if_late(self.loss, epochs)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Tells the loss of a new epoch."""

@@ -19,6 +19,7 @@ from ...indices import IndexedDataset, indexed, split
 from ...indices._collate import Collate
 from ...indices._dataset import find
 from ...losses import MESA, SAF
+from ...losses._late import warn_if_late
 from ...optim import SharpnessAware
 from ...optim._first_pass import Beginning
 from ...optim._surroundings import Buffers
@@ -304,9 +305,11 @@ class _Events(TrainerCallback):
         self._trainer = trainer
         self._epoch: int | None = None
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer._settle()
         self._epoch = None
+        if self._trainer.penalty is not None:
+            warn_if_late(self._trainer.penalty, state.num_train_epochs)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
