@@ -13,11 +13,12 @@ import argparse
 import json
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from flatmin.lab.comparison.outcome import compared
 from flatmin.lab.comparison.stats import holm
 from flatmin.lab.methods import FORMER_NAMES, get_method
 
@@ -26,13 +27,19 @@ COMPARISONS = (
     *("rivals-mnist1d-noise", "rivals-mnist1d", "rivals-digits", "rivals-digits-noise", "rivals-fashion"),
     *("looksam-mnist1d-noise", "looksam-digits", "squeeze-mnist1d-noise", "squeeze-digits"),
 )
-# Averages of the weights were judged there with averaged batch-norm statistics, which are none of their own. They have
-# been measured again, on another processor, so that they stand in tables of their own.
-JUDGED_AGAIN = {"ema", "lawa", "switch_ema"}
+# Averages of the weights were judged there with averaged batch-norm statistics, and methods of one pass with those of
+# moved weights: neither are their own. They have been measured again, on another processor, so that they stand in
+# tables of their own.
+JUDGED_AGAIN = {"ema", "lawa", "switch_ema", "msam", "s2sam"}
 AVERAGES = (
     *("averages-mnist1d-noise", "averages-mnist1d", "averages-digits", "averages-digits-noise"),
     "averages-fashion",
 )
+ONE_PASS = ("one-pass-mnist1d-noise", "one-pass-mnist1d", "one-pass-digits")
+# What statistics made anew do to the plain optimizer's networks, of the same seeds: what was judged again is compared
+# with those.
+FRESH = ("fresh-mnist1d-noise", "fresh-digits-noise", "fresh-fashion", "msam-mnist1d", "msam-digits")
+FRESH_BASE = "base, fresh statistics"
 DATA = {"mnist1d": "MNIST-1D", "digits": "digits", "fashion_experiment": "Fashion-MNIST"}
 SHAPES = {"mnist1d": [1, 40], "digits": [1, 8, 8]}  # of which overhead.py measures the steps
 
@@ -108,9 +115,51 @@ def merged(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for results in every:
-        recipe = {name: value for name, value in results["recipe"].items() if value not in (0, None)}
-        groups.setdefault(json.dumps(recipe, sort_keys=True), []).append(results)
+        groups.setdefault(_recipe(results), []).append(results)
     return [_merged(some) for some in groups.values()]
+
+
+def _recipe(results: dict[str, Any]) -> str:
+    recipe = {name: value for name, value in results["recipe"].items() if value not in (0, None)}
+    return json.dumps(recipe, sort_keys=True)
+
+
+def against_fresh(results: dict[str, Any], every: list[dict[str, Any]]) -> dict[str, Any]:
+    """A comparison in which what was judged again is paired with the base's networks with fresh statistics.
+
+    Args:
+        results: The comparison.
+        every: Comparisons of which each base was measured after training, one of the same recipe.
+
+    Raises:
+        SystemExit: If there is none, or its seeds or base differ.
+    """
+    base, *rows = results["rows"]
+    (found,) = [each for each in every if _recipe(each) == _recipe(results)] or [None]
+    if found is None or found["rows"][0]["test_accuracy"] != base["test_accuracy"]:
+        raise SystemExit(f"{title(results)}: no base with fresh statistics of its seeds, or it came out differently")
+    fresh = found["rows"][0]["after"]["fresh"]["values"]
+    own = {"method": "base", "label": FRESH_BASE, "test_accuracy": fresh, "step_ratio": 1.0, "settings": {}}
+    rows = [
+        _against(own, base["test_accuracy"]),
+        *(_against(row, fresh) if row["method"] in JUDGED_AGAIN else row for row in rows),
+    ]
+    adjusted = holm([row["p_value"] for row in rows])
+    rows = [{**row, "p_value_holm": value} for row, value in zip(rows, adjusted, strict=True)]
+    metrics = {**results["metrics"], FRESH_BASE: results["metrics"][base["label"]]}
+    return {**results, "rows": [base, *rows], "metrics": metrics}
+
+
+def _against(row: dict[str, Any], base: list[float]) -> dict[str, Any]:
+    """A row with its paired difference to ``base``."""
+    found = compared(row["test_accuracy"], base)
+    assert found.difference is not None
+    return {
+        **row,
+        "accuracy": asdict(found.mean),
+        "difference": asdict(found.difference),
+        "p_value": found.p_value,
+    }
 
 
 def _merged(some: list[dict[str, Any]]) -> dict[str, Any]:
@@ -182,16 +231,26 @@ def title(results: dict[str, Any]) -> str:
 
 
 def read_all(
-    results: Sequence[Path], costs: Path, without: Collection[str] = ()
+    results: Sequence[Path], costs: Path, without: Collection[str] = (), fresh: Sequence[Path] = ()
 ) -> list[tuple[dict[str, Any], list[Point]]]:
     """The comparisons in these files, with their points.
 
-    Some methods are left out, and counted in the correction of the p-values all the same.
+    Some methods are left out, and counted in the correction of the p-values all the same. With ``fresh``, files of
+    bases, see `against_fresh`.
     """
     every = merged([renamed(json.loads(path.read_text())) for path in results])
+    if fresh:
+        bases = [json.loads(path.read_text()) for path in fresh]
+        every = [against_fresh(each, bases) for each in every]
     kept = [{**each, "rows": [row for row in each["rows"] if row["method"] not in without]} for each in every]
     measured = json.loads(costs.read_text())
     return [(each, read(each, measured)) for each in kept]
+
+
+def judged_again(names: Sequence[str], results: Path = RESULTS) -> list[tuple[dict[str, Any], list[Point]]]:
+    """The comparisons of these names, of what was judged again."""
+    files = [[results / f"{name}.json" for name in some] for some in (names, FRESH)]
+    return read_all(files[0], results / "overhead-cpu.json", fresh=files[1])
 
 
 def tables(comparisons: list[tuple[dict[str, Any], list[Point]]]) -> str:
@@ -278,7 +337,7 @@ def _name(axis: Any, points: list[Point]) -> None:
 
 
 def main() -> None:
-    """Writes the tables and the plot, and the tables of the averages beside them."""
+    """Writes the tables and the plot, and beside them the tables of what was judged again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [RESULTS / f"{name}.json" for name in COMPARISONS]
     parser.add_argument("results", type=Path, nargs="*", default=every, help="results.json of flatmin compare")
@@ -288,8 +347,8 @@ def main() -> None:
     arguments = parser.parse_args()
     comparisons = read_all(arguments.results, arguments.costs, JUDGED_AGAIN)
     arguments.out.with_suffix(".md").write_text(tables(comparisons))
-    again = read_all([RESULTS / f"{name}.json" for name in AVERAGES], arguments.costs)
-    arguments.out.with_name(f"{arguments.out.name}-averages.md").write_text(tables(again))
+    for name, of in (("averages", AVERAGES), ("one-pass", ONE_PASS)):
+        arguments.out.with_name(f"{arguments.out.name}-{name}.md").write_text(tables(judged_again(of)))
     plot(comparisons, arguments.out.with_suffix(".svg"))
 
 

@@ -92,15 +92,32 @@ def test_comparisons_of_one_recipe_are_one_if_their_bases_are(files):
         rivals.merged([first, {**other, "rows": [row("base", 90.1)]}])
 
 
+def test_what_was_judged_again_is_paired_with_the_base_that_has_fresh_statistics_too(files):
+    first = json.loads(files[0].read_text())
+    msam = {**row("msam", 92.0), "test_accuracy": [91.5, 92.5]}
+    results = {**first, "rows": [row("base", 90.0), row("mesa", 91.0), msam], "metrics": {"base": {"0": {}}}}
+    after = {"fresh": {"values": [90.5, 91.0]}}
+    bases = [{**first, "rows": [{**row("base", 90.0), "after": after}]}]
+    base, fresh, mesa, again = rivals.against_fresh(results, bases)["rows"]
+    assert (base["label"], fresh["label"]) == ("base", rivals.FRESH_BASE)
+    assert (fresh["accuracy"]["mean"], fresh["difference"]["mean"]) == pytest.approx((90.75, 0.75))
+    assert mesa["difference"] == row("mesa", 91.0)["difference"]
+    assert again["difference"]["mean"] == pytest.approx((1.0 + 1.5) / 2)
+    every = [each["p_value"] for each in (fresh, mesa, again)]
+    assert [each["p_value_holm"] for each in (fresh, mesa, again)] == rivals.holm(every)
+    for others in ([], [{**bases[0], "rows": [{**row("base", 90.1), "after": after}]}]):
+        with pytest.raises(SystemExit, match="no base with fresh statistics"):
+            rivals.against_fresh(results, others)
+
+
 def test_the_committed_tables_are_those_of_the_committed_results_with_the_names_of_today():
-    for names, file, without in (
-        (rivals.COMPARISONS, "rivals.md", rivals.JUDGED_AGAIN),
-        (rivals.AVERAGES, "rivals-averages.md", ()),
-    ):
-        comparisons = rivals.read_all([rivals.RESULTS / f"{name}.json" for name in names], COSTS, without)
-        assert rivals.tables(comparisons) == (rivals.RESULTS / file).read_text()
+    files = [rivals.RESULTS / f"{name}.json" for name in rivals.COMPARISONS]
+    first = rivals.read_all(files, COSTS, rivals.JUDGED_AGAIN)
+    assert rivals.tables(first) == (rivals.RESULTS / "rivals.md").read_text()
+    for names, file in ((rivals.AVERAGES, "rivals-averages.md"), (rivals.ONE_PASS, "rivals-one-pass.md")):
+        assert rivals.tables(rivals.judged_again(names)) == (rivals.RESULTS / file).read_text()
     text = (rivals.RESULTS / "rivals.md").read_text()
-    assert "| ema" not in text
+    assert not re.search(r"\| \**(ema|msam)\b", text)
     assert "| **sam_on rho=2 (edge)** |" in text
     assert "| look_sam alpha=0.2 rho=0.05 | 94.26 ± 0.62 | +2.20 ± 0.72 | < 0.001 | 1.27x |" in text
     assert not re.search(rf"\b({'|'.join(FORMER_NAMES)})\b", text)

@@ -142,13 +142,15 @@ _IN_TRAINER = (
 
 def check_call(kind: type, arguments: Sequence[Any], keywords: dict[str, Any]) -> None:
     """Raises Python's TypeError for arguments that a constructor does not take, and says how it is called."""
+    takes = signature(kind.__init__)  # type: ignore[misc]
     try:
-        signature(kind.__init__).bind(None, *arguments, **keywords)  # type: ignore[misc]
+        takes.bind(None, *arguments, **keywords)
     except TypeError as error:
-        name = kind.__name__
+        name, own = kind.__name__, [each.name for each in takes.parameters.values() if each.kind is each.KEYWORD_ONLY]
         raise TypeError(
             f"{name}: {error}; write {name}(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05): what belongs to "
-            f"the optimizer inside, such as lr, is given to that one, and {name}'s own arguments by name"
+            f"the optimizer inside, such as lr, is given to that one, and {name}'s own arguments by name: "
+            + ", ".join(own)
             + ("; adaptive=True is flatmin.ASAM" if "adaptive" in keywords and name != "ASAM" else "")
         ) from None
 
