@@ -135,7 +135,7 @@ def against_fresh(results: dict[str, Any], every: list[dict[str, Any]]) -> dict[
         SystemExit: If there is none, or its seeds or base differ.
     """
     base, *rows = results["rows"]
-    (found,) = [each for each in every if _recipe(each) == _recipe(results)] or [None]
+    found = next((each for each in every if _recipe(each) == _recipe(results)), None)
     if found is None or found["rows"][0]["test_accuracy"] != base["test_accuracy"]:
         raise SystemExit(f"{title(results)}: no base with fresh statistics of its seeds, or it came out differently")
     fresh = found["rows"][0]["after"]["fresh"]["values"]
@@ -153,6 +153,7 @@ def against_fresh(results: dict[str, Any], every: list[dict[str, Any]]) -> dict[
 def _against(row: dict[str, Any], base: list[float]) -> dict[str, Any]:
     """A row with its paired difference to ``base``."""
     found = compared(row["test_accuracy"], base)
+    assert found.mean is not None
     assert found.difference is not None
     return {
         **row,

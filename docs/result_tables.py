@@ -71,7 +71,7 @@ def signed(interval: dict[str, float], digits: int = 2) -> str:
 
 
 def comparisons(root: Path) -> list[tuple[str, list[rivals.Point]]]:
-    """The comparisons of all methods, by the data they are on: averages of the weights are those measured again."""
+    """The comparisons of all methods, by the data they are on: some are those measured again."""
     files = sorted((root / "benchmarks" / "results").glob("*.json"))
     return _comparisons(root, tuple(file.stat().st_mtime_ns for file in files))
 
@@ -82,7 +82,7 @@ def _comparisons(root: Path, _: tuple[int, ...]) -> list[tuple[str, list[rivals.
     first = rivals.read_all(
         [results / f"{name}.json" for name in rivals.COMPARISONS], results / "overhead-cpu.json", rivals.JUDGED_AGAIN
     )
-    again = rivals.read_all([results / f"{name}.json" for name in rivals.AVERAGES], results / "overhead-cpu.json")
+    again = [each for names in (rivals.AVERAGES, rivals.ONE_PASS) for each in rivals.judged_again(names, results)]
     found = [(rivals.title(each), points) for each, points in first]
     for each, points in again:
         (known,) = [points for title, points in found if title == rivals.title(each)]
@@ -120,7 +120,7 @@ def decisions(root: Path) -> str:
             before = best
         rows.append((title, f"{points[0].accuracy:.2f} %", *cells))
     table = markdown(("data", "plain optimizer", *(f"step {name}" for name, _ in PRICES)), rows)
-    return f"{table}\n\n{machines(root, *rivals.COMPARISONS, *rivals.AVERAGES, 'overhead-cpu')}"
+    return f"{table}\n\n{machines(root, *rivals.COMPARISONS, *rivals.AVERAGES, *rivals.ONE_PASS, 'overhead-cpu')}"
 
 
 def comparison(name: str) -> Callable[[Path], str]:

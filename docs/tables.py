@@ -191,7 +191,7 @@ def which_from_docs(root: Path) -> str:
 
 
 def written_by_rivals(root: Path, name: str, of: Sequence[str]) -> str:
-    """The comparisons of all methods, or of averages, as `benchmarks/rivals.py` writes them, with the machines."""
+    """The comparisons of all methods, or of some, as `benchmarks/rivals.py` writes them, with the machines."""
     tables = (root / "benchmarks" / "results" / f"{name}.md").read_text().strip()
     return f"{tables}\n\n{results.machines(root, *of, 'overhead-cpu')}"
 
@@ -237,10 +237,12 @@ TABLES: dict[tuple[str, str], Callable[[Path], str]] = {
     ("docs/methods/msam.md", "statistics"): results.one_pass_statistics,
     ("docs/findings/comparison.md", "rivals"): partial(written_by_rivals, name="rivals", of=rivals.COMPARISONS),
     ("docs/findings/comparison.md", "averages"): partial(written_by_rivals, name="rivals-averages", of=rivals.AVERAGES),
+    ("docs/findings/comparison.md", "one-pass"): partial(written_by_rivals, name="rivals-one-pass", of=rivals.ONE_PASS),
     ("docs/findings/comparison.md", "digits"): results.comparison("digits"),
     ("docs/findings/comparison.md", "fashion-mnist"): results.comparison("fashion-mnist"),
     ("docs/findings/after-training.md", "after"): partial(results.after_table, name="after-digits"),
     ("docs/findings/after-training.md", "after-mnist1d"): partial(results.after_table, name="after-mnist1d"),
+    ("docs/findings/after-training.md", "after-bert"): partial(results.after_table, name="after-bert"),
     ("docs/findings/after-training.md", "quantization"): results.quantization,
     ("docs/plug-in/opacus.md", "private"): results.private,
     ("docs/findings/trajectory.md", "targets"): results.targets,
