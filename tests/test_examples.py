@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import flatmin as flatmin_library
 from flatmin.lab import cli
+from tests.integrations._timm import importable
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -61,6 +63,18 @@ def test_the_methods_of_the_loop_differ(own_loop, monkeypatch, method):
     own_loop.main(method, epochs=1)
     assert calls == ([] if method == "sam" else [method] * 8)
     assert len(passes) == (16 if method == "sam" else 8) + 1  # and the evaluation
+
+
+def test_timms_network_learns_with_both_methods(monkeypatch):
+    calls = []
+    monkeypatch.setattr(flatmin_library.MSAM, "move", noting(flatmin_library.MSAM.move, calls, "msam"))
+    monkeypatch.setattr(flatmin_library.MESA, "forward", noting(flatmin_library.MESA.forward, calls, "mesa"))
+    with importable():
+        spec = importlib.util.spec_from_file_location("timm_digits", EXAMPLES / "timm_digits.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module.main(["msam", "mesa"], epochs=3) > 0.8
+    assert (calls.count("msam"), calls.count("mesa")) == (57, 57)
 
 
 def noting(function, calls, name):
