@@ -426,6 +426,9 @@ def test_a_task_whose_average_has_other_logits_is_refused(timm):
 
 
 def test_a_task_of_several_labels_takes_the_sigmoid(timm):
+    if not hasattr(timm.task, "MultiLabelClassificationTask"):
+        pytest.skip("an older timm has no such task")
+
     class Mine(MESATask, timm.task.MultiLabelClassificationTask):
         pass
 
