@@ -238,6 +238,7 @@ TABLES: dict[tuple[str, str], Callable[[Path], str]] = {
     ("docs/findings/comparison.md", "rivals"): partial(written_by_rivals, name="rivals", of=rivals.COMPARISONS),
     ("docs/findings/comparison.md", "averages"): partial(written_by_rivals, name="rivals-averages", of=rivals.AVERAGES),
     ("docs/findings/comparison.md", "one-pass"): partial(written_by_rivals, name="rivals-one-pass", of=rivals.ONE_PASS),
+    ("docs/findings/comparison.md", "fresh"): results.comparison("fresh-digits"),
     ("docs/findings/comparison.md", "digits"): results.comparison("digits"),
     ("docs/findings/comparison.md", "fashion-mnist"): results.comparison("fashion-mnist"),
     ("docs/findings/after-training.md", "after"): partial(results.after_table, name="after-digits"),
