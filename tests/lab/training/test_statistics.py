@@ -92,6 +92,15 @@ def test_a_recipe_gives_them_to_every_network_and_training_does_not_feel_it(make
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
+def test_an_evaluation_that_fails_leaves_the_networks_own(make_trainer, monkeypatch):
+    trainer, twin = (make_trainer("mesa", fresh_statistics=fresh) for fresh in (True, False))
+    monkeypatch.setattr(trainer, "evaluate", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train_epoch()
+    twin.train_epoch()
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.buffers(), twin.model.buffers(), strict=True))
+
+
 def test_a_registered_average_gets_them_by_itself(make_trainer, make_run, make_problem, monkeypatch):
     def assemble(given, settings):
         ema = flatmin.EMA(given.model, decay=0.8)

@@ -54,10 +54,12 @@ def fresh_statistics(
     before = [buffer.clone() for buffer in model.buffers()]
     with preserved(device), autocast(recipe, device), problem.source.calling(NETWORK):
         refresh(model, network, statistics_inputs(problem))
-    yield
-    if not stay:
-        for buffer, own in zip(model.buffers(), before, strict=True):
-            buffer.detach().copy_(own)
+    try:
+        yield
+    finally:
+        if not stay:
+            for buffer, own in zip(model.buffers(), before, strict=True):
+                buffer.detach().copy_(own)
 
 
 @torch.no_grad()
