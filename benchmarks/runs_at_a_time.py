@@ -1,31 +1,36 @@
 """How many runs a device trains best at a time: seconds of an epoch, by ``--jobs``.
 
 A GPU that a small network leaves idle trains several seeds at a time, each in a process of its own, as ``flatmin
-compare --jobs`` does. Processes share a GPU by turns; under NVIDIA's MPS (``nvidia-cuda-mps-control -d``) their kernels
-also run side by side: measure with and without it.
+compare --jobs`` does: side by side under NVIDIA's MPS, which it starts, and by turns without. Both are measured.
 
     python benchmarks/runs_at_a_time.py --data idx:fashion-mnist --model resnet18 --precision bfloat16 --device cuda ...
 """
 
 import argparse
 import json
+import os
 import tempfile
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 from flatmin import lab
+from flatmin.lab.comparison.gpu_sharing import KINDS, PIPE
 from flatmin.lab.runs.record import command_line, environment
+from flatmin.lab.training.device import resolve_device
 
 WARM = 2  # epochs at the start of a run that do not count: they compile, choose algorithms and wait for other runs
 
 
-def measure(recipe: lab.Recipe, jobs: int, folder: Path) -> dict[str, Any]:
+def measure(recipe: lab.Recipe, jobs: int, folder: Path, *, turns: bool) -> dict[str, Any]:
     """Trains ``jobs`` seeds at a time, at least two; the seconds of an epoch, and of an epoch for each run."""
-    lab.compare(recipe, methods=["base"], seeds=max(jobs, 2), jobs=jobs, out=folder)
+    with patch.dict(os.environ, {PIPE: "/dev/null"} if turns else {}):
+        lab.compare(recipe, methods=["base"], seeds=max(jobs, 2), jobs=jobs, out=folder)
     runs = [path.read_text().splitlines() for path in sorted(folder.glob("runs/*/metrics.jsonl"))]
     seconds = [json.loads(line)["seconds"] for lines in runs for line in lines[WARM:]]
-    return {"jobs": jobs, "epoch": median(seconds), "epoch_of_each_run": median(seconds) / jobs}
+    return {"jobs": jobs, "by_turns": turns, "epoch": median(seconds), "epoch_of_each_run": median(seconds) / jobs}
 
 
 def main() -> None:
@@ -46,9 +51,12 @@ def main() -> None:
         parser.error(f"--epochs must be more than {WARM}, got {arguments['epochs']}: so many do not count")
     recipe = lab.Recipe(**arguments)
     rows = []
-    for number in jobs:
+    shared = resolve_device(recipe.device).type in KINDS
+    for number, turns in product(jobs, (False, True) if shared else (False,)):
+        if number == 1 and turns:
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(recipe, number, Path(folder) / "runs"))
+            rows.append(measure(recipe, number, Path(folder) / "runs", turns=turns))
         print(json.dumps(rows[-1]), flush=True)
     out.write_text(json.dumps({"command": command_line(), **environment(), "rows": rows}, indent=1) + "\n")
 

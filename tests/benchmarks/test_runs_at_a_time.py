@@ -13,4 +13,5 @@ def test_runs_at_a_time(tmp_path, monkeypatch, forked_workers):
     runs_at_a_time.main()
     (row,) = json.loads(out.read_text())["rows"]
     assert row["jobs"] == 2
+    assert not row["by_turns"]  # which a CPU never is
     assert row["epoch"] == 2 * row["epoch_of_each_run"] > 0

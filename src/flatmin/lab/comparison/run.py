@@ -32,6 +32,7 @@ from ..runs.record import command_line, environment
 from ..runs.run import read_experiment, write_config
 from ..training.device import release, resolve_device
 from ..training.trainer import Trainer
+from .gpu_sharing import side_by_side
 from .job import Job, train_one
 from .outcome import Outcome, measured
 from .timing import measure_rows
@@ -131,7 +132,8 @@ class Comparison:
             else:
                 self._try()
             release()  # what was built here leaves room for the processes that train
-            self._train_all(started + 0.95 * 60 * self.minutes)
+            with side_by_side(resolve_device(outcome.recipe.device), self.jobs):
+                self._train_all(started + 0.95 * 60 * self.minutes)
         except KeyboardInterrupt:
             outcome.interrupted = True
         finally:
