@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
 
-.PHONY: demo test lint types unit browser stress docs dist wheel format clean
+.PHONY: demo test lint types unit browser stress docs dist wheel versions format clean
 demo: $(VENV)/cli.done
 	$(BIN)/flatmin compare --log-sharpness 3 --look 21
 
@@ -50,6 +50,10 @@ dist: $(VENV)/bin/python
 # The wheel in an empty environment: it imports, trains, compares, and its types are seen.
 wheel: dist
 	.ci/wheel
+
+# What each torch has that the package admits, against what flatmin uses: reads their sources, and installs none.
+versions: $(VENV)/dev.done
+	$(BIN)/python .ci/torch_versions.py 2.6.0 2.7.1 2.8.0 2.9.1 2.10.0 2.11.0 2.12.0 2.13.0 2.14.1
 
 format: $(VENV)/dev.done
 	$(BIN)/ruff check --fix .

@@ -90,8 +90,8 @@ def _of(path: Path, source: Path, own: set[str]) -> Iterator[Message]:
             kind = ast.unparse(node.args[1]) if len(node.args) > 1 else "UserWarning"
         elif kind not in own and not (kind.startswith("_") and kind.endswith("Error")):
             continue
-        texts = [text for text in (_text(argument, {}) for argument in node.args) if text.strip("… ")]
-        texts = texts or [text for text in (_text(argument, given) for argument in node.args) if text]
+        texts = [text for text in (_text(argument, {}) for argument in node.args) if _says(text)]
+        texts = texts or [text for text in (_text(argument, given) for argument in node.args) if _says(text)]
         yield Message(kind, max(texts, key=len, default=""), path.relative_to(source).as_posix(), node.lineno)
 
 
@@ -118,6 +118,10 @@ def _text(node: ast.expr | None, given: dict[str, ast.expr]) -> str:
         case ast.Name(id=name) if name in given:
             return _text(given[name], {})
     return ""
+
+
+def _says(text: str) -> bool:
+    return any(map(str.isalpha, text))
 
 
 def page(found: list[Message]) -> str:

@@ -91,7 +91,7 @@ ACCELERATED = [
 def test_on_an_accelerator_nothing_is_mixed_with_main_memory_nor_waited_for(name, base, options, monkeypatch):
     """The accelerator is pretended; a GPU would raise, or copy and wait. Counters of AdamW's are on the host there."""
     event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
-    module = SimpleNamespace(Event=lambda: event, current_stream=lambda device: None)
+    module = SimpleNamespace(Event=lambda: event, current_stream=lambda device: None, is_available=lambda: False)
 
     def weights(device, refused):
         torch.manual_seed(0)

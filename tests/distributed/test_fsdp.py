@@ -5,7 +5,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import flatmin
 from flatmin.errors import InvalidArgumentError
@@ -105,7 +105,10 @@ def mixed_norm() -> tuple[torch.Tensor, torch.Tensor]:
     whole = [torch.arange(10.0), torch.ones(3, 2, dtype=torch.float64), torch.full((1,), 3.0), torch.full((4,), 2.0)]
     placements = [Shard(0), Shard(0), Replicate()]
     placed = [distribute_tensor(tensor, mesh, [how]) for tensor, how in zip(whole, placements, strict=False)]
-    return global_norm([placed[0], whole[3], *placed[1:]]), global_norm(whole)
+    halves = DTensor.from_local(whole[3] / 2, mesh, [Partial()])
+    uneven = distribute_tensor(torch.full((3, 2), 1.5, dtype=torch.bfloat16), mesh, [Shard(0)])
+    added = [whole[3], torch.full((3, 2), 1.5)]
+    return global_norm([placed[0], whole[3], *placed[1:], halves, uneven]), global_norm([*whole, *added])
 
 
 def test_norm_runs_over_shards_replicas_and_plain_tensors_together():

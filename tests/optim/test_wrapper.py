@@ -254,7 +254,7 @@ def test_a_wrapper_without_torchs_constructor_is_refused_and_may_stand_outside(n
 
 
 @pytest.mark.parametrize("name", ["SAM", "MSAM"])
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_a_compiled_base_steps_as_the_plain_one(name):
     ours, plain = Training(name), Training(name)
     base = ours.optimizer.base_optimizer

@@ -59,17 +59,15 @@ def _draw(logits: Tensor, size: int, handle: int) -> Tensor:
     return share
 
 
-# A CUDA graph would record what it launches once, and replay it with the same epoch and indices.
-_tags = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
+# A CUDA graph would record what it launches once, and replay it with the same epoch and indices. torch 2.6 has no such
+# tag, and no tags here.
+_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+_options: dict[str, Any] = {"mutates_args": (), **({} if _unsafe is None else {"tags": [_unsafe]})}
 remember: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = torch.library.custom_op(
-    "flatmin::remember", _remember, mutates_args=(), tags=_tags
+    "flatmin::remember", _remember, **_options
 )
 remember.register_fake(_like_remembered)  # type: ignore[attr-defined]  # of the operation, which is also a function
-is_due: Callable[[Tensor, int], Tensor] = torch.library.custom_op(
-    "flatmin::is_due", _is_due, mutates_args=(), tags=_tags
-)
+is_due: Callable[[Tensor, int], Tensor] = torch.library.custom_op("flatmin::is_due", _is_due, **_options)
 is_due.register_fake(lambda logits, handle: torch.empty((), dtype=torch.bool, device="cpu"))  # type: ignore[attr-defined]
-draw: Callable[[Tensor, int, int], Tensor] = torch.library.custom_op(
-    "flatmin::draw", _draw, mutates_args=(), tags=_tags
-)
+draw: Callable[[Tensor, int, int], Tensor] = torch.library.custom_op("flatmin::draw", _draw, **_options)
 draw.register_fake(lambda logits, size, handle: torch.empty(size, dtype=torch.int64, device="cpu"))  # type: ignore[attr-defined]

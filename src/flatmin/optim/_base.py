@@ -2,9 +2,9 @@
 
 import copy
 import itertools
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any, ClassVar, Literal
 
@@ -15,16 +15,16 @@ from torch.optim import Optimizer
 
 from .._checks import check_choice, check_flag, check_integer, check_mapping, check_module, check_number, shown, trains
 from .._privacy import check_not_trained_privately
-from .._warn import depth_in_package
 from ..errors import FlatminWarning, InvalidArgumentError
 from ._dropping import Dropping
+from ._first_move import faults_of_move
 from ._first_pass import Beginning
 from ._memory import Memory
-from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of, rounded_away
+from ._perturbation import Rho, Scaling, check_rho, check_scaling, check_subset, rho_of, unit
 from ._scale import LossScale
 from ._step import Passes, Step
 from ._stepping import Stepping
-from ._surroundings import Surroundings, step_sizes_among
+from ._surroundings import Surroundings
 from ._wrapper import Wrapper
 from .schedules import Every, Schedule, as_schedule
 
@@ -137,7 +137,7 @@ class SharpnessAware(Stepping, Wrapper):
         self._steps = 0  # that were made
         self._memory = Memory()
         self._checked = False  # whether weights were moved before
-        self._coarse: torch.dtype | None = None  # of weights that are too coarse for it, to be warned of
+        self._faults: list[FlatminWarning] = []  # found when weights were first moved, to be warned of
         self._over = False  # whether first_step has made a whole step
         self._set_up()
 
@@ -291,11 +291,12 @@ class SharpnessAware(Stepping, Wrapper):
         check_not_trained_privately(type(self).__name__, self)
         self._memory.forget()  # what a step that was not made would have remembered
         self._beside.begin(self._surroundings.rest([], look=False))
+        rho = rho_of(self.rho, self.base_optimizer)
         return Step(
             name=type(self).__name__,
             closure=closure,
             index=self._steps,
-            rho=rho_of(self.rho, self.base_optimizer),
+            rho=rho,
             groups=self.param_groups,
             subset=self._subset,
             scaling=self._scaling,
@@ -311,22 +312,18 @@ class SharpnessAware(Stepping, Wrapper):
             base=self.base_optimizer,
             dropping=self._dropping,
             clipping=self._clipping,
-            check=None if self._checked else self._check_rounding,
+            check=None if self._checked else partial(self._check_move, rho=rho),
         )
 
     def _scaler_of_loop(self) -> GradScaler | None:
         return None if self.scaler.is_enabled() else self._surroundings.scaler_of(self)
 
-    def _check_rounding(self, moved: list[Tensor], weights: list[Tensor], offsets: list[Tensor]) -> None:
-        """Notes, in the first step that moves weights, whether these are too coarse for it."""
-        self._checked, self._coarse = True, rounded_away(moved, weights, offsets)
-        if step_sizes_among(moved):
-            warnings.warn(
-                f"{type(self).__name__} perturbs the step sizes of torchao's fake quantisers too, below 0 perhaps: "
-                "give it parameters=flatmin.integrations.torchao.weights(model), or use flatmin.SQuAT (warned once)",
-                FlatminWarning,
-                stacklevel=depth_in_package(),
-            )
+    def _check_move(self, *move: list[Tensor], rho: float) -> None:
+        """Notes, in the first step that moves weights, what is wrong with that."""
+        trained = (parameter for group in self.param_groups for parameter in group["params"])
+        known = rho if self._scaling is unit else None
+        self._checked = True
+        self._faults = list(faults_of_move(type(self).__name__, *move, rho=known, trained=trained))
 
 
 _OF_THIS_OBJECT = ("_progress", "_beginnings", "_seen", "_dropping", "_beside", "_clipping")

@@ -46,6 +46,8 @@ class Displaced:
     @torch.no_grad()
     def _write(self, tensors: list[Tensor]) -> None:
         # a backward pass that reads the weights finds them as its forward pass has: they are the same bits by then
-        with torch.autograd._unsafe_preserve_version_counter(tuple(self.clean)):
+        with ExitStack() as stack:
+            for parameter in self.clean:  # one by one, as torch 2.6 has it
+                stack.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
             copy_(list(self.clean), tensors)
         torch.clear_autocast_cache()

@@ -37,14 +37,32 @@ def global_norm(tensors: list[Tensor], least: torch.dtype = torch.float32) -> Te
     widest = max((torch.promote_types(dtype, least) for dtype in dtypes), key=lambda kind: kind.itemsize)
     norms: list[Tensor] = []
     for (same,) in _alike(tensors):
-        some = list(torch._foreach_norm(same, 2, widest))
-        if _mesh(same[0]) is not None:
-            some = [torch.linalg.vector_norm(torch.stack(some)).full_tensor()]
-        norms += some
+        if _mesh(same[0]) is None:
+            norms += torch._foreach_norm(same, 2, widest)
+        else:
+            norms += _norms_of_sharded(same, widest)
     if len({norm.device for norm in norms}) > 1:
         norms = [norm.to(tensors[0].device) for norm in norms]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
+
+
+def _norms_of_sharded(tensors: list[Any], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Norms of DTensors of one mesh, of those that are placed alike together; the same on all ranks.
+
+    Computed of the shards: in torch 2.14 ``_foreach_norm`` takes DTensors, and another dtype, but not both.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate  # slow where nobody has it yet
+
+    placed: dict[tuple[Any, ...], list[Tensor]] = {}
+    for tensor in tensors:
+        places = tuple(Replicate() if place.is_partial() else place for place in tensor.placements)
+        whole = tensor if places == tensor.placements else tensor.redistribute(placements=places)
+        placed.setdefault(places, []).append(local(whole))
+    for places, shards in placed.items():
+        square = torch.stack(list(torch._foreach_norm(shards, 2, dtype))).square().sum()
+        kinds = [place if place.is_replicate() else Partial() for place in places]
+        yield DTensor.from_local(square, tensors[0].device_mesh, kinds, run_check=False).full_tensor().sqrt()
 
 
 def length(tensors: list[Tensor]) -> Scalar:

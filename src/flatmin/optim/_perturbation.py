@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from .._checks import check_module, check_number
-from .._distributed import local
 from ..errors import InvalidArgumentError
 from ._foreach import Scalar, absolute, add_, clones, copy_, length, multiply_, times
 from ._joined import Joined
@@ -63,21 +62,6 @@ def moved(
         with torch.no_grad():  # a step that is given up comes here by itself
             copy_(parameters, weights)
         torch.clear_autocast_cache()
-
-
-def rounded_away(moved: list[Tensor], weights: list[Tensor], offsets: list[Tensor]) -> torch.dtype | None:
-    """The dtype of 16 bits, if there is one, in which the perturbation is rounded: its cosine to ``s`` is below 0.9."""
-    dots = [torch.zeros((), dtype=torch.float64)] * 3
-    half = None
-    for ours, old, offset in zip(map(local, moved), map(local, weights), map(local, offsets), strict=True):
-        if ours.dtype in (torch.bfloat16, torch.float16):
-            half = ours.dtype
-            made, wanted = ours.float() - old.float(), offset.float()
-            products = (made * wanted, made * made, wanted * wanted)
-            dots = [dot + product.sum().cpu().double() for dot, product in zip(dots, products, strict=True)]
-    along, made_norm, wanted_norm = (float(dot) for dot in dots)
-    # abs: one-pass methods may move down the slope
-    return half if abs(along) < 0.9 * (made_norm * wanted_norm) ** 0.5 or made_norm == 0 < wanted_norm else None
 
 
 def unit(parameters: list[Tensor], directions: list[Tensor], norm: Scalar | None = None) -> tuple[list[Tensor], Scalar]:

@@ -50,7 +50,7 @@ class Stepping(ABC):
     _when: Schedule
     _replay: bool
     _surroundings: Surroundings
-    _coarse: torch.dtype | None  # of weights that are too coarse for the perturbation, to be warned of
+    _faults: list[FlatminWarning]  # of the perturbation, to be warned of
     _skipped: int  # steps that were dropped
     _dropping: Dropping
     _drop_warned = False
@@ -106,14 +106,9 @@ class Stepping(ABC):
             self._warn_of_scaled(step)
         step.settle()
         self._settle(stacklevel=5)  # of the step before
-        if self._coarse is not None:
-            warnings.warn(
-                f"the weights are {self._coarse}, in which most of {type(self).__name__}'s perturbation is rounded "
-                "away: keep them in float32 and compute in lower precision with torch.autocast (warned once)",
-                FlatminWarning,
-                stacklevel=4,  # step, torch's two wrappers
-            )
-            self._coarse = None
+        for fault in self._faults:
+            warnings.warn(fault, stacklevel=4)  # step, torch's two wrappers
+        self._faults = []
         if step.failed:
             if not step.scale.enabled:
                 self._warn_of_dropped(f"the {step.failed} gradient of a", stacklevel=5)

@@ -8,7 +8,7 @@ class Inline:
 
     def __init__(self, function, jobs, threads):
         self.function, self.results, self.unfinished = function, {}, 0
-        self.ticks, self.error = 0, None
+        self.ticks, self.error, self.warned = 0, None, []
 
     def submit(self, name, *arguments):
         self.unfinished += 1

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from flatmin.errors import DataError
+from flatmin.errors import DataError, NonFiniteGradientWarning
 from flatmin.lab.comparison import workers as workers_module
 from flatmin.lab.comparison.workers import WorkerDiedError, Workers, _sendable
 
@@ -24,6 +25,9 @@ def job(what, value, tick, check, keep):
         tick(3)
         blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # as it was while torch was imported
         return blocked and signal.getsignal(signal.SIGINT) is signal.SIG_IGN, torch.get_num_threads(), os.getpid()
+    if what == "warn":
+        warnings.warn(value, NonFiniteGradientWarning, stacklevel=1)
+        warnings.warn("of another library", UserWarning, stacklevel=1)
     if what == "raise":
         raise value
     if what.startswith("keep, then "):
@@ -75,8 +79,10 @@ def test_what_they_give_back_and_how_they_are(workers, tmp_path, monkeypatch):
     own.submit("first", "facts", None)
     own.submit("second", "keep, then return", [torch.ones(2), "more"])
     own.submit("third", "facts", None)
-    assert own.unfinished == 3
+    own.submit("loud", "warn", "not finite")
+    assert own.unfinished == 4
     assert finish(own) == 6
+    assert list(own.warned) == [("loud", ("not finite", NonFiniteGradientWarning))]
     ignores, threads, process = own.results["first"]
     assert (ignores, threads) == (True, 1)
     assert process != os.getpid()

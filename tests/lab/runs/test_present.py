@@ -116,7 +116,7 @@ class TestComparison:
         def call(action, after):
             class Inline:
                 def __init__(self, function, jobs, threads):
-                    self.function, self.results, self.left = function, {}, []
+                    self.function, self.results, self.left, self.warned = function, {}, [], []
 
                 unfinished = property(lambda self: len(self.left))
 

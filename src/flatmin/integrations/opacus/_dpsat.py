@@ -16,6 +16,7 @@ from ..._checks import check_choice
 from ..._warn import depth_in_package
 from ...errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
 from ...optim._displaced import Displaced
+from ...optim._first_move import faults_of_move
 from ...optim._foreach import Scalar, add_, clones, length
 from ...optim._memory import Memory
 from ...optim._network_hooks import Attached
@@ -27,7 +28,6 @@ from ...optim._perturbation import (
     check_subset,
     moved,
     rho_of,
-    rounded_away,
     unit,
 )
 from ...optim._surroundings import Surroundings
@@ -124,7 +124,7 @@ class DPSAT:
         self._seen = self._stepped = False  # whether this step's forward was, and whether there was a step
         self._rho: float | None = None  # of this step
         self._norm: Scalar | None = None  # of its direction
-        self._check: Callable[..., None] | None = self._check_rounding  # of the first move
+        self._check: Callable[..., None] | None = self._check_move  # of the first move
         self.displaced = Displaced()
         self._attached: Attached | None = Attached(network, self)
         self._handles = [
@@ -216,16 +216,12 @@ class DPSAT:
                 stacklevel=depth_in_package(),
             )
 
-    def _check_rounding(self, *found: list[Tensor]) -> None:
-        """Warns if weights are too coarse for the perturbation."""
-        coarse = rounded_away(*found)
-        if coarse is not None:
-            warnings.warn(
-                f"the weights are {coarse}, in which most of DPSAT's perturbation is rounded away: keep them in "
-                "float32 and compute in lower precision with torch.autocast (warned once)",
-                FlatminWarning,
-                stacklevel=depth_in_package(),
-            )
+    def _check_move(self, *move: list[Tensor]) -> None:
+        """Warns of what is wrong with the first move."""
+        for fault in faults_of_move(
+            "DPSAT", *move, rho=self._rho if self._scaling is unit else None, trained=self._parameters()
+        ):
+            warnings.warn(fault, stacklevel=depth_in_package())
 
     def _check_scaler(self) -> None:
         """Refuses a GradScaler, which is looked for in the first step."""

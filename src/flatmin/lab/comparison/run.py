@@ -36,6 +36,7 @@ from .gpu_sharing import side_by_side
 from .job import Job, train_one
 from .outcome import Outcome, measured
 from .timing import measure_rows
+from .warned import Warned
 from .workers import WorkerDiedError, Workers
 
 MOST_SEEDS = 10_000  # of a comparison
@@ -95,6 +96,7 @@ class Comparison:
         cores = _cores()
         self.jobs = jobs or (cores if resolve_device(recipe.device).type == "cpu" else 1)
         self.threads = max(min(cores // self.jobs, torch.get_num_threads()), 1)  # OMP_NUM_THREADS is a limit here too
+        self._warned = Warned()
         self._tell = on_progress or (lambda done, planned, word: None)
 
     def run_folder(self, row: Row, seed: int) -> Path:
@@ -127,10 +129,11 @@ class Comparison:
             write_config(self.folder, config, read_experiment(outcome.recipe))
         made = identity(self.folder)
         try:
-            if self.timed and not outcome.step_ratio:
-                self._measure()
-            else:
-                self._try()
+            with self._warned.listening():
+                if self.timed and not outcome.step_ratio:
+                    self._measure()
+                else:
+                    self._try()
             release()  # what was built here leaves room for the processes that train
             with side_by_side(resolve_device(outcome.recipe.device), self.jobs):
                 self._train_all(started + 0.95 * 60 * self.minutes)
@@ -289,6 +292,9 @@ class Comparison:
     def _collect(self, workers: Workers) -> None:
         for (label, seed), metrics in workers.results.items():
             self.outcome.metrics.setdefault(label, {})[seed] = metrics
+        while workers.warned:
+            (label, seed), found = workers.warned.popleft()
+            self._warned.pass_on(run_name(label, seed), found)
 
 
 def _cores() -> int:

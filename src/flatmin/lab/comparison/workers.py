@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from .warned import Found, sent
+
 CONTEXT: Any = multiprocessing.get_context("spawn")  # a process that has used CUDA or threads cannot be forked
 GRACE = 5.0  # seconds in which a job may come to its next step once nobody is there who wants its result
 
@@ -68,10 +70,12 @@ class Workers:
 
     Attributes:
         results: What the calls have returned, or have kept so far, by the name of the job.
+        warned: flatmin's warnings, as they came: the name of the job, text and class.
     """
 
     def __init__(self, function: Callable[..., Any], jobs: int, threads: int) -> None:
         self.results: dict[Any, Any] = {}
+        self.warned: deque[tuple[Any, Found]] = deque()
         self._function, self._jobs, self._threads = function, jobs, threads
         self._waiting: deque[tuple[Hashable, tuple[Any, ...]]] = deque()
         self._workers: list[_Worker] = []
@@ -159,6 +163,9 @@ class Workers:
         if kind == "ticks":
             self._ticks += value
             return
+        if kind == "warning":
+            self.warned.append((worker.job, value))
+            return
         if kind == "kept":
             self.results[worker.job] = value
             return
@@ -208,7 +215,7 @@ def _work(pipe: "Connection[Any, Any]", function: Callable[..., Any], threads: i
         except OSError:  # nobody is there any more
             raise Stopped from None
 
-    with suppress(Stopped):
+    with suppress(Stopped), sent(partial(send, "warning")):
         while (arguments := jobs.get()) is not None:
             try:
                 tick, keep = partial(send, "ticks"), partial(send, "kept")

@@ -1,0 +1,57 @@
+"""The warnings of a comparison, each given once: most are of a method, and come in each of its runs."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..._warn import depth_in_package
+from ...errors import FlatminWarning
+
+Found = tuple[str, type[FlatminWarning]]  # the text of a warning, and its class
+
+
+class Warned:
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, what this process says is remembered."""
+        show = warnings.showwarning
+
+        def noting(message: Warning | str, *others: Any, **named: Any) -> None:
+            self._said.add(str(message))
+            show(message, *others, **named)
+
+        warnings.showwarning = noting
+        try:
+            yield
+        finally:
+            warnings.showwarning = show
+
+    def pass_on(self, run: str, found: Found) -> None:
+        """Says what a process has said in a run, of this name, unless it was said before."""
+        text, category = found
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"{run}: {text}", category, stacklevel=depth_in_package())
+
+
+@contextmanager
+def sent(send: Callable[[Found], None]) -> Iterator[None]:
+    """Inside, flatmin's warnings are sent to the process that compares; all others are shown as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FlatminWarning)
+        show = warnings.showwarning
+
+        def sending(message: Warning | str, category: type[Warning], *others: Any, **named: Any) -> None:
+            if issubclass(category, FlatminWarning):
+                send((str(message), category))
+            else:
+                show(message, category, *others, **named)
+
+        warnings.showwarning = sending
+        yield

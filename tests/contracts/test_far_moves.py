@@ -1,0 +1,71 @@
+"""A rho that moves the weights by much of their length is said, once, in the step that first does it."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import flatmin
+from flatmin.errors import FlatminWarning
+from tests.contracts._optimizers import CLOSED, TRAINED, Training
+
+
+def made(name: str, hidden: int = 2000, **options: object) -> Training:
+    torch.manual_seed(0)
+    return Training(name, nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 3)), **options)
+
+
+def norm(training: Training) -> float:
+    return float(torch.cat([weight.detach().flatten() for weight in training.model.parameters()]).norm())
+
+
+def said(training: Training, steps: int = 4) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.step(steps)
+    return [str(each.message) for each in caught if each.category is FlatminWarning]
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "ASAM"])  # whose rho is no length
+def test_a_rho_that_is_too_long_is_said_once(name):
+    training = made(name)
+    training.optimizer.rho = 0.15 * norm(training)
+    (message,) = said(training)
+    assert message.startswith(f"{name}'s rho=")
+    assert "15% of their length" in message
+    assert f"try rho={0.01 * norm(training):.1g}" in message
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_usual_one_is_not(name):
+    training = made(name)
+    training.optimizer.rho = 0.08 * norm(training)
+    assert said(training) == []
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_nor_is_one_of_a_few_numbers_or_of_another_measure(name):
+    training = made(name, hidden=20)
+    training.optimizer.rho = 3.0
+    assert said(training) == []
+    if name not in ("ASAM", "SQuAT"):
+        training = made(name, scaling=flatmin.optim.Elementwise())
+        training.optimizer.rho = 3.0
+        assert said(training) == []
+
+
+def test_all_weights_count_where_some_are_moved():
+    training = made("SAM")
+    training.optimizer = flatmin.SAM(training.optimizer.base_optimizer, parameters=[training.model[2].bias], rho=1.0)
+    assert float(training.model[2].bias.detach().norm()) < 1.0
+    assert said(training) == []
+
+
+def test_the_line_is_the_users():
+    training = made("MSAM")
+    training.optimizer.rho = 100.0
+    training.step()
+    with pytest.warns(FlatminWarning, match="rho=100") as caught:
+        training.optimizer.step(training.closure)
+    assert caught[0].filename == __file__
