@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("sh") is None, reason="NVIDIA's ser
 # Stands in for the driver's program: notes what it is told and where, and serves as the file "answer" says.
 PROGRAM = """#!/bin/sh
 if [ "$1" = -d ]; then
-    echo "start in $CUDA_MPS_PIPE_DIRECTORY" >>"{noted}"
+    echo "start in $CUDA_MPS_PIPE_DIRECTORY$CUDA_VISIBLE_DEVICES" >>"{noted}"
     [ -e "{home}/broken" ] && echo "An instance of this daemon is already running" && exit 1
     exit 0
 fi
@@ -59,7 +59,8 @@ def noted(home: Path) -> list[str]:
     return (home / "noted").read_text().splitlines()
 
 
-def test_processes_find_the_service_which_ends_with_them(service):
+def test_processes_find_the_service_which_ends_with_them(service, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # is for them, and not for the service
     with side_by_side(GPU, 2):
         where, logs = seen()
         assert Path(where).is_dir()

@@ -21,6 +21,7 @@ from ...errors import FlatminWarning
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPE, LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"  # by which processes find a service
+CHOSEN = "CUDA_VISIBLE_DEVICES"  # counts among the GPUs that a service has, so that the service must have all
 USUAL = Path("/tmp/nvidia-mps/control")  # of a service that was started without them
 KINDS = {"cuda"}  # types of devices that can be shared so
 LONGEST = 80  # characters of the folder: sockets in it have at most 108
@@ -83,6 +84,7 @@ def _started(device: torch.device, folder: Path) -> "subprocess.Popen[bytes]":
         service = subprocess.Popen(
             ["sh", "-c", _SERVICE],
             cwd=folder,
+            env={name: value for name, value in os.environ.items() if name != CHOSEN},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
