@@ -21,6 +21,7 @@ from ._dropping import Dropping
 from ._first_pass import Beginning, Beginnings
 from ._mark import Seen
 from ._memory import Memory
+from ._others import note_thread
 from ._progress import ORDER, Progress
 from ._scale import has_unscaled
 from ._step import ADDS, Passes, Step
@@ -73,6 +74,7 @@ class Stepping(ABC):
 
     def _set_up(self) -> None:
         """Makes what belongs to this object, and not to a copy of it."""
+        note_thread(cast(Optimizer, self), self.base_optimizer)
         self._progress, self._seen, self._dropping = Progress(), None, Dropping()
         self._any_made = False  # whether a step was, of this object: a resumed run may have forgotten the scaler
         self._beside = Beside(type(self).__name__)

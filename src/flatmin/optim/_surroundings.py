@@ -5,6 +5,7 @@ import sys
 import weakref
 from collections.abc import Iterable
 from itertools import compress
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ class Surroundings:
 
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
+        self._thread = get_ident()
         self._walk: Walk | None = None
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._others: Others | None = None  # None: not looked for yet
@@ -189,7 +191,7 @@ class Surroundings:
         optimizers = [found for found in alive if issubclass(type(found), Optimizer)]
         own = set(parameters)
         around = _around(own, modules) if self.model is None else set(self.model.modules())
-        self._others = Others(around, own, optimizers)
+        self._others = Others(around, own, optimizers, self._thread)
         if self.model is None:
             for module in around:
                 self._layers.update(statistics_of(module))
