@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._foreach import clones, copy_
+from ._perturbation import forget_computed
 
 
 class Displaced:
@@ -48,4 +49,4 @@ class Displaced:
         # a backward pass that reads the weights finds them as its forward pass has: they are the same bits by then
         with torch.autograd._unsafe_preserve_version_counter(tuple(self.clean)):
             copy_(list(self.clean), tensors)
-        torch.clear_autocast_cache()
+        forget_computed()

@@ -105,8 +105,9 @@ class Others:
 
     def _is_elsewhere(self, other: Optimizer) -> bool:
         """Whether another optimizer is stepped in another thread, or before its first step was made in another one."""
-        here = get_ident()
-        return _stepped.get(other, here) != here if other in _stepped else _made.get(other, self._thread) != self._thread
+        if other in _stepped:
+            return _stepped[other] != get_ident()
+        return _made.get(other, self._thread) != self._thread
 
     def _add(self, optimizer: Optimizer) -> None:
         trained, base = dict.fromkeys(_parameters(optimizer)), _base(optimizer)
