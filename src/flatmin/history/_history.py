@@ -163,12 +163,6 @@ class History(Loaded):
         self._check(index, logits, epoch)
         return self._compare(self._begin(index, epoch), logits)
 
-    def forget(self) -> None:
-        """Begins anew, as if nothing had been recorded: for another training."""
-        self.store.forget()
-        place = next((buffer.device for buffer in self.codec.buffers()), None)
-        self.codec = self._bound() if place is None else self._bound().to(place)
-
     @property
     def row_bytes(self) -> int:
         """Bytes of a row, without its epoch."""
@@ -227,6 +221,12 @@ class History(Loaded):
         if (before := self._fewer(state_dict, prefix)) is not None:  # in torch's own copy, of which the store reads
             state_dict.update(lengthened(state_dict, f"{prefix}store.", before, self.num_samples))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _forget(self) -> None:
+        """Begins anew, as if nothing had been recorded: for another training."""
+        self.store.forget()
+        place = next((buffer.device for buffer in self.codec.buffers()), None)
+        self.codec = self._bound() if place is None else self._bound().to(place)
 
     def _bound(self) -> Codec:
         """A codec as it was given, made for this history, which has seen nothing."""

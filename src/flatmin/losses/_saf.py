@@ -400,7 +400,7 @@ class SAF(Loaded):
             )
         if self._begins_anew:
             self._begins_anew = False
-            self.history.forget()
+            self.history._forget()
         self._has_past = True
         self._seen += batch
         if self._seen > 1.5 * self.num_samples and not self._warned:
