@@ -31,8 +31,8 @@ class Buffers:
     """The buffers of some modules as they are now, to be put back.
 
     Integers, and buffers that the modules replace by other tensors or shapes, are put back too. A buffer of a name that
-    appears later stays. So are parameters without gradient that a forward pass was seen to move, see `find_moving`;
-    others are not copied.
+    appears later stays. Parameters without gradient are put back where a forward pass was seen to move them, see
+    `find_moving`; others are not copied.
     """
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
