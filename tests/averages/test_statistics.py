@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.data import DataLoader, TensorDataset
 
 import flatmin
 from flatmin.averages._statistics import refresh
 from flatmin.errors import FlatminWarning, InvalidArgumentError
+from flatmin.indices import Indexed
 from tests.live import live
 
 C = 3
@@ -156,8 +158,11 @@ def test_batches_may_be_what_loaders_yield_and_are_read_once(name):
             return self.layers(x)
 
     x = batches(1)[0]
+    loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=len(x))
+    (counted,) = flatmin.with_indices(loader)
+    (ridden,) = DataLoader(flatmin.indexed(loader.dataset), batch_size=len(x))
     found = []
-    for form in (x, (x, 1), [x, 1], {"x": x}, x.clone()):
+    for form in (x, (x, 1), [x, 1], {"x": x}, counted, ridden, Indexed(counted.index, {"x": x}), x.clone()):
         average = AVERAGES[name](Net())
         average.refresh(iter([form]))
         found.append(statistics(inner(average)))

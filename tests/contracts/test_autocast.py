@@ -1,12 +1,18 @@
-"""An autocast around the step, which keeps casts of the weights: no pass may read those of weights that have moved."""
+"""Contexts around the step that keep what is made of the weights: no pass may read what is of weights that have moved.
+
+An autocast keeps casts of them, and ``parametrize.cached()`` what parametrizations make.
+"""
 
 import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
-from tests.contracts._optimizers import CLOSURES, EVERY, Training, assert_same
+from tests.contracts._optimizers import CLOSURES, EVERY, Training, assert_same, network
 from tests.contracts.test_passes import two_steps
 
 
@@ -39,6 +45,25 @@ def trained(name: str, way: Callable, outer: Callable, *, whole: bool, look: boo
     return training, seen
 
 
+class Mirrored(nn.Module):
+    """Keeps no tensor for its backward pass, which can thus be run again."""
+
+    def forward(self, weight):
+        return weight + weight.flip(0)
+
+
+def mirrored() -> nn.Module:
+    model = network()
+    parametrize.register_parametrization(model[0], "weight", Mirrored())
+    return model
+
+
+def normed() -> nn.Module:
+    model = network()
+    weight_norm(model[0])
+    return model
+
+
 WAYS = [(name, way) for name in EVERY for way in (Training.step, Training.loop, two_steps)]
 
 
@@ -51,3 +76,15 @@ def test_every_pass_casts_the_weights_as_they_are(name, way, outer, whole, look)
     theirs, expected = trained(name, way, contextlib.nullcontext, whole=False, look=look)
     assert seen == expected
     assert_same(ours.state(), theirs.state())
+
+
+@pytest.mark.parametrize(("name", "way"), [pair for pair in WAYS if pair[0] in CLOSURES or pair[1] is Training.step])
+def test_every_pass_makes_parametrized_weights_anew(name, way):
+    for make in (mirrored, normed):
+        ours, theirs = Training(name, make()), Training(name, make())
+        with parametrize.cached():
+            way(ours, 2)
+        with parametrize.cached():
+            way(ours, 1)
+        way(theirs, 3)
+        assert_same(ours.state(), theirs.state())

@@ -83,6 +83,20 @@ class Experts(nn.Module):
         return x
 
 
+class Following(nn.Module):
+    """Has parameters without gradient that follow trained ones in each forward pass, as MoCo's key encoder does."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.key.weight.lerp_(self.query.weight, 0.1)
+            self.key.bias.data = 0.9 * self.key.bias.data + 0.1 * self.query.bias.data
+        return self.query(x) + self.key(x)
+
+
 class Growing(nn.Module):
     """Appends to its buffer, and has one that is not there at first, and one whose elements share memory."""
 
@@ -132,6 +146,7 @@ GIVEN = {
     "codebook": around(Codebook),
     "experts": around(Experts),
     "growing": around(Growing),
+    "following": around(Following),
     "spectral norm": around(lambda: spectral_norm(nn.Linear(8, 8))),
     "old spectral norm": around(lambda: nn.utils.spectral_norm(nn.Linear(8, 8))),
     "observer": around(torch.ao.quantization.MovingAverageMinMaxObserver),
@@ -142,7 +157,9 @@ networks = pytest.mark.parametrize(("make", "given"), [pytest.param(m, g, id=f"{
 
 
 def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+    """All that no gradient trains."""
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor.detach().clone() for name, tensor in [*model.named_buffers(), *frozen.items()]}
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -153,7 +170,7 @@ def test_they_are_after_a_step_what_one_forward_pass_makes_of_them(name, make, g
     for _ in range(3):
         with torch.no_grad():
             for parameter, trained in zip(twin.model.parameters(), training.model.parameters(), strict=True):
-                parameter.copy_(trained)
+                parameter.copy_(trained)  # those without gradient are equal already
         before = buffers(twin.model)
         training.step()
         twin.model(twin.x)

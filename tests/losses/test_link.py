@@ -136,6 +136,16 @@ def test_nothing_is_said_of_a_margin_on_cosines(angle, scale, name):
     assert said(name, criterion, make=lambda: Cosines(scale)) == []
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("weight", [None, torch.arange(1.0, C + 1)])
+def test_nothing_is_said_of_logarithms_of_probabilities(name, dtype, weight):
+    """They are logits too, and a likelihood moves that of the label alone."""
+    weight = None if weight is None else weight.to(dtype)
+    make = lambda: nn.Sequential(nn.Linear(3, C), nn.LogSoftmax(1))  # noqa: E731
+    assert said(name, lambda z: F.nll_loss(z, labels(C), weight=weight), dtype=dtype, make=make) == []
+
+
 @pytest.mark.parametrize("prior", [-6.0, -2.0, 0.0, 2.0])
 @pytest.mark.parametrize("spread", [0.01, 0.3, 3.0])
 def test_one_label_by_independent_ones_is_no_margin(prior, spread):

@@ -46,6 +46,33 @@ def moved(mesa: flatmin.MESA) -> None:
             parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
 
 
+class Recurrent(nn.Module):
+    """Takes sequences, and a hidden state if it is given one."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.body, self.head = nn.GRU(4, 8, batch_first=batch_first), nn.Linear(8, C)
+
+    def forward(self, x, hidden=None):
+        return self.head(self.body(x, hidden)[1][-1])
+
+
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.EmbeddingBag(9, 8), nn.Linear(8, C)
+
+    def forward(self, text, offsets):
+        return self.head(self.body(text, offsets))
+
+
+PARTLY = {
+    "time first": lambda: (Recurrent(batch_first=False), (torch.randn(5, 8, 4),)),
+    "hidden state": lambda: (Recurrent(batch_first=True), (torch.randn(8, 5, 4), torch.zeros(1, 8, 8))),
+    "offsets": lambda: (Bags(), (torch.arange(24) % 9, torch.arange(0, 24, 3))),
+}
+
+
 class TestFraction:
     def test_all_shares_are_drawn_alike_and_their_mean_gradient_is_the_full_one(self):
         model, x = nn.Linear(4, C).double(), batch(5, torch.float64)
@@ -78,6 +105,14 @@ class TestFraction:
         assert mesa(model(x), x) > 0
         assert [len(inputs) for inputs in seen] == [run]
         assert len({tuple(row.tolist()) for row in seen[0]}) == run  # none twice
+
+    @pytest.mark.parametrize("kind", PARTLY)
+    def test_inputs_of_which_no_share_can_be_taken_are_explained(self, kind):
+        torch.manual_seed(0)  # or the first bag may be drawn first, whose text begins where it should
+        model, inputs = PARTLY[kind]()
+        assert mesa_of(model)(model(*inputs), *inputs) == 0
+        with pytest.raises(InvalidArgumentError, match=r"fraction of.*first dimension is the batch's, 8; leave out"):
+            mesa_of(model, fraction=0.25)(model(*inputs), *inputs)
 
     def test_the_empty_batch_is_no_error(self):
         mesa = mesa_of(model := nn.Linear(4, C), fraction=0.5)

@@ -10,7 +10,7 @@ from torch.utils.data import DistributedSampler
 
 import flatmin
 from flatmin.errors import FlatminWarning, InvalidArgumentError
-from flatmin.history import Dense
+from flatmin.history import Dense, LowRank, TopK
 from tests.live import live
 from tests.reference import oracles
 
@@ -97,6 +97,28 @@ def test_an_epoch_that_was_left_out_is_not_filled_from_an_older_one():
     follow(saf, [(0, index, torch.randn(N, C))])
     assert follow(saf, [(6, index, torch.randn(N, C))])[0][0] == 0
     assert follow(saf, [(9, index, torch.randn(N, C))])[0][0] > 0
+
+
+FORMS = ["dense", "int4", "mean", LowRank(rank=2), TopK(k=2)]
+
+
+@pytest.mark.parametrize("history", FORMS, ids=lambda form: form if isinstance(form, str) else type(form).__name__)
+def test_another_training_from_epoch_0_finds_nothing_of_the_one_before(history):
+    options = {"lag": None if history == "mean" else 2, "start_epoch": 0, "history": history}
+    saf = flatmin.SAF(N, C, **options)
+    follow(saf, stream(7))
+    batches = stream(9, skip=0.5, seed=1)
+    again, alone = follow(saf, batches), follow(flatmin.SAF(N, C, **options), batches)
+    assert any(loss > 0 for loss, _ in alone)
+    assert_same(again, alone)
+
+
+def test_epoch_0_alone_loses_nothing_until_something_is_recorded():
+    saf, twin = recorded(), recorded()
+    saf.set_epoch(0)
+    saf.eval()(live(torch.zeros(3, C)), torch.arange(3))
+    saf.train().set_epoch(1)
+    assert saf(live(torch.zeros(3, C)), torch.arange(3)) == twin(live(torch.zeros(3, C)), torch.arange(3)) > 0
 
 
 @pytest.mark.parametrize("start_epoch", [2, 3])

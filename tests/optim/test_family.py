@@ -752,6 +752,28 @@ def test_msam_without_a_momentum_is_explained():
         problem.steps(optimizer, 2)
 
 
+WITHOUT = {
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+@pytest.mark.parametrize("last", [False, True])
+def test_msam_is_explained_where_one_of_several_keeps_no_momentum(kind, last):
+    """Its parameters would never be perturbed; nothing is said where they are not to be."""
+    problem = Problem()
+    weights = [weight for weight in problem.model.parameters() if weight is not problem.model.unused]
+    some, rest = weights[:1], weights[1:]
+    bases = [WITHOUT[kind](some), torch.optim.SGD(rest, lr=0.1, momentum=0.9)]
+    bases = bases[::-1] if last else bases
+    with pytest.raises(InvalidArgumentError, match=r"keeps none of momentum_buffer.*S2SAM.*parameters="):
+        problem.steps(flatmin.MSAM(bases), 2)
+    problem.steps(flatmin.MSAM(bases, parameters=rest), 2)
+    unused = torch.optim.Adam([problem.model.unused])  # has never stepped
+    problem.steps(flatmin.MSAM([bases[0 if last else 1], unused]), 2)
+
+
 @pytest.mark.parametrize("entry", [{9: {"momentum": torch.ones(2)}}, {1: {"momentum": torch.ones(2)}}])
 def test_a_state_of_other_parameters_is_refused_and_changes_nothing(entry):
     problem = Problem()

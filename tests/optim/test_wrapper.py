@@ -77,6 +77,22 @@ def test_what_is_done_to_one_is_done_to_the_other(name, on, change, duplicate):
 
 
 @every
+@pytest.mark.parametrize("how", ["added", "changed"])
+def test_a_group_that_maximizes_is_refused_whenever_it_comes(name, how):
+    training = Training(name)
+    training.step()
+    which = training.optimizer.base_optimizer
+    if how == "added":
+        which.add_param_group({"params": [nn.Parameter(torch.ones(2))], "maximize": True})
+    else:
+        which.param_groups[0]["maximize"] = True
+    before = copy.deepcopy(training.model.state_dict())
+    with pytest.raises(InvalidArgumentError, match=r"base_optimizer has maximize=True.*minimize the negative"):
+        training.step()
+    assert_same(training.model.state_dict(), before)
+
+
+@every
 @pytest.mark.parametrize("replace", [replace_groups, replace_state])
 def test_a_base_whose_state_is_replaced_is_trained_on_as_it_would_be_alone(name, replace):
     """The next step has the gradient of the one before, and what the base had forgotten is forgotten."""

@@ -106,7 +106,8 @@ class WeightAverage(Loaded, ABC):
 
         Args:
             batches: The network's inputs, a `DataLoader` for one: tensors, or tuples or lists that begin with one, or
-                dictionaries of keyword arguments. They are moved to the average's device.
+                dictionaries of keyword arguments. An index beside them, as of `flatmin.with_indices` or
+                `flatmin.indexed`, is left out. They are moved to the average's device.
 
         Raises:
             InvalidArgumentError: If there is no batch. After any error the statistics are as before.

@@ -73,7 +73,8 @@ def refresh(network: nn.Module, model: nn.Module, batches: Iterable[Any]) -> Non
     Args:
         network: An average; or ``model`` itself, whose layers keep their modes.
         model: The network that is trained, with its wrappers.
-        batches: Tensors; tuples or lists that begin with one; or dictionaries of keyword arguments.
+        batches: Tensors; tuples or lists that begin with one; or dictionaries of keyword arguments. Of `Indexed`
+            batches, which begin with the index, what they hold beside it.
 
     Raises:
         InvalidArgumentError: If there is no batch.
@@ -124,6 +125,8 @@ def _train(layer: nn.Module, _: Any) -> None:
 
 
 def _call(network: nn.Module, batch: Any) -> None:
+    if getattr(batch, "_fields", None) == ("index", "sample"):  # `flatmin.indices.Indexed`
+        batch = batch.sample
     if isinstance(batch, Mapping):
         network(**batch)
     else:

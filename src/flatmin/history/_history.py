@@ -1,5 +1,6 @@
 """A history: the logits of every sample, some epochs back or as a running mean."""
 
+import copy
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,12 +115,8 @@ class History(Loaded):
         self.num_samples, self.num_classes, self.lag, self.momentum = check_sizes(
             num_samples, num_classes, lag, momentum
         )
-        self.codec = codec.bind(
-            self.num_classes,
-            lag=self.lag,
-            temperature=check_number("temperature", temperature, above=0),
-            momentum=self.momentum,
-        )
+        self._described = (copy.deepcopy(codec), check_number("temperature", temperature, above=0))
+        self.codec = self._bound()
         self.grown = grown
         folder = check_path("path", path)
         self.store = Store(self.lag, self.num_samples, self.row_bytes, path=folder, location=location, sharing=sharing)
@@ -224,6 +221,17 @@ class History(Loaded):
         if (before := self._fewer(state_dict, prefix)) is not None:  # in torch's own copy, of which the store reads
             state_dict.update(lengthened(state_dict, f"{prefix}store.", before, self.num_samples))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _forget(self) -> None:
+        """Begins anew, as if nothing had been recorded: for another training."""
+        self.store.forget()
+        place = next((buffer.device for buffer in self.codec.buffers()), None)
+        self.codec = self._bound() if place is None else self._bound().to(place)
+
+    def _bound(self) -> Codec:
+        """A codec as it was given, made for this history, which has seen nothing."""
+        codec, temperature = self._described
+        return codec.bind(self.num_classes, lag=self.lag, temperature=temperature, momentum=self.momentum)
 
     def _fewer(self, state: Mapping[str, Any], prefix: str) -> int | None:
         """The number of samples in a state that has fewer, which may be loaded."""

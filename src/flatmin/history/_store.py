@@ -133,6 +133,11 @@ class Store(nn.Module):
             positions = torch.cat(mine)
         self._pending.append(lambda: self._keep(positions, slot, *_unpack(arrive().to(self.rows.device))))
 
+    def forget(self) -> None:
+        """Makes all rows empty."""
+        self.flush()
+        self.epochs.fill_(NEVER)
+
     def flush(self) -> None:
         """Waits for rows that are still under way."""
         while self._pending:

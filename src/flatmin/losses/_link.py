@@ -15,6 +15,7 @@ _LEAST = 1e-6  # sum of a gradient's sizes, below which it may be rounding alone
 _MOVED = 0.05  # share of a gradient by which a sample's logits move together, from which on no softmax has made it
 _LEAST_SHARE = 1e-3  # of a sample's largest gradient, below which one may be rounded
 _BENT = 1e-3  # share of a variance that no exponential explains, from which on there is none
+_NORMALISED = 0.05  # largest logarithm of the sum of a sample's probabilities
 _MARGIN = 3.0  # how much more than the others together, or less, a margin moves the label's logit
 
 
@@ -23,8 +24,8 @@ class LinkCheck:
 
     A softmax does not change when all logits of a sample grow by the same: over the classes, the gradient of a cross
     entropy sums to 0, and so does that of a divergence of softmax outputs. That of independent labels does not. Nor
-    does that of a margin on the label's angle, as ArcFace has it, which `_has_margin` knows. It never waits for an
-    accelerator.
+    does that of a margin on the label's angle, as ArcFace has it, which `_has_margin` knows; nor that of logarithms of
+    probabilities, as of ``nn.LogSoftmax``, which are logits too. It never waits for an accelerator.
 
     Args:
         name: Whose check it is.
@@ -84,10 +85,15 @@ class LinkCheck:
             if gradient is not None and self._arrival is None and not self.settled:  # DDP's sink may hand on None
                 gradient = gradient.float()
                 together = gradient.sum(dim=class_dim).abs().sum()
-                together = together * ~_has_margin(values, gradient, class_dim)
+                together = together * ~_has_margin(values, gradient, class_dim) * ~_are_normalised(values, class_dim)
                 self._arrival = Arrival(torch.stack([together, gradient.abs().sum()]))
 
         logits.register_hook(look)  # type: ignore[no-untyped-call]  # torch leaves it without types
+
+
+def _are_normalised(logits: Tensor, class_dim: int) -> Tensor:
+    """Whether all are logarithms of probabilities, up to what bfloat16 rounds. Returns a flag on the device."""
+    return (logits.float().logsumexp(dim=class_dim).abs() < _NORMALISED).all()
 
 
 def _has_margin(logits: Tensor, gradient: Tensor, class_dim: int) -> Tensor:

@@ -29,7 +29,7 @@ from ._comparison import Comparison
 from ._outputs import as_called, check_order, first_tensor, needs_gradient
 from ._share import take
 from ._side import SIDES
-from ._target import Target
+from ._target import IN_PART, Target
 from ._undivided import watched
 
 DECAY = 0.9998  # the authors'
@@ -250,7 +250,11 @@ class MESA(Loaded):
             if share is not None:
                 with torch.no_grad():
                     args, kwargs = take((args, kwargs), share, len(first))
-            theirs = target.run(args, kwargs, first)
+            theirs = target.run(args, kwargs, first, part=share is not None)
+        if share is not None and isinstance(theirs, Tensor) and theirs.shape[:1] == first.shape[:1]:
+            raise InvalidArgumentError(
+                f"the averaged model returned the whole batch, and not a fraction of it: {IN_PART.format(len(first))}"
+            )
         return watched(self.coefficient * compare.loss(logits, theirs, where, self.temperature), "MESA")
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:

@@ -141,6 +141,7 @@ class SAF(Loaded):
         self._warned_of_share = False
         self._warned_of_second = False
         self._has_past = False  # whether it has recorded, or was loaded
+        self._begins_anew = False  # whether what is recorded next is of another training
 
     def set_epoch(self, epoch: int) -> None:
         """Tells SAF which epoch begins, from 0. Call it before each epoch, as ``DistributedSampler.set_epoch``.
@@ -155,6 +156,7 @@ class SAF(Loaded):
                 f"epoch must not go backwards, got {epoch} after {self._epoch}: SAF has recorded over what it would "
                 "compare with; load the state that SAF had in that epoch, or begin with epoch 0"
             )
+        self._begins_anew = epoch == 0 and (self._begins_anew or self._epoch > 0)
         self._epoch = epoch
         self._clock.tell(epoch)
         self._seen = 0
@@ -258,7 +260,7 @@ class SAF(Loaded):
     def set_extra_state(self, state: Tensor) -> None:
         """Reads them from a ``state_dict``."""
         self._epoch, self._seen = check_counts("state", state, (2,))
-        self._has_past = True
+        self._has_past, self._begins_anew = True, False
         self._clock.tell(self._epoch)
 
     def _settle_loads(self) -> None:
@@ -396,6 +398,9 @@ class SAF(Loaded):
                 FlatminWarning,
                 stacklevel=depth_in_package(),
             )
+        if self._begins_anew:
+            self._begins_anew = False
+            self.history._forget()
         self._has_past = True
         self._seen += batch
         if self._seen > 1.5 * self.num_samples and not self._warned:

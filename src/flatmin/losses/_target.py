@@ -15,6 +15,12 @@ from ..errors import InvalidArgumentError
 from ._outputs import are_labels
 from ._share import random_share
 
+IN_PART = (
+    "the drawn samples are taken of every tensor whose first dimension is the batch's, {}; leave out fraction where "
+    "others have a place for each sample too, such as sequences with time first, hidden states or the text of an "
+    "EmbeddingBag with offsets, or where that is a dimension of something else"
+)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -63,20 +69,25 @@ class Target:
             return torch.get_autocast_dtype(kind)
         return self.autocast
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor) -> Any:
-        """What it makes of the batch of which the network has made ``logits``.
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor, *, part: bool = False) -> Any:
+        """What it makes of the batch of which the network has made ``logits``, or of ``part`` of it.
 
         Raises:
-            InvalidArgumentError: If it was given the batch's labels, with which it fails.
+            InvalidArgumentError: If it was given the batch's labels, or part of the batch, with which it fails.
         """
         with nullcontext() if self.autocast is None else torch.autocast(logits.device.type, self.autocast):
-            if torch.compiler.is_compiling() or not are_labels(logits, args, kwargs):
+            labels = not torch.compiler.is_compiling() and are_labels(logits, args, kwargs)
+            if torch.compiler.is_compiling() or not (labels or part):
                 return self.inside(self.average, args, kwargs)
             try:
                 return self.inside(self.average, args, kwargs)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
+                if not labels:
+                    why = str(error).partition("\n")[0] or type(error).__name__
+                    what = f"the average's forward pass fails on a fraction of the batch ({why})"
+                    raise InvalidArgumentError(f"{what}: {IN_PART.format(len(logits))}") from error
                 raise InvalidArgumentError(
                     "the average's forward pass fails with what MESA was given, integers of the shape of labels: it "
                     "takes no labels, and what the network was called with, mesa(logits, x)"

@@ -25,7 +25,7 @@ from ._scale import LossScale
 from ._step import Passes, Step
 from ._stepping import Stepping
 from ._surroundings import Surroundings
-from ._wrapper import Wrapper
+from ._wrapper import Wrapper, check_minimizes
 from .schedules import Every, Schedule, as_schedule
 
 
@@ -289,6 +289,7 @@ class SharpnessAware(Stepping, Wrapper):
 
     def _begin(self, closure: Callable[..., Any] | None, begun: Beginning | None = None) -> Step:
         check_not_trained_privately(type(self).__name__, self)
+        check_minimizes(self.base_optimizer)
         self._memory.forget()  # what a step that was not made would have remembered
         self._beside.begin(self._surroundings.rest([], look=False))
         rho = rho_of(self.rho, self.base_optimizer)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._foreach import clones, copy_
+from ._perturbation import forget_computed
 
 
 class Displaced:
@@ -50,4 +51,4 @@ class Displaced:
             for parameter in self.clean:  # one by one, as torch 2.6 has it
                 stack.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
             copy_(list(self.clean), tensors)
-        torch.clear_autocast_cache()
+        forget_computed()

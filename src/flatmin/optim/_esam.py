@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from .._checks import check_integer, check_number
 from ..errors import InvalidArgumentError
 from ._base import SharpnessAware
-from ._perturbation import Rho, Scaling
+from ._perturbation import Rho, Scaling, forget_computed
 from ._step import Passes, Step
 from .schedules import Schedule
 
@@ -179,6 +179,7 @@ class ESAM(SharpnessAware):
             if self.gamma < 1:
                 with torch.no_grad():
                     keep = most_risen(before[0], losses(EVERY_SAMPLE), self.gamma)
+                forget_computed()  # without gradient
             self._backward(losses, keep)
 
         step.closure = whole

@@ -8,6 +8,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..errors import InvalidArgumentError
+from ._joined import Joined
 from ._one_pass import OnePass
 from ._perturbation import Rho, Scaling
 from ._step import Step
@@ -99,11 +100,23 @@ class MSAM(OnePass):
         )
 
     def _direction(self, step: Step) -> tuple[list[Tensor], list[Tensor], float]:
-        state = self.base_optimizer.state
-        known, found = momenta(step.candidates(), state)
-        if step.index > 0 and not found and not momenta(list(state), state)[0]:
-            raise InvalidArgumentError(
-                f"base_optimizer {type(self.base_optimizer).__name__} keeps none of {', '.join(NAMES)}, along which "
-                "MSAM perturbs; give SGD a momentum, or use S2SAM"
-            )
+        candidates = step.candidates()
+        known, found = momenta(candidates, self.base_optimizer.state)
+        if step.index > 0:
+            self._check_momentum(set(candidates))
         return known, found, -1.0
+
+    def _check_momentum(self, candidates: set[Tensor]) -> None:
+        """Refuses a base optimizer without momentum; of several, one that has stepped, and trains any to perturb."""
+        joined = self.base_optimizer if isinstance(self.base_optimizer, Joined) else None
+        for base in [self.base_optimizer] if joined is None else joined.optimizers:
+            if momenta(list(base.state), base.state)[0]:
+                continue
+            stepped = bool(base.state) or all(group.get("momentum") == 0 for group in base.param_groups)
+            perturbed = any(parameter in candidates for group in base.param_groups for parameter in group["params"])
+            if joined is None or (stepped and perturbed):
+                raise InvalidArgumentError(
+                    f"base_optimizer {type(base).__name__} keeps none of {', '.join(NAMES)}, along which "
+                    "MSAM perturbs; give SGD a momentum, or use S2SAM"
+                    + ("" if joined is None else "; or leave what it trains out of parameters=")
+                )

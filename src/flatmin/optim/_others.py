@@ -3,6 +3,7 @@
 import functools
 import weakref
 from collections.abc import Iterable
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -55,15 +56,20 @@ class Others:
     """Knows other optimizers, and what they train beside an optimizer: the rest of its network, and elsewhere.
 
     An optimizer that is made later is noticed when it steps. All of the network is known before, whoever trains it; of
-    parameters elsewhere, such as a loss's own, those that some optimizer had. Nothing is kept alive.
+    parameters elsewhere, such as a loss's own, those that some optimizer had. What is trained in another thread belongs
+    to another training, and is left alone. Nothing is kept alive.
 
     Args:
         network: The modules around the optimizer's parameters.
         own: These parameters.
         optimizers: All that there are, the optimizer among them.
+        thread: In which the optimizer was made.
     """
 
-    def __init__(self, network: Iterable[nn.Module], own: set[Tensor], optimizers: list[Optimizer]) -> None:
+    def __init__(
+        self, network: Iterable[nn.Module], own: set[Tensor], optimizers: list[Optimizer], thread: int
+    ) -> None:
+        self._thread = thread
         left = dict.fromkeys(each for module in network for each in own_parameters(module) if each not in own)
         self._network = list(map(weakref.ref, left))  # the rest of it, but for what optimizers of flatmin's perturb
         self._left = [*self._network]  # and what is trained elsewhere
@@ -86,14 +92,22 @@ class Others:
     def parameters(self, own: set[Tensor]) -> list[Tensor]:
         """All that may be trained beside ``own``."""
         found = dict.fromkeys(each for each in _alive(self._left) if each.requires_grad)
-        for optimizer in _alive(self._optimizers):  # they may have been given more
+        others = _alive(self._optimizers)
+        for optimizer in others:  # they may have been given more
             found.update(dict.fromkeys(_parameters(optimizer)))
-        return [each for each in found if each not in own]
+        left_alone = own.union(*(_parameters(each) for each in others if self._is_elsewhere(each)))
+        return [each for each in found if each not in left_alone]
 
     def rest(self) -> list[tuple[Optimizer, list[Tensor]]]:
         """Optimizers with what they train of the network, and nobody perturbs."""
         found = ((owner(), trained) for owner, trained in self._rest)
         return [(owner, _alive(trained)) for owner, trained in found if owner is not None]
+
+    def _is_elsewhere(self, other: Optimizer) -> bool:
+        """Whether another optimizer is stepped in another thread, or before its first step was made in another one."""
+        if other in _stepped:
+            return _stepped[other] != get_ident()
+        return _made.get(other, self._thread) != self._thread
 
     def _add(self, optimizer: Optimizer) -> None:
         trained, base = dict.fromkeys(_parameters(optimizer)), _base(optimizer)
@@ -109,6 +123,8 @@ class Others:
             self._rest.append((weakref.ref(optimizer), theirs))
 
 
+_made: "weakref.WeakKeyDictionary[Optimizer, int]" = weakref.WeakKeyDictionary()  # threads; of those that are wrapped
+_stepped: "weakref.WeakKeyDictionary[Optimizer, int]" = weakref.WeakKeyDictionary()
 _kept: list[weakref.ref[Others]] = []  # a list is replaced and never changed, since other threads go over it
 
 
@@ -118,10 +134,18 @@ def _watch_all() -> None:
 
     def before_step(optimizer: Optimizer, *_: Any) -> None:
         if not torch.compiler.is_compiling():
+            _stepped[optimizer] = get_ident()
             for others in _alive(_kept):
                 others.notice(optimizer)
 
     register_optimizer_step_pre_hook(before_step)
+
+
+def note_thread(*optimizers: Optimizer) -> None:
+    """Notes in which thread optimizers were made, and from now on in which each is stepped."""
+    _watch_all()
+    for optimizer in optimizers:
+        _made[optimizer] = get_ident()
 
 
 def own_parameters(module: nn.Module) -> list[Tensor]:

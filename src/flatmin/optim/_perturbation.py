@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from .._checks import check_module, check_number
@@ -56,12 +57,21 @@ def moved(
             check(parameters, weights, offsets)
         offsets.clear()
         directions.clear()
-        torch.clear_autocast_cache()  # an autocast around the step holds casts of the weights as they were
+        forget_computed()
         yield weights
     finally:
         with torch.no_grad():  # a step that is given up comes here by itself
             copy_(parameters, weights)
-        torch.clear_autocast_cache()
+        forget_computed()
+
+
+def forget_computed() -> None:
+    """Forgets what torch keeps of weights as they were, in a context around the step.
+
+    Such as the casts of ``torch.autocast``, and the tensors of ``torch.nn.utils.parametrize.cached()``.
+    """
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def unit(parameters: list[Tensor], directions: list[Tensor], norm: Scalar | None = None) -> tuple[list[Tensor], Scalar]:

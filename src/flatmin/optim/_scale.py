@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class LossScale:
 
 @contextmanager
 def noted_scaling(scalers: list[GradScaler], used: list[GradScaler]) -> Iterator[None]:
-    """Inside, those of ``scalers`` that scale a loss are added to ``used``; torch does not say it."""
+    """Inside, those of ``scalers`` that scale a loss in this thread are added to ``used``; torch does not say it."""
     before = [vars(scaler).get("scale") for scaler in scalers]
     for scaler in scalers:
         vars(scaler)["scale"] = _noting(scaler, scaler.scale, used)
@@ -100,8 +101,11 @@ def noted_scaling(scalers: list[GradScaler], used: list[GradScaler]) -> Iterator
 
 
 def _noting(scaler: GradScaler, scale: Callable[..., Any], used: list[GradScaler]) -> Callable[..., Any]:
+    thread = get_ident()
+
     def noted(*args: Any, **kwargs: Any) -> Any:
-        used.append(scaler)
+        if get_ident() == thread:
+            used.append(scaler)
         return scale(*args, **kwargs)
 
     return noted

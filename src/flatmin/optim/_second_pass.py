@@ -5,6 +5,7 @@ That both passes draw the same random numbers is `flatmin._rng.replayed`.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ def agreed(number: Tensor, groups: list[ProcessGroup]) -> Tensor:
 def each_module(visit: Callable[[nn.Module], None], model: nn.Module | None = None) -> Iterator[None]:
     """Calls ``visit`` with the modules of ``model`` at once, or without it with those called inside, before they run.
 
+    Those that another thread calls meanwhile belong to another training.
     The modules of a compiled model, or of one whose ``forward`` is compiled, within which no hook is run, are visited
     when it is called itself; torch warns of the first.
     """
@@ -102,8 +104,10 @@ def each_module(visit: Callable[[nn.Module], None], model: nn.Module | None = No
         yield
         return
 
+    thread = get_ident()
+
     def hook(module: nn.Module, *_: Any) -> None:
-        if torch.compiler.is_compiling():  # or it would become a part of the graph
+        if torch.compiler.is_compiling() or get_ident() != thread:  # compiled, it would become a part of the graph
             return
         visit(module)
         if "forward" in module.__dict__ or "_orig_mod" in module._modules:

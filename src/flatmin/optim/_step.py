@@ -298,6 +298,8 @@ class Step:
         The host waits for the norm where it has to know: if a schedule decides by it, or a scaler, or if it is the
         ``last`` pass, and the base optimizer's step cannot be dropped on the device.
         """
+        if which != "second" and self.before is not None:
+            self.before.find_moving()
         found = [(parameter, gradient) for parameter in self.every() if (gradient := parameter.grad) is not None]
         self.parameters, self.gradients = [pair[0] for pair in found], [pair[1] for pair in found]
         if not self.gradients:

@@ -21,6 +21,8 @@ from ._dropping import Dropping
 from ._first_pass import Beginning, Beginnings
 from ._mark import Seen
 from ._memory import Memory
+from ._others import note_thread
+from ._perturbation import forget_computed
 from ._progress import ORDER, Progress
 from ._scale import has_unscaled
 from ._step import ADDS, Passes, Step
@@ -73,6 +75,7 @@ class Stepping(ABC):
 
     def _set_up(self) -> None:
         """Makes what belongs to this object, and not to a copy of it."""
+        note_thread(cast(Optimizer, self), self.base_optimizer)
         self._progress, self._seen, self._dropping = Progress(), None, Dropping()
         self._any_made = False  # whether a step was, of this object: a resumed run may have forgotten the scaler
         self._beside = Beside(type(self).__name__)
@@ -114,7 +117,7 @@ class Stepping(ABC):
                 self._warn_of_dropped(f"the {step.failed} gradient of a", stacklevel=5)
         else:
             self._dropping.step(self.base_optimizer, step.parameters, step.bad, step.left)
-            torch.clear_autocast_cache()  # of an autocast around several steps
+            forget_computed()  # of an autocast around several steps
             self._memory.commit(step.bad)
             if step.decides:
                 self._when.observe(self._steps, float(step.first_norm))

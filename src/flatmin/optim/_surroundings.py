@@ -5,6 +5,7 @@ import sys
 import weakref
 from collections.abc import Iterable
 from itertools import compress
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._walk import Walk
 from ._foreach import put_back_
@@ -22,15 +24,20 @@ NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm
 _WHOLE = (torch.jit.ScriptModule, fx.GraphModule)  # whose parts have lost their classes
 
 
+_MOVING: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters without gradient that forward passes move
+
+
 class Buffers:
     """The buffers of some modules as they are now, to be put back.
 
     Integers, and buffers that the modules replace by other tensors or shapes, are put back too. A buffer of a name that
-    appears later stays.
+    appears later stays. Parameters without gradient are put back where a forward pass was seen to move them, see
+    `find_moving`; others are not copied.
     """
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self._known: set[nn.Module] = set()
+        self._frozen: list[tuple[Tensor, tuple[int, int]]] = []  # parameters without gradient, and their `_mark`
         self._rows: list[tuple[nn.Module, str, Tensor | None]] = []
         self._copies: list[tuple[list[Tensor], list[Tensor]]] = []  # buffers of one dtype and device, and copies
         self.add(modules)
@@ -43,14 +50,26 @@ class Buffers:
             if module in self._known:
                 continue
             self._known.add(module)
+            frozen = [each for each in own_parameters(module) if not each.requires_grad and _can_be_changed(each)]
+            self._frozen += [(parameter, _mark(parameter)) for parameter in frozen]
+            found = [parameter for parameter in frozen if parameter in _MOVING]
             for name, buffer in module._buffers.items():
                 self._rows.append((module, name, buffer))
                 if buffer is not None and _can_be_changed(buffer):
-                    alike.setdefault((buffer.dtype, buffer.device, type(buffer)), []).append(buffer)
+                    found.append(buffer)
+            for tensor in found:
+                alike.setdefault((tensor.dtype, tensor.device, type(tensor)), []).append(tensor)
         for buffers in alike.values():
             copies = [torch.empty_like(buffer) for buffer in buffers]
             torch._foreach_copy_(copies, buffers)
             self._copies.append((buffers, copies))
+
+    def find_moving(self) -> None:
+        """Looks for parameters without gradient that were written since: they are as buffers from now on.
+
+        Such as those of a key encoder that follows the query encoder in each forward pass.
+        """
+        _MOVING.update((parameter, None) for parameter, mark in self._frozen if _mark(parameter) != mark)
 
     @torch.no_grad()
     def restore(self, where: Tensor | None = None) -> None:
@@ -100,6 +119,7 @@ class Surroundings:
 
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
+        self._thread = get_ident()
         self._walk: Walk | None = None
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._others: Others | None = None  # None: not looked for yet
@@ -171,7 +191,7 @@ class Surroundings:
         optimizers = [found for found in alive if issubclass(type(found), Optimizer)]
         own = set(parameters)
         around = _around(own, modules) if self.model is None else set(self.model.modules())
-        self._others = Others(around, own, optimizers)
+        self._others = Others(around, own, optimizers, self._thread)
         if self.model is None:
             for module in around:
                 self._layers.update(statistics_of(module))
@@ -220,6 +240,11 @@ def _alive(kinds: tuple[type, ...]) -> list[Any]:
     types = list(map(type, objects))
     wanted = {found for found in set(types) if issubclass(found, kinds)}
     return list(compress(objects, map(wanted.__contains__, types)))
+
+
+def _mark(parameter: Tensor) -> tuple[int, int]:
+    """What is another one after a parameter was written in place, or given other ``.data``."""
+    return parameter._version, parameter.data_ptr() if type(parameter) in (Tensor, nn.Parameter) else 0
 
 
 def _can_be_changed(buffer: Tensor) -> bool:

@@ -201,6 +201,11 @@ def check_base(base: object) -> None:
         raise InvalidArgumentError(
             f"base_optimizer must step without a closure of its own, which {kind} cannot"
         ) from None
+    check_minimizes(base)
+
+
+def check_minimizes(base: Optimizer) -> None:
+    """Refuses a parameter group that maximizes; one may come later, with a state or by ``add_param_group``."""
     if any(group.get("maximize") for group in base.param_groups):
         raise InvalidArgumentError(
             "base_optimizer has maximize=True, and the weights would be moved to where that is easiest, not worst; "

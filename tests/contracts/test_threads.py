@@ -1,0 +1,77 @@
+"""Two trainings in two threads of a process: each goes on as it would alone, wherever the other one is in its step."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.contracts._optimizers import EVERY, Training, assert_same, network, sgd
+
+
+class Plain:
+    """A training without flatmin, whose backward pass and whose step are apart.
+
+    Args:
+        scaled: Whether a scaler scales its loss.
+    """
+
+    def __init__(self, scaled: bool = False) -> None:
+        self.model = network().double()
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
+        self.optimizer = sgd(self.model)
+        self.x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1)).double()
+
+    def backward(self) -> None:
+        self.optimizer.zero_grad()
+        self.scaler.scale(self.model(self.x).square().mean()).backward()
+
+    def end(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def state(self) -> dict:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+
+class Sharp(Plain):
+    """A training with one of flatmin's optimizers, whose whole step is made at once."""
+
+    def __init__(self) -> None:
+        self.training = Training("SAM")
+        self.backward, self.end = self.training.step, lambda: None
+        self.state = self.training.state
+
+
+KINDS = {"plain": Plain, "scaled": lambda: Plain(scaled=True), "sharpness-aware": Sharp}
+CASES = [(name, "plain", number) for name in EVERY for number in range(1, EVERY[name].max_passes + 1)]
+CASES += [("SAM", kind, number) for kind in ("scaled", "sharpness-aware") for number in (1, 2)]
+
+
+@pytest.mark.parametrize(("name", "kind", "number"), CASES)
+def test_each_is_as_alone(name, kind, number):
+    """The other one's backward pass is within a pass of ours, that of ``number``, and its step after ours."""
+    ours, theirs, twin = Training(name), KINDS[kind](), KINDS[kind]()
+    made: list[int] = []
+
+    def backward() -> None:
+        theirs.backward()
+        made.append(number)
+
+    def first() -> None:  # an optimizer is known by the thread in which it steps
+        theirs.backward(), theirs.end()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(first).result()
+        ours.each_pass = lambda: ours.passes == number and thread.submit(backward).result()
+        for step in range(1, 3):
+            ours.passes = 0
+            ours.step()
+            if len(made) == step:  # not in a step of LookSAM's without a second pass
+                thread.submit(theirs.end).result()
+    alone = Training(name)
+    alone.step(2)
+    assert_same(ours.state(), alone.state())
+    for _ in range(1 + len(made)):
+        twin.backward(), twin.end()
+    assert made
+    assert_same(theirs.state(), twin.state())
