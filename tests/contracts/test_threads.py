@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 
 from tests.contracts._optimizers import EVERY, Training, assert_same, network, sgd
 
@@ -75,3 +76,19 @@ def test_each_is_as_alone(name, kind, number):
         twin.backward(), twin.end()
     assert made
     assert_same(theirs.state(), twin.state())
+
+
+class InThreads(nn.DataParallel):
+    """As on several GPUs, where it calls its replicas in threads of its own; there is one, which is the network."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.module, x).result()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_threads_of_data_parallel_belong_to_the_training(name):
+    plain, parallel = Training(name), Training(name)
+    parallel.forward = InThreads(parallel.model)
+    plain.step(4), parallel.step(4)
+    assert_same(parallel.state(), plain.state())
