@@ -31,7 +31,7 @@ browser:
 		(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver) >/dev/null 2>&1 \
 		|| echo 'chromium could not be installed: the tests in a browser are skipped'; fi
 
-# Kills of every word of the command at random moments; fails if anything is wrong afterwards.
+# Kills of the command, in six uses, at random moments; fails if anything is wrong afterwards.
 KILLS ?= 120
 stress: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py --kills $(KILLS) --out benchmarks/results/kills.json

@@ -280,7 +280,7 @@ def after_table(root: Path, name: str) -> str:
             rows.append([own, f"{row['accuracy']['mean']:.2f} %", *cells])
         else:
             cells = [signed(each["difference"]) + "*" * (each["p_value_holm"] < 0.05) for each in after.values()]
-            rows.append([own, signed(row["difference"]), *cells])
+            rows.append([own, signed(row["difference"]) + "*" * (row["p_value_holm"] < 0.05), *cells])
     return f"{markdown(headings, rows)}\n\n{machines(root, name)}"
 
 

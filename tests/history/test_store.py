@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import flatmin
-from flatmin.errors import InvalidArgumentError, OutputError
+from flatmin.errors import InvalidArgumentError, OutputError, StateDictError
 from flatmin.history import Dense, LowRank, Quantized, TopK
 from flatmin.history import _choose as choosing
 from flatmin.history import _memory as memory
@@ -396,7 +396,7 @@ def test_state_of_another_history_is_refused_and_nothing_is_loaded(
     targets = {"saf": safs, "module": [torch.nn.ModuleDict({"loss": saf}) for saf in safs]}
     targets["history"] = [saf.history for saf in safs]
     target, source = targets[within]
-    with pytest.raises(InvalidArgumentError, match=message):
+    with pytest.raises(StateDictError, match=message):
         target.load_state_dict(source.state_dict())
     after = safs[0].state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -411,7 +411,7 @@ def test_state_of_an_earlier_layout_is_refused_in_one_line_and_nothing_is_loaded
     earlier = {name.replace("codec.", ""): torch.ones_like(tensor) for name, tensor in before.items()}
     description = {"form": "DenseHistory", "num_samples": N, "num_classes": C, "lag": LAG, "momentum": None}
     encoded = torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8)
-    with pytest.raises(InvalidArgumentError) as error:
+    with pytest.raises(StateDictError) as error:
         saf.load_state_dict({**earlier, "history._extra_state": encoded})
     assert str(error.value).startswith("the state's history was saved by an earlier version of flatmin")
     assert "nothing was loaded" in str(error.value)

@@ -15,7 +15,7 @@ from .._attached import Attachment, is_lost_copy, is_updated_twice
 from .._checks import Loaded, check_choice, shown
 from .._distributed import unwrapped
 from .._warn import depth_in_package
-from ..errors import FlatminWarning, InvalidArgumentError
+from ..errors import FlatminWarning, InvalidArgumentError, StateDictError
 from ._average import evaluating
 from ._copy import copied
 from ._loads import Loads
@@ -127,7 +127,7 @@ class WeightAverage(Loaded, ABC):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if f"{prefix}average.n_averaged" in state_dict:
-            raise InvalidArgumentError(
+            raise StateDictError(
                 "the state's average was saved by an earlier version of flatmin, whose layout was another; nothing was "
                 "loaded, begin with a new average or go on with that version"
             )

@@ -199,7 +199,7 @@ class History(Loaded):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def check_state(self, state: Mapping[str, Any], prefix: str = "") -> None:
-        """Raises `InvalidArgumentError` if ``state`` is that of a history other than this one.
+        """Raises `StateDictError` if ``state`` is that of a history other than this one.
 
         Args:
             state: A ``state_dict``.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgumentError
+from ..errors import StateDictError
 
 NEVER = -1  # the epoch of an empty row
 PART = "part"  # the key of (rank, ranks) in a state that has what that rank keeps; without it a state is whole
@@ -48,16 +48,16 @@ def check_described(ours: Mapping[str, Any], state: Any, *, grown: bool = False)
         The number of samples in the state, if it has fewer.
 
     Raises:
-        InvalidArgumentError: If they differ; the message says in what.
+        StateDictError: If they differ; the message says in what.
     """
     if state is None:
         return None
     try:
         theirs = dict(json.loads(bytes(state.tolist())))
     except (ValueError, AttributeError, TypeError) as error:
-        raise InvalidArgumentError(f"the state's _extra_state does not describe a history: {error}") from error
+        raise StateDictError(f"the state's _extra_state does not describe a history: {error}") from error
     if "codec" not in theirs:
-        raise InvalidArgumentError(
+        raise StateDictError(
             "the state's history was saved by an earlier version of flatmin, whose layout was another; nothing was "
             "loaded, begin with an empty history or go on with that version"
         )
@@ -72,7 +72,7 @@ def check_described(ours: Mapping[str, Any], state: Any, *, grown: bool = False)
     way_out = "make SAF as it was when the state was saved"
     if fewer:
         way_out += ", or with grown=True if the new samples come after the old ones"
-    raise InvalidArgumentError(
+    raise StateDictError(
         f"the state is of a history with {values[0]} and this one has {values[1]}{rest}; nothing was loaded, {way_out}"
     )
 

@@ -30,7 +30,7 @@ class Recipe:
 
     Args:
         experiment: Path of an experiment file: Python that defines ``model()``, ``train_set()`` and ``test_set()``, and
-            if you like ``criterion()`` and ``optimizer(parameters)``. It replaces ``data`` and ``model``.
+            if you like ``criterion()``, ``optimizer(parameters)`` and ``shift(x)``. It replaces ``data`` and ``model``.
         data: ``"digits"``, ``"mnist1d"``, ``"idx:FOLDER"`` (MNIST format, gzipped or not) or ``"folder:FOLDER"`` (one
             folder of images a class).
         model: ``"cnn"``, ``"cnn-gn"`` (with group norm, for ``private``), ``"cnn1d"`` (for mnist1d), ``"resnet18"``,
@@ -127,7 +127,8 @@ class Recipe:
     )
     private: float | None = _option(
         None,
-        "Train with differential privacy of this epsilon, by Opacus; base is then DP-SGD.  [default: without]",
+        "Train with differential privacy of this epsilon, by Opacus; base is then DP-SGD, and dpsat is there.  "
+        "[default: without]",
         Bounds(above=0, most=1000),
     )
     delta: float = _option(1e-5, "With --private: delta.", Bounds(above=0, below=1))

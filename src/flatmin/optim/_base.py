@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_choice, check_flag, check_integer, check_mapping, check_module, check_number, shown, trains
 from .._privacy import check_not_trained_privately
-from ..errors import FlatminWarning, InvalidArgumentError
+from ..errors import FlatminWarning, InvalidArgumentError, StateDictError
 from ._dropping import Dropping
 from ._first_move import faults_of_move
 from ._first_pass import Beginning
@@ -267,7 +267,7 @@ class SharpnessAware(Stepping, Wrapper):
     def _load(self, base: dict[str, Any], own: dict[str, Any]) -> None:
         self._check_idle("load_state_dict")
         if any("old_p" in entries for entries in base.get("state", {}).values()):
-            raise InvalidArgumentError(
+            raise StateDictError(
                 "the state is that of another library's SAM, which has a copy of the weights (old_p) and not the "
                 "base optimizer's momentum: load the network's state alone, and begin with a new optimizer"
             )

@@ -65,7 +65,7 @@ def hessian_eigenvalues(
     """The ``k`` largest eigenvalues of the mean loss's Hessian, positive ones first, by Lanczos (ARPACK).
 
     Needs scipy. Keeps ``vectors`` of the weights' size in main memory, and takes a few more products with the Hessian
-    than that, each the price of about two passes (Pearlmutter 1994).
+    than that, each the price of two passes and more, five with convolutions on a CPU (Pearlmutter 1994).
 
     Args:
         objective: What to measure. Its seed draws the vector that the iteration starts from.

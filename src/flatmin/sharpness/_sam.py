@@ -85,7 +85,7 @@ def sam_sharpness(
     """By how much the loss rises at the end of a step of length ``rho`` up its gradient: SAM's sharpness.
 
     ``R(w) = L(w + e) - L(w)`` with ``e = rho * g / (|g| + 1e-12)`` (Du et al. 2022, arXiv 2205.14083, equations 3 and
-    4). Costs two passes and a forward pass over the batches, and two more for each further ascent step.
+    4). Costs a pass and a forward pass over the batches, and a pass more for each further ascent step.
 
     Args:
         objective: What to measure.

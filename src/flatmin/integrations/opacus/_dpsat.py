@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..._checks import check_choice
 from ..._warn import depth_in_package
-from ...errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning
+from ...errors import FlatminWarning, InvalidArgumentError, NonFiniteGradientWarning, StateDictError
 from ...optim._displaced import Displaced
 from ...optim._first_move import faults_of_move
 from ...optim._foreach import Scalar, add_, clones, length
@@ -260,7 +260,7 @@ class DPSAT:
             )
             own = {}
         if own.get("direction", self.direction) != self.direction:
-            raise InvalidArgumentError(
+            raise StateDictError(
                 f"the optimizer's state is of DPSAT(direction={own['direction']!r}), and attached is one with "
                 f"{self.direction!r}: attach the former, or call remove() before and attach after loading"
             )
