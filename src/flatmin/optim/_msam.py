@@ -102,7 +102,7 @@ class MSAM(OnePass):
     def _direction(self, step: Step) -> tuple[list[Tensor], list[Tensor], float]:
         candidates = step.candidates()
         known, found = momenta(candidates, self.base_optimizer.state)
-        if step.index > 0:
+        if step.index > 0 and (not found or isinstance(self.base_optimizer, Joined)):
             self._check_momentum(set(candidates))
         return known, found, -1.0
 
