@@ -8,7 +8,7 @@ from torch import nn
 
 import flatmin
 from flatmin.errors import FlatminWarning
-from tests.contracts._optimizers import CLOSED, TRAINED, Training
+from tests.contracts._optimizers import CLOSED, EVERY, TRAINED, Training
 
 
 def made(name: str, hidden: int = 2000, **options: object) -> Training:
@@ -60,6 +60,45 @@ def test_all_weights_count_where_some_are_moved():
     training.optimizer = flatmin.SAM(training.optimizer.base_optimizer, parameters=[training.model[2].bias], rho=1.0)
     assert float(training.model[2].bias.detach().norm()) < 1.0
     assert said(training) == []
+
+
+@pytest.mark.parametrize("rho", [0.05, 2.0])
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("std", [0.0, 2e-5])
+def test_nor_is_one_where_weights_have_yet_to_grow(std, name, rho):
+    """As of a head over features: torch's own start is longer."""
+    training = made(name)
+    for weight in training.model.parameters():
+        nn.init.normal_(weight, std=std)
+    training.optimizer.rho = rho
+    assert said(training, 2) == []
+
+
+BESIDE = {
+    "made later": lambda: nn.UninitializedParameter(),
+    "elsewhere": lambda: nn.Parameter(torch.empty(3, device="meta")),
+    "sparse": lambda: nn.Parameter(torch.eye(3).to_sparse()),
+    "integers": lambda: nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False),
+    "bytes": lambda: nn.Parameter(torch.zeros(3).to(torch.float8_e4m3fn), requires_grad=False),
+    "empty": lambda: nn.Parameter(torch.zeros(0, 3)),
+    "complex": lambda: nn.Parameter(torch.zeros(3, dtype=torch.complex64)),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_weights_without_gradient_of_any_kind_are_left_alone(kind):
+    model = made("SAM").model.float()
+    base = torch.optim.SGD([*model.parameters(), BESIDE[kind]()], lr=0.1)
+    optimizer = flatmin.SAM(base, rho=0.05)
+
+    def closure() -> torch.Tensor:
+        model.zero_grad()
+        loss = model(torch.ones(8, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.skipped_steps == 0
 
 
 def test_the_line_is_the_users():

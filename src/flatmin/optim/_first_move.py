@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._distributed import local
 from ..errors import FlatminWarning
@@ -14,6 +14,7 @@ from ._surroundings import step_sizes_among
 # ruined a small BERT and cost up to three points on MNIST-1D (docs/methods/msam.md).
 FAR, USUAL = 0.1, 0.01
 FEW = 10_000  # numbers: nothing is known of the lengths of fewer
+SMALL = 1e-3  # root mean square of weights that have yet to grow, such as those of a head that begins at 0
 
 
 def faults_of_move(
@@ -46,15 +47,24 @@ def faults_of_move(
             f"{name} perturbs the step sizes of torchao's fake quantisers too, below 0 perhaps: give it "
             "parameters=flatmin.integrations.torchao.weights(model), or use flatmin.SQuAT (warned once)"
         )
-    every = [weight.detach() for weight in trained]
-    if rho is None or sum(weight.numel() for weight in every) < FEW:
+    before = dict(zip(moved, weights, strict=True))
+    every = [before.get(weight, weight).detach() for weight in trained if _has_length(weight)]
+    count = sum(weight.numel() for weight in every)
+    if rho is None or count < FEW:
         return
-    norm = float(global_norm(every))  # waits for the device, this once; moved or not, the length is about the same
-    if rho > FAR * norm:
+    norm = float(global_norm(every))  # waits for the device, this once
+    if rho > FAR * norm and norm > SMALL * count**0.5:
         yield FlatminWarning(
-            f"{name}'s rho={rho:g} moves the weights by {rho / max(norm, 1e-12):.0%} of their length, which has ruined "
+            f"{name}'s rho={rho:g} moves the weights by {rho / norm:.0%} of their length, which has ruined "
             f"networks: about 1 % of it is usual, so try rho={USUAL * norm:.1g} (warned once)"
         )
+
+
+def _has_length(weight: Tensor) -> bool:
+    """Whether torch can measure it: not what is made later, is elsewhere, or is kept in another form."""
+    if nn.parameter.is_lazy(weight) or weight.is_meta or weight.layout != torch.strided:
+        return False
+    return (weight.is_floating_point() or weight.is_complex()) and weight.dtype.itemsize > 1
 
 
 def rounded_away(moved: list[Tensor], weights: list[Tensor], offsets: list[Tensor]) -> torch.dtype | None:
