@@ -92,3 +92,28 @@ def test_threads_of_data_parallel_belong_to_the_training(name):
     parallel.forward = InThreads(parallel.model)
     plain.step(4), parallel.step(4)
     assert_same(parallel.state(), plain.state())
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if EVERY[name].max_passes == 2])
+def test_a_training_may_go_on_in_another_thread(name):
+    """With what another optimizer trains beside, such as each epoch in a thread of its own."""
+
+    def made() -> tuple[Training, torch.optim.Optimizer]:
+        ours, beside = Training(name), nn.Parameter(torch.ones(3).double())
+        forward = ours.forward
+        ours.forward = lambda x: forward(x) * beside.sum()
+        return ours, torch.optim.SGD([beside], lr=0.1, momentum=0.9)
+
+    def steps(ours: Training, other: torch.optim.Optimizer) -> None:
+        for _ in range(2):
+            other.zero_grad()
+            ours.step()
+            other.step()
+
+    here, there = made(), made()
+    steps(*here), steps(*here)
+    with ThreadPoolExecutor(1) as thread:
+        steps(*there), thread.submit(steps, *there).result()
+    assert_same(there[0].state(), here[0].state())
+    assert_same(there[1].state_dict(), here[1].state_dict())
+    assert_same(there[1].param_groups[0]["params"][0], here[1].param_groups[0]["params"][0])

@@ -70,6 +70,7 @@ class Others:
         self, network: Iterable[nn.Module], own: set[Tensor], optimizers: list[Optimizer], thread: int
     ) -> None:
         self._thread = thread
+        self._last: int | None = None  # in which the optimizer's last step was: a training may go on in another one
         left = dict.fromkeys(each for module in network for each in own_parameters(module) if each not in own)
         self._network = list(map(weakref.ref, left))  # the rest of it, but for what optimizers of flatmin's perturb
         self._left = [*self._network]  # and what is trained elsewhere
@@ -96,6 +97,7 @@ class Others:
         for optimizer in others:  # they may have been given more
             found.update(dict.fromkeys(_parameters(optimizer)))
         left_alone = own.union(*(_parameters(each) for each in others if self._is_elsewhere(each)))
+        self._last = get_ident()
         return [each for each in found if each not in left_alone]
 
     def rest(self) -> list[tuple[Optimizer, list[Tensor]]]:
@@ -106,7 +108,7 @@ class Others:
     def _is_elsewhere(self, other: Optimizer) -> bool:
         """Whether another optimizer is stepped in another thread, or before its first step was made in another one."""
         if other in _stepped:
-            return _stepped[other] != get_ident()
+            return _stepped[other] not in (get_ident(), self._last)
         return _made.get(other, self._thread) != self._thread
 
     def _add(self, optimizer: Optimizer) -> None:
