@@ -1,7 +1,9 @@
 """Whether SAF and MESA notice that the criterion takes the logits for independent labels."""
 
 import copy
+import math
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -144,6 +146,23 @@ def test_nothing_is_said_of_logarithms_of_probabilities(name, dtype, weight):
     weight = None if weight is None else weight.to(dtype)
     make = lambda: nn.Sequential(nn.Linear(3, C), nn.LogSoftmax(1))  # noqa: E731
     assert said(name, lambda z: F.nll_loss(z, labels(C), weight=weight), dtype=dtype, make=make) == []
+
+
+@pytest.mark.parametrize("name", ["SAF", "MESA"])
+@pytest.mark.parametrize("classes", [21, 100, 500])
+def test_independent_labels_that_begin_as_shares_are_no_probabilities(name, classes, monkeypatch):
+    """Where each class begins with the share of one among all, odds sum to nearly 1."""
+    monkeypatch.setattr(sys.modules[__name__], "C", classes)
+
+    def make():
+        layer = nn.Linear(3, classes)
+        nn.init.normal_(layer.weight, std=1e-4)
+        nn.init.constant_(layer.bias, -math.log(classes - 1))
+        return layer
+
+    y = torch.bernoulli(torch.full((B, classes), 1.0 / classes), generator=torch.Generator().manual_seed(1))
+    (message,) = said(name, lambda z: F.binary_cross_entropy_with_logits(z, y), make=make)
+    assert "link='sigmoid'" in message
 
 
 @pytest.mark.parametrize("prior", [-6.0, -2.0, 0.0, 2.0])

@@ -15,7 +15,8 @@ _LEAST = 1e-6  # sum of a gradient's sizes, below which it may be rounding alone
 _MOVED = 0.05  # share of a gradient by which a sample's logits move together, from which on no softmax has made it
 _LEAST_SHARE = 1e-3  # of a sample's largest gradient, below which one may be rounded
 _BENT = 1e-3  # share of a variance that no exponential explains, from which on there is none
-_NORMALISED = 0.05  # largest logarithm of the sum of a sample's probabilities
+_NORMALISED = 1e-3  # largest logarithm of the sum of a sample's probabilities
+_NORMALISED_COARSE = 0.05  # in 16 bits
 _MARGIN = 3.0  # how much more than the others together, or less, a margin moves the label's logit
 
 
@@ -92,8 +93,12 @@ class LinkCheck:
 
 
 def _are_normalised(logits: Tensor, class_dim: int) -> Tensor:
-    """Whether all are logarithms of probabilities, up to what bfloat16 rounds. Returns a flag on the device."""
-    return (logits.float().logsumexp(dim=class_dim).abs() < _NORMALISED).all()
+    """Whether all are logarithms of probabilities, up to what is rounded. Returns a flag on the device.
+
+    Independent labels come near that where each begins with a probability of one by the number of classes.
+    """
+    bound = _NORMALISED if logits.dtype.itemsize > 2 else _NORMALISED_COARSE
+    return (logits.float().logsumexp(dim=class_dim).abs() < bound).all()
 
 
 def _has_margin(logits: Tensor, gradient: Tensor, class_dim: int) -> Tensor:
