@@ -23,12 +23,14 @@ pytestmark = pytest.mark.skipif(shutil.which("sh") is None, reason="NVIDIA's ser
 PROGRAM = """#!/bin/sh
 if [ "$1" = -d ]; then
     echo "start in $CUDA_MPS_PIPE_DIRECTORY$CUDA_VISIBLE_DEVICES" >>"{noted}"
+    [ -e "{home}/start hangs" ] && echo $$ >"{home}/pid" && exec sleep 600
     [ -e "{home}/broken" ] && echo "An instance of this daemon is already running" && exit 1
     exit 0
 fi
 read line
 echo "$line in $CUDA_MPS_PIPE_DIRECTORY" >>"{noted}"
 [ "$line" = get_server_list ] && cat "{home}/answer"
+[ "$line" = quit ] && [ -e "{home}/quit hangs" ] && echo $$ >"{home}/pid" && exec sleep 600
 exit 0
 """
 
@@ -57,6 +59,20 @@ def seen() -> list[str]:
 
 def noted(home: Path) -> list[str]:
     return (home / "noted").read_text().splitlines()
+
+
+def ended(home: Path) -> bool:
+    """Whether the program that hung is there no more, but perhaps as a zombie of the system's."""
+    state = Path(f"/proc/{(home / 'pid').read_text().strip()}/stat")
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            if state.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_processes_find_the_service_which_ends_with_them(service, monkeypatch):
@@ -124,28 +140,44 @@ FAULTS = {
     "refuses": r"under NVIDIA's MPS the GPU could not be used \(RuntimeError: CUDA error: MPS client failed\)",
     "hangs": "did not answer in 1 s",
     "serves nobody": "has started, but serves nobody",
+    "start hangs": "did not start in 1 s",
     "long": "has too long a name",
+    "no folder": r"could not be started \(.*No such file or directory",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_that_does_not_serve_is_left_out(fault, service, monkeypatch):
-    if fault == "broken":
-        (service / "broken").touch()
+    if fault in ("broken", "start hangs"):
+        (service / fault).touch()
     if fault == "refuses":
         monkeypatch.setattr(gpu_sharing, "_ATTACH", "raise RuntimeError('CUDA error: MPS client failed')")
     if fault == "hangs":
         monkeypatch.setattr(gpu_sharing, "_ATTACH", "import time; time.sleep(100)")
+    if "hangs" in fault:
         monkeypatch.setattr(gpu_sharing, "PATIENCE", 1.0)
     if fault == "serves nobody":
         (service / "answer").write_text("\n")
     if fault == "long":
         (service / ("x" * 80)).mkdir()
         monkeypatch.setattr("tempfile.tempdir", str(service / ("x" * 80)))
+    if fault == "no folder":
+        monkeypatch.setattr("tempfile.tempdir", str(service / "nowhere"))
     with pytest.warns(FlatminWarning, match=f"2 runs share the GPU by turns.*{FAULTS[fault]}"), side_by_side(GPU, 2):
         assert seen() == ["None", "None"]
-    begun = [] if fault == "long" else ["start"] if fault == "broken" else ["start", "quit"]
+    begun = ["start"] if fault in ("broken", "start hangs") else ["start", "quit"]
+    begun = [] if fault in ("long", "no folder") else begun
     assert [line.split()[0] for line in noted(service) if "get_server_list" not in line] == begun
+    if fault == "start hangs":
+        assert ended(service)
+
+
+def test_one_that_does_not_end_is_killed(service, monkeypatch):
+    monkeypatch.setattr(gpu_sharing, "PATIENCE", 1.0)
+    (service / "quit hangs").touch()
+    with side_by_side(GPU, 2):
+        assert seen() != ["None", "None"]
+    assert ended(service)
 
 
 def test_a_comparison_trains_in_it(service, monkeypatch, tmp_path, forked_workers):

@@ -6,13 +6,15 @@ other. The service is a program that comes with the driver and that any user may
 
 import logging
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -52,24 +54,24 @@ def side_by_side(device: torch.device, runs: int) -> Iterator[None]:
     if runs < 2 or device.type not in KINDS or torch.version.hip is not None or PIPE in os.environ or USUAL.exists():
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="mps", ignore_cleanup_errors=True) as folder:
+    with ExitStack() as stack:
+        service = folder = None
         try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mps", ignore_cleanup_errors=True))
             service = _started(device, Path(folder))
-        except _CannotShareError as error:
-            service = None
+        except (_CannotShareError, OSError) as error:
+            why = error if isinstance(error, _CannotShareError) else f"NVIDIA's MPS could not be started ({error})"
             warnings.warn(
-                f"{runs} runs share the GPU by turns, which takes about as long as one after the other: {error}; "
+                f"{runs} runs share the GPU by turns, which takes about as long as one after the other: {why}; "
                 f"{PIPE}=/dev/null does the same without this warning",
                 FlatminWarning,
                 stacklevel=5,  # this, contextlib, Comparison.run, compare
             )
         else:
+            stack.callback(_end, service)
             _log.info("%d runs share the GPU side by side, under NVIDIA's MPS", runs)
-        try:
-            with _environment(folder if service else None):
-                yield
-        finally:
-            _end(service)
+        with _environment(folder if service else None):
+            yield
 
 
 def _started(device: torch.device, folder: Path) -> "subprocess.Popen[bytes]":
@@ -92,6 +94,9 @@ def _started(device: torch.device, folder: Path) -> "subprocess.Popen[bytes]":
         )
         try:
             assert service.stdout is not None
+            if not select.select([service.stdout], [], [], PATIENCE)[0]:
+                _kill(service)
+                raise _CannotShareError(f"NVIDIA's MPS did not start in {PATIENCE:.0f} s")
             if not service.stdout.readline():
                 said = (folder / "start").read_text(errors="replace").split()
                 raise _CannotShareError(f"NVIDIA's MPS did not start ({' '.join(said):.200})")
@@ -129,12 +134,20 @@ def _servers() -> list[str]:
     return []
 
 
-def _end(service: "subprocess.Popen[bytes] | None") -> None:
-    if service is None:
-        return
-    with suppress(OSError, subprocess.SubprocessError):  # it has ended before, or does not
-        service.communicate(timeout=PATIENCE)
-    service.kill()
+def _end(service: "subprocess.Popen[bytes]") -> None:
+    try:
+        with suppress(OSError, subprocess.SubprocessError):  # it has ended before, or does not
+            service.communicate(timeout=PATIENCE)
+    finally:
+        if service.poll() is None:
+            _kill(service)
+            service.communicate()
+
+
+def _kill(service: "subprocess.Popen[bytes]") -> None:
+    """Kills it, and what it waits for."""
+    with suppress(ProcessLookupError):
+        os.killpg(service.pid, signal.SIGKILL)
 
 
 @contextmanager
