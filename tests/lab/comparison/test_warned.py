@@ -33,6 +33,16 @@ def test_what_is_sent_and_what_is_shown():
     assert [str(each.message) for each in caught] == ["other"]
 
 
+def test_a_class_of_the_users_is_sent_as_the_one_that_it_is_derived_from():
+    class Own(NonFiniteGradientWarning):
+        """Which no other process knows."""
+
+    found = []
+    with sent(found.append):
+        warnings.warn("theirs", Own, stacklevel=1)
+    assert found == [("theirs", NonFiniteGradientWarning)]
+
+
 def test_a_class_is_kept_and_another_text_is_said():
     warned = Warned()
     with warnings.catch_warnings(record=True) as caught:

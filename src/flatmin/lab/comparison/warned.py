@@ -49,7 +49,9 @@ def sent(send: Callable[[Found], None]) -> Iterator[None]:
 
         def sending(message: Warning | str, category: type[Warning], *others: Any, **named: Any) -> None:
             if issubclass(category, FlatminWarning):
-                send((str(message), category))
+                # one of the user's own is there in this process alone
+                known = next(kind for kind in category.__mro__ if kind.__module__ == FlatminWarning.__module__)
+                send((str(message), known))
             else:
                 show(message, category, *others, **named)
 

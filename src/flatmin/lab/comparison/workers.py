@@ -209,9 +209,12 @@ def _work(pipe: "Connection[Any, Any]", function: Callable[..., Any], threads: i
         if stopped.is_set():
             raise Stopped
 
+    alone = threading.RLock()  # a warning may come in any thread
+
     def send(kind: str, value: Any) -> None:
         try:
-            pipe.send((kind, value))
+            with alone:
+                pipe.send((kind, value))
         except OSError:  # nobody is there any more
             raise Stopped from None
 
