@@ -101,10 +101,24 @@ def test_weights_without_gradient_of_any_kind_are_left_alone(kind):
     assert optimizer.skipped_steps == 0
 
 
-def test_the_line_is_the_users():
-    training = made("MSAM")
+def in_two_steps(training: Training) -> None:
+    training.closure()
+    training.optimizer.first_step()
+    training.closure()
+    training.optimizer.second_step()
+
+
+WAYS = {
+    "closure": lambda training: training.optimizer.step(training.closure),
+    "passes": lambda training: [training.closure() for _ in training.optimizer.passes()],
+    "two steps": in_two_steps,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_line_is_the_users(way):
+    training = made("SAM")
     training.optimizer.rho = 100.0
-    training.step()
     with pytest.warns(FlatminWarning, match="rho=100") as caught:
-        training.optimizer.step(training.closure)
+        WAYS[way](training)
     assert caught[0].filename == __file__

@@ -110,7 +110,7 @@ class Stepping(ABC):
         step.settle()
         self._settle(stacklevel=5)  # of the step before
         for fault in self._faults:
-            warnings.warn(fault, stacklevel=4)  # step, torch's two wrappers
+            warnings.warn(fault, stacklevel=depth_in_package())
         self._faults = []
         if step.failed:
             if not step.scale.enabled:
