@@ -51,3 +51,15 @@ def test_a_class_is_kept_and_another_text_is_said():
             warned.pass_on("sam-seed1", (text, NonFiniteGradientWarning))
     assert [str(each.message) for each in caught] == ["sam-seed1: a", "sam-seed1: b"]
     assert {each.category for each in caught} == {NonFiniteGradientWarning}
+
+
+def test_other_numbers_of_another_seed_are_not_said_but_those_of_another_row_are():
+    warned = Warned()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with warned.listening():
+            warnings.warn("took 3 s", FlatminWarning, stacklevel=1)
+        for run, text in (("a-seed0", "by 9.5%"), ("a-seed1", "by 10%"), ("a-seed2", "by 12%"), ("b-seed0", "by 13%")):
+            warned.pass_on(run, (text, FlatminWarning))
+            warned.pass_on(run, ("took 4 s", FlatminWarning))
+    assert [str(each.message) for each in caught] == ["took 3 s", "a-seed0: by 9.5%", "b-seed0: by 13%"]

@@ -1,5 +1,6 @@
 """The warnings of a comparison, each given once: most are of a method, and come in each of its runs."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ class Warned:
         show = warnings.showwarning
 
         def noting(message: Warning | str, *others: Any, **named: Any) -> None:
-            self._said.add(str(message))
+            self._said.add(_without_numbers(str(message)))
             show(message, *others, **named)
 
         warnings.showwarning = noting
@@ -33,11 +34,19 @@ class Warned:
             warnings.showwarning = show
 
     def pass_on(self, run: str, found: Found) -> None:
-        """Says what a process has said in a run, of this name, unless it was said before."""
+        """Says what a process has said in a run, of this name, unless it was said before.
+
+        Nor what was said of another seed, with other numbers.
+        """
         text, category = found
-        if text not in self._said:
-            self._said.add(text)
+        row, alike = run.rpartition("-seed")[0], _without_numbers(text)
+        if self._said.isdisjoint({text, alike, f"{row}: {alike}"}):
             warnings.warn(f"{run}: {text}", category, stacklevel=depth_in_package())
+        self._said.update((text, f"{row}: {alike}"))
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", text)
 
 
 @contextmanager
