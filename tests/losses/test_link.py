@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import flatmin
 from flatmin.errors import FlatminWarning
 from flatmin.losses._comparison import Comparison
-from flatmin.losses._link import _has_margin
+from flatmin.losses._link import _are_normalised, _has_margin
 
 B, C = 32, 6
 INDEX = torch.arange(B)
@@ -146,6 +146,14 @@ def test_nothing_is_said_of_logarithms_of_probabilities(name, dtype, weight):
     weight = None if weight is None else weight.to(dtype)
     make = lambda: nn.Sequential(nn.Linear(3, C), nn.LogSoftmax(1))  # noqa: E731
     assert said(name, lambda z: F.nll_loss(z, labels(C), weight=weight), dtype=dtype, make=make) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nor_where_these_were_rounded_before(dtype):
+    logits = (3 * torch.randn(B, 50, generator=torch.Generator().manual_seed(1))).log_softmax(1).to(dtype)
+    assert logits.float().logsumexp(1).abs().max() > 1e-4
+    assert _are_normalised(logits, 1)
+    assert _are_normalised(logits.float(), 1)
 
 
 @pytest.mark.parametrize("name", ["SAF", "MESA"])
