@@ -109,9 +109,9 @@ class Stepping(ABC):
             self._warn_of_scaled(step)
         step.settle()
         self._settle(stacklevel=5)  # of the step before
-        for fault in self._faults:
+        faults, self._faults = self._faults, []
+        for fault in faults:
             warnings.warn(fault, stacklevel=depth_in_package())
-        self._faults = []
         if step.failed:
             if not step.scale.enabled:
                 self._warn_of_dropped(f"the {step.failed} gradient of a", stacklevel=5)
