@@ -80,7 +80,7 @@ def _started(device: torch.device, folder: Path) -> "subprocess.Popen[bytes]":
         raise _CannotShareError(f"NVIDIA's MPS would run them side by side, but there is no {CONTROL} here")
     if len(str(folder)) > LONGEST:
         raise _CannotShareError(
-            f"the folder for temporary files, {folder.parent}, has too long a name for NVIDIA's MPS"
+            f"the folder for temporary files, {folder.parent}, has too long a name for NVIDIA's MPS: set TMPDIR"
         )
     with _environment(str(folder)):
         service = subprocess.Popen(
