@@ -135,7 +135,7 @@ def test_esam_costs_one_copy_of_the_tensors_that_it_keeps(beta):
     side = 150 + int(10 * beta)  # what another case has left is of another size
     weights = [nn.Parameter(torch.randn(side, side, dtype=torch.float64)) for _ in range(count)]
     start = [float(weight.detach()[0, 0]) for weight in weights]
-    optimizer = flatmin.ESAM(torch.optim.SGD(weights, lr=0.1), rho=50.0, beta=beta, gamma=1.0)
+    optimizer = flatmin.ESAM(torch.optim.SGD(weights, lr=0.1), rho=20.0, beta=beta, gamma=1.0)
 
     def losses(keep: object) -> torch.Tensor:
         real = (torch.Tensor, nn.Parameter)
