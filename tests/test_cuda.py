@@ -181,7 +181,7 @@ def test_the_command_trains_without_waiting(method, compiled):
         data="digits", model="cnn", epochs=3, crop=True, precision="bfloat16", device=DEVICE.type, compile=compiled
     )
     settings = {"start_epoch": 0} if method in ("saf", "mesa") else {}
-    settings |= {"lag": 1} if method == "saf" else {}
+    settings |= {"lag": 1} if method == "saf" else {"rho": 0.1} if method == "msam" else {}
     chosen = resolve_settings(get_method(method), settings, epochs=recipe.epochs)
     trainer = Trainer(Run(recipe, method, chosen), load_problem(recipe, seed=0))
     first = trainer.train_epoch()
