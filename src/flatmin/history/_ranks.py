@@ -92,7 +92,8 @@ class Ranks:
         """
         sent = torch.cat(list(parcels))
         received = sent.new_empty(sum(lengths), sent.shape[1])
-        work = dist.all_to_all_single(received, sent, list(lengths), [len(each) for each in parcels], async_op=True)
+        shares = list(lengths), [len(each) for each in parcels]
+        work: Any = dist.all_to_all_single(received, sent, *shares, async_op=True)  # of None too, torch's types say
 
         def arrive() -> Tensor:
             work.wait()
@@ -113,7 +114,8 @@ class Ranks:
     def _host_group(self) -> "dist.ProcessGroup | None":
         """The default group if it serves the CPU, or else one of gloo, which all ranks make when they first need it."""
         if self._hosts is None and "gloo" not in dist.get_backend_config():
-            self._hosts = dist.new_group(backend="gloo")
+            made: Any = dist.new_group(backend="gloo")  # of a number too, torch's types say: for ranks outside of it
+            self._hosts = made
         return self._hosts
 
 
