@@ -363,9 +363,12 @@ class TestSharing:
     def test_epochs_without_update_are_the_owners_affair(self):
         model, x = network(), batch(8)
         mesa = mesa_of(model, decay=None, average=AveragedModel(model))
-        for epoch in range(3):
-            mesa.set_epoch(epoch)
-            mesa(model(x), x)  # no warning, which would be an error here
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for epoch in range(3):
+                mesa.set_epoch(epoch)
+                mesa(model(x), x)
+        assert caught == []
 
     def test_a_module_of_that_name_in_the_network_itself_does_not_confuse(self):
         model = nn.Sequential(collections.OrderedDict(module=nn.Linear(4, C), last=nn.Linear(C, C)))
